@@ -1,0 +1,337 @@
+#include "admin/cli.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <boost/json/array.hpp>
+#include <boost/json/object.hpp>
+#include <boost/json/serialize.hpp>
+#include <chrono>
+#include <cstdio>
+#include <optional>
+#include <string_view>
+#include <thread>
+
+#include "admin/arguments.h"
+#include "admin/command.h"
+#include "admin/render.h"
+#include "admin/rpc_client.h"
+#include "base/units.h"
+
+namespace varve::admin {
+namespace json = boost::json;
+namespace {
+
+/// What a verb is on the admin socket, and how its result looks.
+struct Call {
+    std::string method;
+    json::object params;
+    std::string (*render)(const json::value&) = nullptr;  // null: nothing to tell
+    std::string question;                                 // asked first if not empty
+};
+
+Error Usage(std::string message) {
+    return MakeError(ErrorKind::kInvalid, std::move(message));
+}
+
+bool IsSnapshot(const std::string& name) {
+    return name.find('@') != std::string::npos;
+}
+
+/// The bare snapshot name of `name`, which may repeat the disk of `of`: "d@new" for "d@old".
+Result<std::string> SnapshotPart(const std::string& name, const std::string& of) {
+    const size_t at = name.find('@');
+    if (at == std::string::npos) return name;
+    if (name.substr(0, at) != of.substr(0, of.find('@'))) {
+        return Usage(fmt::format(
+            "'{}' is of another disk than '{}'; a snapshot stays with its disk", name, of));
+    }
+    return name.substr(at + 1);
+}
+
+Result<Call> ListCall(const Arguments& a) {
+    if (a.operands.empty()) return Call{"disk.list", {}, RenderDisks, ""};
+    if (IsSnapshot(a.operands[0])) {
+        return Usage(fmt::format("'{0}' is a snapshot; use varve show {0}", a.operands[0]));
+    }
+    return Call{"snapshot.list", {{"disk", a.operands[0]}}, RenderSnapshots, ""};
+}
+
+Result<Call> ShowCall(const Arguments& a) {
+    const std::string& name = a.operands[0];
+    if (IsSnapshot(name)) return Call{"snapshot.show", {{"snapshot", name}}, RenderSnapshot, ""};
+    return Call{"disk.show", {{"name", name}}, RenderDisk, ""};
+}
+
+Result<Call> SnapshotCall(const Arguments& a) {
+    json::array names(a.operands.begin(), a.operands.end());
+    return Call{"snapshot.create", {{"snapshots", std::move(names)}}, nullptr, ""};
+}
+
+Result<Call> RestoreCall(const Arguments& a) {
+    const std::string& name = a.operands[0];
+    json::object params = {{"snapshot", name}, {"disconnect", a.disconnect}};
+    std::string loss = ", losing what was written since";
+    if (a.keep_as) {
+        Result<std::string> keep = SnapshotPart(*a.keep_as, name);
+        if (!keep.ok()) return keep.error();
+        params.emplace("keep_as", keep.value());
+        loss = fmt::format(", keeping the present state as '{}'", keep.value());
+    }
+    std::string question = fmt::format("Put disk '{}' back to the state of '{}'{}?",
+                                       name.substr(0, name.find('@')), name, loss);
+    return Call{"snapshot.restore", std::move(params), nullptr, std::move(question)};
+}
+
+Result<Call> RenameCall(const Arguments& a) {
+    const std::string& name = a.operands[0];
+    if (!IsSnapshot(name)) {
+        return Call{"disk.rename", {{"name", name}, {"to", a.operands[1]}}, nullptr, ""};
+    }
+    Result<std::string> to = SnapshotPart(a.operands[1], name);
+    if (!to.ok()) return to.error();
+    return Call{"snapshot.rename", {{"snapshot", name}, {"to", to.value()}}, nullptr, ""};
+}
+
+Result<Call> ResizeCall(const Arguments& a) {
+    json::object params = {{"name", a.operands[0]},
+                           {"size", a.operands[1]},
+                           {"shrink", a.shrink},
+                           {"disconnect", a.disconnect}};
+    std::string question;
+    if (a.shrink) {
+        question = fmt::format("Shrink disk '{}' to {}, losing what lies beyond?", a.operands[0],
+                               a.operands[1]);
+    }
+    return Call{"disk.resize", std::move(params), nullptr, std::move(question)};
+}
+
+Result<Call> DeleteCall(const Arguments& a) {
+    const std::string& name = a.operands[0];
+    if (!IsSnapshot(name)) {
+        json::object params = {
+            {"name", name}, {"snapshots", a.snapshots}, {"disconnect", a.disconnect}};
+        return Call{
+            "disk.delete", std::move(params), nullptr,
+            fmt::format("Delete disk '{}'{}?", name, a.snapshots ? " and all its snapshots" : "")};
+    }
+    if (a.snapshots) return Usage("--snapshots is for disks; without it, the snapshot is deleted");
+    return Call{"snapshot.delete",
+                {{"snapshot", name}, {"disconnect", a.disconnect}},
+                nullptr,
+                fmt::format("Delete snapshot '{}'?", name)};
+}
+
+std::string RenderDisconnected(const json::value& result) {
+    const json::object* object = result.if_object();
+    const json::value* count = object ? object->if_contains("disconnected") : nullptr;
+    if (!count) return "";
+    return fmt::format("disconnected {}\n", std::string(json::serialize(*count)));
+}
+
+Result<Call> MakeCall(const Arguments& a) {
+    const std::string_view verb = a.verb->name;
+    const std::vector<std::string>& operands = a.operands;
+    if (verb == "create") {
+        return Call{"disk.create", {{"name", operands[0]}, {"size", operands[1]}}, nullptr, ""};
+    }
+    if (verb == "list") return ListCall(a);
+    if (verb == "show") return ShowCall(a);
+    if (verb == "snapshot") return SnapshotCall(a);
+    if (verb == "restore") return RestoreCall(a);
+    if (verb == "clone") {
+        return Call{"disk.clone", {{"snapshot", operands[0]}, {"name", operands[1]}}, nullptr, ""};
+    }
+    if (verb == "rename") return RenameCall(a);
+    if (verb == "resize") return ResizeCall(a);
+    if (verb == "delete") return DeleteCall(a);
+    if (verb == "clients") {
+        json::object params;
+        if (!operands.empty()) params.emplace("disk", operands[0]);
+        return Call{"client.list", std::move(params), RenderClients, ""};
+    }
+    if (verb == "disconnect") {
+        return Call{"client.disconnect", {{"disk", operands[0]}}, RenderDisconnected, ""};
+    }
+    if (verb == "status") return Call{"pool.status", {}, RenderStatus, ""};
+    VARVE_CHECK(verb == "check");
+    return Call{"pool.check", {}, RenderCheck, ""};
+}
+
+int Fail(ExitCode code, std::string_view message) {
+    const std::string line = fmt::format("varve: {}\n", OneLine(message));
+    std::fwrite(line.data(), 1, line.size(), stderr);
+    return code;
+}
+
+int Fail(const Error& error) {
+    return Fail(ExitCodeOf(error.kind), error.message);
+}
+
+int Print(std::string_view text) {
+    std::fwrite(text.data(), 1, text.size(), stdout);
+    if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return kExitDone;
+    return Fail(kExitFailed, "cannot write to standard output");
+}
+
+std::string JsonLine(const json::value& value) {
+    return std::string(json::serialize(value)) + "\n";
+}
+
+/// Asks on the terminal; kInvalid if there is none.
+Result<bool> Confirm(const Arguments& a, const std::string& question) {
+    if (a.yes) return true;
+    if (!::isatty(STDIN_FILENO)) {
+        return Usage(
+            fmt::format("varve {} needs --yes here: there is no terminal to ask on", a.verb->name));
+    }
+    std::fprintf(stderr, "%s [y/N] ", OneLine(question).c_str());
+    std::fflush(stderr);
+    std::string answer;
+    for (int c = std::getchar(); c != EOF && c != '\n'; c = std::getchar()) {
+        answer += static_cast<char>(c);
+    }
+    return answer == "y" || answer == "Y" || answer == "yes";
+}
+
+uint64_t NumberAt(const json::value& object, const char* key) {
+    const json::value* value = object.is_object() ? object.get_object().if_contains(key) : nullptr;
+    boost::system::error_code failure;
+    const uint64_t number = value && value->is_number() ? value->to_number<uint64_t>(failure) : 0;
+    return failure ? 0 : number;
+}
+
+bool FlagAt(const json::value& object, const char* key) {
+    const json::value* value = object.is_object() ? object.get_object().if_contains(key) : nullptr;
+    return value && value->is_bool() && value->get_bool();
+}
+
+int FailCall(const RpcClient::Answer& answer) {
+    if (answer.lost) return Fail(kExitUnreachable, answer.status.error().message);
+    return Fail(answer.status.error());
+}
+
+/// The progress line of --wait: rewritten in place on a terminal, else a line a second at most.
+class Progress {
+  public:
+    void Show(const std::string& text) {
+        const auto now = std::chrono::steady_clock::now();
+        if (!terminal_ && (text == last_ || now < next_)) return;
+        last_ = text;
+        next_ = now + std::chrono::seconds(1);
+        std::fprintf(stderr, terminal_ ? "\r\033[K%s" : "%s\n", text.c_str());
+        std::fflush(stderr);
+    }
+    void End() {
+        if (terminal_) std::fputs("\r\033[K", stderr);
+    }
+
+  private:
+    const bool terminal_ = ::isatty(STDERR_FILENO) != 0;
+    std::string last_;
+    std::chrono::steady_clock::time_point next_;
+};
+
+/// Waits until no deletion is pending. `before`: bytes given back when the command was sent.
+int WaitForReclaim(RpcClient& client, uint64_t before) {
+    Progress progress;
+    for (;;) {
+        const RpcClient::Answer answer = client.Call("pool.status", {});
+        if (!answer.status.ok()) {
+            progress.End();
+            return FailCall(answer);
+        }
+        const uint64_t pending = NumberAt(answer.result, "reclaim_pending");
+        if (pending == 0) {
+            progress.End();
+            return kExitDone;
+        }
+        if (FlagAt(answer.result, "failed")) {
+            progress.End();
+            return Fail(kExitFailed,
+                        "deleted, but the pool has failed and gives no space back; see varve "
+                        "status, restart the server");
+        }
+        const uint64_t now = NumberAt(answer.result, "reclaimed_bytes");
+        progress.Show(fmt::format("reclaiming: {} pending, {} given back", pending,
+                                  FormatSize(now > before ? now - before : 0)));
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    }
+}
+
+int PrintCheck(const Arguments& a, const json::value& report) {
+    const int printed = Print(a.json ? JsonLine(report) : RenderCheck(report));
+    if (FlagAt(report, "ok")) return printed;
+    return Fail(kExitDamaged, "damage found; stop writing to this pool and see docs/operations.md");
+}
+
+int RunOfflineCheck(const Arguments& a, const OfflineCheck& check_offline) {
+    const Result<cow::CheckReport> report = check_offline(*a.pool);
+    if (!report.ok()) return Fail(report.error());
+    return PrintCheck(a, ToJson(report.value()));
+}
+
+int RunVerb(const Arguments& a) {
+    Result<Call> made = MakeCall(a);
+    if (!made.ok()) return Fail(made.error());
+    Call& call = made.value();
+    Result<RpcClient> connected = RpcClient::Connect(a.admin);
+    if (!connected.ok()) return Fail(kExitUnreachable, connected.error().message);
+    RpcClient& client = connected.value();
+
+    if (!call.question.empty()) {
+        const Result<bool> confirmed = Confirm(a, call.question);
+        if (!confirmed.ok()) return Fail(confirmed.error());
+        if (!confirmed.value()) return Fail(kExitFailed, "not confirmed; nothing was changed");
+    }
+    uint64_t reclaimed_before = 0;
+    if (a.wait) {
+        const RpcClient::Answer status = client.Call("pool.status", {});
+        if (!status.status.ok()) return FailCall(status);
+        reclaimed_before = NumberAt(status.result, "reclaimed_bytes");
+    }
+    const RpcClient::Answer answer = client.Call(call.method, std::move(call.params));
+    if (!answer.status.ok()) return FailCall(answer);
+    if (call.render == RenderCheck) return PrintCheck(a, answer.result);
+    if (a.wait) {
+        if (const int code = WaitForReclaim(client, reclaimed_before)) return code;
+    }
+    if (a.json) return Print(JsonLine(answer.result));
+    return call.render ? Print(call.render(answer.result)) : kExitDone;
+}
+
+}  // namespace
+
+ExitCode ExitCodeOf(ErrorKind kind) {
+    switch (kind) {
+        case ErrorKind::kFailed:
+        case ErrorKind::kIo:
+            return kExitFailed;
+        case ErrorKind::kInvalid:
+            return kExitUsage;
+        case ErrorKind::kNotFound:
+            return kExitNotFound;
+        case ErrorKind::kExists:
+            return kExitExists;
+        case ErrorKind::kBusy:
+            return kExitBusy;
+        case ErrorKind::kNoSpace:
+        case ErrorKind::kLimit:
+            return kExitNoSpace;
+        case ErrorKind::kDamaged:
+            return kExitDamaged;
+    }
+    return kExitFailed;
+}
+
+int RunCli(const std::vector<std::string>& arguments, const OfflineCheck& check_offline) {
+    const Result<Arguments> parsed = ParseArguments(arguments);
+    if (!parsed.ok()) return Fail(parsed.error());
+    const Arguments& a = parsed.value();
+    if (a.version) return Print(fmt::format("varve {}\n", VARVE_VERSION));
+    if (a.help) return Print(HelpText(a.verb));
+    if (a.pool) return RunOfflineCheck(a, check_offline);
+    return RunVerb(a);
+}
+
+}  // namespace varve::admin

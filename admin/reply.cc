@@ -1,0 +1,114 @@
+// Results of commands as JSON. The keys are a contract: add to them, never change them.
+// Not the decoding of parameters: that is command.cc.
+#include <boost/json/array.hpp>
+
+#include "admin/command.h"
+#include "base/log.h"
+
+namespace varve::admin {
+namespace json = boost::json;
+namespace {
+
+json::object ToJson(const cow::DiskInfo& disk) {
+    return {{"name", disk.name},
+            {"size", disk.size},
+            {"used", disk.used},
+            {"snapshots", disk.snapshots},
+            {"clients", disk.clients},
+            {"created", FormatTime(disk.created_ms)},
+            {"generation", disk.generation},
+            {"depth", disk.depth}};
+}
+
+json::object ToJson(const cow::SnapshotInfo& snapshot) {
+    return {{"name", snapshot.name},     {"created", FormatTime(snapshot.created_ms)},
+            {"size", snapshot.size},     {"generation", snapshot.generation},
+            {"unique", snapshot.unique}, {"referenced", snapshot.referenced}};
+}
+
+json::object ToJson(const ClientInfo& client) {
+    return {{"id", client.id},
+            {"address", client.address},
+            {"export", client.export_name},
+            {"read_only", client.read_only},
+            {"since", FormatTime(client.since_ms)},
+            {"requests", client.requests},
+            {"bytes_read", client.bytes_read},
+            {"bytes_written", client.bytes_written}};
+}
+
+json::object ToJson(const cow::PoolStatus& status, const ServerFacts& facts) {
+    return {{"version", VARVE_VERSION},
+            {"pool", facts.pool_directory},
+            {"capacity", status.capacity},
+            {"used", status.used},
+            {"free", status.free},
+            {"disks", status.disks},
+            {"snapshots", status.snapshots},
+            {"reclaim_pending", status.reclaim_pending},
+            {"reclaimed_chunks", status.reclaimed_chunks},
+            {"reclaimed_bytes", status.reclaimed_bytes},
+            {"commits", status.commits},
+            {"map_cache_used", status.map_cache_used},
+            {"map_cache_limit", status.map_cache_limit},
+            {"failed", status.failed},
+            {"failure", status.failure},
+            {"uptime_s", facts.uptime_s}};
+}
+
+template <typename T>
+json::array ToArray(const std::vector<T>& elements) {
+    json::array array;
+    array.reserve(elements.size());
+    for (const T& element : elements) array.push_back(ToJson(element));
+    return array;
+}
+
+struct Encoder {
+    const Command& command;
+    const ServerFacts& facts;
+
+    json::value operator()(const Done&) const { return EncodeParameters(command); }
+    json::value operator()(const cow::DiskInfo& disk) const { return ToJson(disk); }
+    json::value operator()(const std::vector<cow::DiskInfo>& disks) const {
+        return json::object({{"disks", ToArray(disks)}});
+    }
+    json::value operator()(const cow::SnapshotInfo& snapshot) const {
+        json::object object = {{"disk", snapshot.disk}};
+        for (auto& [key, value] : ToJson(snapshot)) object.emplace(key, std::move(value));
+        return object;
+    }
+    json::value operator()(const SnapshotList& list) const {
+        return json::object({{"disk", list.disk}, {"snapshots", ToArray(list.snapshots)}});
+    }
+    json::value operator()(const std::vector<ClientInfo>& clients) const {
+        return json::object({{"clients", ToArray(clients)}});
+    }
+    json::value operator()(const Disconnected& disconnected) const {
+        json::object object = EncodeParameters(command);
+        object.emplace("disconnected", disconnected.clients);
+        return object;
+    }
+    json::value operator()(const cow::PoolStatus& status) const { return ToJson(status, facts); }
+    json::value operator()(const cow::CheckReport& report) const { return admin::ToJson(report); }
+};
+
+}  // namespace
+
+json::object ToJson(const cow::CheckReport& report) {
+    return {{"ok", report.ok()},
+            {"errors", json::array(report.errors.begin(), report.errors.end())},
+            {"leaked_blocks", report.leaked_blocks},
+            {"used_blocks", report.used_blocks},
+            {"reclaim_blocks", report.reclaim_blocks},
+            {"map_rows", report.map_rows},
+            {"branches", report.branches},
+            {"disks", report.disks},
+            {"snapshots", report.snapshots}};
+}
+
+json::value EncodeReply(const Command& command, const Reply& reply, const ServerFacts& facts) {
+    return std::visit(Encoder{command, facts}, reply);
+}
+
+}  // namespace varve::admin

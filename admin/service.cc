@@ -1,0 +1,413 @@
+#include "admin/service.h"
+
+#include <fmt/format.h>
+
+#include <array>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/local/stream_protocol.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/write.hpp>
+#include <chrono>
+#include <list>
+#include <optional>
+#include <variant>
+
+#include "admin/command.h"
+#include "admin/jsonrpc.h"
+#include "admin/unix_socket.h"
+#include "base/check.h"
+
+namespace varve::admin {
+namespace {
+
+namespace asio = boost::asio;
+namespace json = boost::json;
+using Socket = asio::local::stream_protocol::socket;
+using Failure = boost::system::error_code;
+
+/// A command on its way to the home executor and back. Deletes itself.
+struct Job : Runnable {
+    Executor* home = nullptr;
+    asio::io_context* io = nullptr;
+    CommandTarget target;
+    Command command;
+    std::function<void(Result<Reply>)> done;  // on io's thread
+
+    /// Takes over `job`.
+    static void Start(std::unique_ptr<Job> job) {
+        job->run = [](Runnable* self) { Spawn(Perform(static_cast<Job*>(self))); };
+        Executor* home = job->home;
+        home->Post(job.release());
+    }
+
+  private:
+    static Task<void> Perform(Job* raw) {
+        std::unique_ptr<Job> job(raw);
+        Result<Reply> result = co_await RunCommand(job->target, std::move(job->command));
+        asio::post(*job->io, [done = std::move(job->done), result = std::move(result)]() mutable {
+            done(std::move(result));
+        });
+    }
+};
+
+bool IsBlank(std::string_view line) {
+    return line.find_first_not_of(" \t\r") == std::string_view::npos;
+}
+
+}  // namespace
+
+class Service::Impl : public std::enable_shared_from_this<Service::Impl> {
+  public:
+    Impl(asio::io_context& io, Backend backend, ServiceOptions options)
+        : io_(io), backend_(backend), options_(std::move(options)), acceptor_(io), pause_(io) {}
+    ~Impl() { VARVE_CHECK(running_ == 0); }
+
+    Status Start();
+    void Stop(std::function<void()> stopped);
+
+  private:
+    class Session;
+    using Sessions = std::list<std::shared_ptr<Session>>;
+
+    void Accept();
+    void OnAccept(Failure failure, Socket socket);
+    bool MakeRoom();
+    ServerFacts Facts() const;
+
+    asio::io_context& io_;
+    const Backend backend_;
+    const ServiceOptions options_;
+    const std::chrono::steady_clock::time_point started_ = std::chrono::steady_clock::now();
+    ListeningSocket listening_;
+    asio::local::stream_protocol::acceptor acceptor_;
+    asio::steady_timer pause_;       // after a failed accept
+    Sessions sessions_;              // the one that has been silent longest comes first
+    size_t running_ = 0;             // commands
+    size_t output_bytes_ = 0;        // answers made and not yet taken, of all sessions
+    std::function<void()> stopped_;  // set once stopping
+};
+
+/// A connection. One step at a time: read until there is a line; run its requests, one after the
+/// other; write the answers; again.
+class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl::Session> {
+  public:
+    Session(std::shared_ptr<Impl> service, Socket socket)
+        : service_(std::move(service)),
+          socket_(std::move(socket)),
+          lines_(service_->options_.line_bytes_max) {}
+
+    void Open();
+    void Close();
+    bool running() const { return running_; }
+    /// Lets the running command finish, refuses those after it, and waits for the client no more.
+    void FinishAndClose() { finishing_ = true; }
+
+  private:
+    void Advance();
+    bool TakeLine();
+    void Read();
+    void OnRead(Failure failure, size_t bytes);
+    bool StartRequest(Request& request);
+    void OnResult(const Command& command, Result<Reply> result);
+    void Answer(const Request& request, std::string text);
+    void FinishMessage();
+    void Write();
+    void OnWrite(Failure failure, size_t bytes);
+    void WriteWhatFits();
+    void ForgetOutput();
+    void Touch();
+
+    const std::shared_ptr<Impl> service_;
+    Socket socket_;
+    Sessions::iterator place_;
+    LineSplitter lines_;
+    std::array<char, 16384> input_;
+    Message message_;
+    size_t next_ = 0;     // request of message_ to be run next
+    std::string output_;  // the answers to message_
+    size_t written_ = 0;  // bytes of output_
+    bool running_ = false;
+    bool finishing_ = false;
+    bool ended_ = false;  // the client will send no more
+    bool closed_ = false;
+};
+
+// ---- a connection
+
+void Service::Impl::Session::Open() {
+    place_ = service_->sessions_.insert(service_->sessions_.end(), shared_from_this());
+    Read();
+}
+
+void Service::Impl::Session::Close() {
+    if (closed_) return;
+    closed_ = true;
+    Failure ignored;
+    socket_.close(ignored);
+    ForgetOutput();
+    service_->sessions_.erase(place_);  // perhaps the last reference but the caller's
+}
+
+void Service::Impl::Session::Touch() {
+    Sessions& sessions = service_->sessions_;
+    sessions.splice(sessions.end(), sessions, place_);
+}
+
+void Service::Impl::Session::Advance() {
+    while (!closed_) {
+        if (next_ < message_.requests.size()) {
+            if (StartRequest(message_.requests[next_])) return;
+            ++next_;
+        } else if (!message_.requests.empty()) {
+            FinishMessage();
+            if (!output_.empty()) return finishing_ ? WriteWhatFits() : Write();
+        } else if (finishing_) {
+            Close();
+        } else if (!TakeLine()) {
+            return ended_ ? Close() : Read();
+        }
+    }
+}
+
+/// Makes message_ of the next line. False if there is none.
+bool Service::Impl::Session::TakeLine() {
+    const std::optional<LineSplitter::Line> line = lines_.Next();
+    if (!line) return false;
+    if (line->too_long) {
+        message_ = LineTooLong(service_->options_.line_bytes_max);
+    } else if (!IsBlank(line->text)) {
+        message_ = ParseMessage(line->text, service_->options_.batch_max);
+    }
+    next_ = 0;
+    return true;
+}
+
+void Service::Impl::Session::Read() {
+    socket_.async_read_some(asio::buffer(input_),
+                            [self = shared_from_this()](Failure failure, size_t bytes) {
+                                self->OnRead(failure, bytes);
+                            });
+}
+
+void Service::Impl::Session::OnRead(Failure failure, size_t bytes) {
+    if (closed_) return;
+    if (failure == asio::error::eof) {
+        ended_ = true;
+        lines_.End();
+    } else if (failure) {
+        return Close();
+    }
+    Touch();
+    lines_.Append(std::string_view(input_.data(), bytes));
+    Advance();
+}
+
+/// True if a command is on its way; false if the request needs none.
+bool Service::Impl::Session::StartRequest(Request& request) {
+    if (!request.error && finishing_) {
+        request.error = RpcError{
+            RpcCode::kServerError,
+            MakeError(ErrorKind::kBusy, "the server is stopping; send it again to the next one")};
+    }
+    if (request.error) {
+        Answer(request, EncodeError(request.id.value_or(nullptr), *request.error));
+        return false;
+    }
+    std::variant<Command, RpcError> decoded = DecodeCommand(request);
+    if (const RpcError* error = std::get_if<RpcError>(&decoded)) {
+        Answer(request, EncodeError(request.id.value_or(nullptr), *error));
+        return false;
+    }
+    const Command& command = std::get<Command>(decoded);
+    auto job = std::make_unique<Job>();
+    job->home = service_->backend_.home;
+    job->io = &service_->io_;
+    job->target = CommandTarget{service_->backend_.pool, service_->backend_.clients};
+    job->command = command;
+    job->done = [self = shared_from_this(), command](Result<Reply> result) {
+        self->OnResult(command, std::move(result));
+    };
+    running_ = true;
+    ++service_->running_;
+    Job::Start(std::move(job));
+    return true;
+}
+
+void Service::Impl::Session::OnResult(const Command& command, Result<Reply> result) {
+    running_ = false;
+    if (result.ok() && IsChange(command) && service_->options_.log) {
+        service_->options_.log(Describe(command));
+    }
+    if (!closed_) {
+        const Request& request = message_.requests[next_];
+        const json::value id = request.id.value_or(nullptr);
+        if (result.ok()) {
+            json::value reply = EncodeReply(command, result.value(), service_->Facts());
+            Answer(request, EncodeResult(id, std::move(reply)));
+        } else {
+            Answer(request, EncodeError(id, RpcError{RpcCode::kServerError, result.error()}));
+        }
+        ++next_;
+        Touch();
+        Advance();
+    }
+    // Last: whoever waits for this may end the pool, or this service.
+    if (--service_->running_ == 0 && service_->stopped_) service_->stopped_();
+}
+
+void Service::Impl::Session::Answer(const Request& request, std::string text) {
+    if (!request.id) return;
+    if (service_->output_bytes_ + text.size() > service_->options_.output_bytes_max) {
+        text = EncodeError(
+            *request.id,
+            RpcError{RpcCode::kServerError,
+                     MakeError(ErrorKind::kLimit,
+                               "the command was carried out, but too many answers wait for "
+                               "clients that do not read them; ask again later")});
+    }
+    const size_t before = output_.size();
+    if (message_.batch) output_ += output_.empty() ? '[' : ',';
+    output_ += text;
+    service_->output_bytes_ += output_.size() - before;
+}
+
+void Service::Impl::Session::FinishMessage() {
+    if (!output_.empty()) {
+        const std::string_view end = message_.batch ? "]\n" : "\n";
+        output_ += end;
+        service_->output_bytes_ += end.size();
+    }
+    message_ = Message();
+    next_ = 0;
+}
+
+void Service::Impl::Session::ForgetOutput() {
+    service_->output_bytes_ -= output_.size();
+    output_ = std::string();  // with its memory: an answer may have been large
+    written_ = 0;
+}
+
+void Service::Impl::Session::Write() {
+    socket_.async_write_some(asio::buffer(output_) + written_,
+                             [self = shared_from_this()](Failure failure, size_t bytes) {
+                                 self->OnWrite(failure, bytes);
+                             });
+}
+
+void Service::Impl::Session::OnWrite(Failure failure, size_t bytes) {
+    if (closed_) return;
+    if (failure) return Close();
+    Touch();
+    written_ += bytes;
+    if (written_ < output_.size()) return Write();
+    ForgetOutput();
+    Advance();
+}
+
+/// The last answer of a server that stops: as much as the socket takes at once.
+void Service::Impl::Session::WriteWhatFits() {
+    Failure failure;
+    socket_.non_blocking(true, failure);
+    while (!failure && written_ < output_.size()) {
+        written_ += socket_.write_some(asio::buffer(output_) + written_, failure);
+    }
+    Close();
+}
+
+// ---- the service
+
+Status Service::Impl::Start() {
+    Result<ListeningSocket> listening = ListenUnix(options_.path, 0660);
+    if (!listening.ok()) return listening.error();
+    listening_ = std::move(listening.value());
+    Failure failure;
+    acceptor_.assign(asio::local::stream_protocol(), listening_.fd.get(), failure);
+    if (failure) return SystemError(failure.value(), "cannot listen on the admin socket");
+    listening_.fd.Release();
+    Accept();
+    return Status();
+}
+
+void Service::Impl::Accept() {
+    acceptor_.async_accept([self = shared_from_this()](Failure failure, Socket socket) {
+        self->OnAccept(failure, std::move(socket));
+    });
+}
+
+void Service::Impl::OnAccept(Failure failure, Socket socket) {
+    if (stopped_ || failure == asio::error::operation_aborted) return;
+    if (failure) {
+        // Out of descriptors, mostly. Trying again at once would spin.
+        pause_.expires_after(std::chrono::milliseconds(100));
+        pause_.async_wait([self = shared_from_this()](Failure aborted) {
+            if (!aborted) self->Accept();
+        });
+        return;
+    }
+    if (MakeRoom()) {
+        std::make_shared<Session>(shared_from_this(), std::move(socket))->Open();
+    } else {
+        const RpcError error{
+            RpcCode::kServerError,
+            MakeError(ErrorKind::kLimit, fmt::format("{} admin connections run commands; try again "
+                                                     "when one of them has finished",
+                                                     sessions_.size()))};
+        Failure ignored;
+        socket.non_blocking(true, ignored);
+        socket.write_some(asio::buffer(EncodeError(nullptr, error) + "\n"), ignored);
+    }
+    Accept();
+}
+
+/// Closes the connection that has been silent longest, if all are taken. False if they all run
+/// commands.
+bool Service::Impl::MakeRoom() {
+    if (sessions_.size() < options_.connections_max) return true;
+    for (const std::shared_ptr<Session>& session : sessions_) {
+        if (session->running()) continue;
+        const std::shared_ptr<Session> silent = session;  // the list's reference goes
+        silent->Close();
+        return true;
+    }
+    return false;
+}
+
+void Service::Impl::Stop(std::function<void()> stopped) {
+    VARVE_CHECK(!stopped_);
+    stopped_ = std::move(stopped);
+    Failure ignored;
+    acceptor_.close(ignored);
+    pause_.cancel();
+    listening_.RemoveFile();
+    const Sessions sessions = sessions_;
+    for (const std::shared_ptr<Session>& session : sessions) {
+        if (session->running()) {
+            session->FinishAndClose();
+        } else {
+            session->Close();
+        }
+    }
+    if (running_ == 0) asio::post(io_, [self = shared_from_this()] { self->stopped_(); });
+}
+
+ServerFacts Service::Impl::Facts() const {
+    const auto uptime = std::chrono::steady_clock::now() - started_;
+    return {options_.pool_directory,
+            std::chrono::duration_cast<std::chrono::seconds>(uptime).count()};
+}
+
+Service::Service(asio::io_context& io, Backend backend, ServiceOptions options)
+    : impl_(std::make_shared<Impl>(io, backend, std::move(options))) {}
+
+Service::~Service() = default;
+
+Status Service::Start() {
+    return impl_->Start();
+}
+
+void Service::Stop(std::function<void()> stopped) {
+    impl_->Stop(std::move(stopped));
+}
+
+}  // namespace varve::admin

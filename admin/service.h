@@ -1,0 +1,66 @@
+// Service: the admin socket. Listens on a unix stream socket, reads JSON-RPC lines, runs them as
+// commands on the pool, answers in order.
+// Not the commands themselves (command.h) nor the protocol (jsonrpc.h).
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "admin/client_directory.h"
+#include "base/executor.h"
+#include "base/result.h"
+#include "cow/pool.h"
+
+namespace boost::asio {
+class io_context;
+}
+
+namespace varve::admin {
+
+/// Limits are settings with defaults; going over gives an error object of kind "limit".
+struct ServiceOptions {
+    std::string path;            // of the socket; created with mode 0660
+    std::string pool_directory;  // as `status` shows it
+    size_t connections_max = 128;
+    size_t line_bytes_max = size_t{1} << 20;
+    size_t batch_max = 128;                       // requests in one line
+    size_t output_bytes_max = size_t{256} << 20;  // answers waiting for clients, all together
+    std::function<void(const std::string&)> log;  // optional: one line for each change, once done
+};
+
+/// What the commands work on. All of it outlives the service; its tasks are started on `home`.
+struct Backend {
+    Executor* home = nullptr;
+    cow::Pool* pool = nullptr;
+    ClientDirectory* clients = nullptr;
+};
+
+/// Lives on the one thread that runs `io`: all methods are called there, or before it runs.
+/// Commands run as tasks on the backend's home executor; their results are posted back to `io`.
+/// A connection runs one command at a time and is not read while it runs or while its answer has
+/// not been taken, so no client makes the server buffer more than one line and one answer. When
+/// all connections are taken, a new one replaces the one that has been silent longest.
+class Service {
+  public:
+    Service(boost::asio::io_context& io, Backend backend, ServiceOptions options);
+    /// REQUIRES: never started, or Stop() has reported.
+    ~Service();
+    Service(const Service&) = delete;
+
+    /// Listens. Replaces a socket that nobody listens on. kBusy if another server answers there,
+    /// kExists if the path is something else than a socket, kInvalid or kIo otherwise.
+    Status Start();
+
+    /// Stops listening, removes the socket, closes connections that wait; lets running commands
+    /// finish and sends their answers as far as the socket takes them at once. Calls `stopped` on
+    /// `io` when no command is running any more. REQUIRES: called at most once.
+    void Stop(std::function<void()> stopped);
+
+  private:
+    class Impl;
+    std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace varve::admin

@@ -1,0 +1,303 @@
+// FakePool: a pool of names and numbers in memory, for tests of what stands in front of a pool.
+// Not an engine: its disks hold no data and serve no volumes.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/sync.h"
+#include "cow/pool.h"
+
+namespace varve::testing {
+
+/// All methods run on `home`, as those of a real pool do. Commands wait while it is held.
+class FakePool : public cow::Pool {
+  public:
+    explicit FakePool(Executor& home) : held_(home) {}
+
+    // ---- what a test sets and looks at, on home
+    void Hold() { holding_ = true; }
+    void Release() {
+        holding_ = false;
+        held_.WakeAll();
+    }
+    uint64_t waiting() const { return waiting_; }
+    uint64_t commands() const { return commands_; }
+    void SetClients(const std::string& disk, uint64_t clients) { disks_[disk].clients = clients; }
+    void SetFull(bool full) { full_ = full; }
+    void SetFailure(std::string failure) { failure_ = std::move(failure); }
+    void SetDamage(std::vector<std::string> errors) { damage_ = std::move(errors); }
+    /// How often the status will still report the next deletions as pending.
+    void SetReclaimSteps(uint64_t steps) { reclaim_steps_ = steps; }
+
+    // ---- cow::Pool
+    Task<Status> Shutdown() override { co_return Status(); }
+
+    Task<Status> CreateDisk(std::string name, uint64_t size) override {
+        co_await Enter();
+        if (Status valid = CheckName(name); !valid.ok()) co_return valid;
+        if (disks_.count(name)) co_return Exists("disk", name);
+        if (full_) co_return MakeError(ErrorKind::kNoSpace, "the pool is full; delete snapshots");
+        disks_[name] = Disk{size, kCreatedMs, 0, {}};
+        co_return Status();
+    }
+
+    Task<Result<std::vector<cow::DiskInfo>>> ListDisks() override {
+        co_await Enter();
+        std::vector<cow::DiskInfo> list;
+        for (const auto& [name, disk] : disks_) list.push_back(Info(name, disk));
+        co_return std::move(list);
+    }
+
+    Task<Result<cow::DiskInfo>> ShowDisk(std::string name) override {
+        co_await Enter();
+        const auto disk = disks_.find(name);
+        if (disk == disks_.end()) co_return NoDisk(name);
+        co_return Info(name, disk->second);
+    }
+
+    Task<Status> RenameDisk(std::string name, std::string to) override {
+        co_await Enter();
+        if (!disks_.count(name)) co_return NoDisk(name);
+        if (Status valid = CheckName(to); !valid.ok()) co_return valid;
+        if (disks_.count(to)) co_return Exists("disk", to);
+        auto node = disks_.extract(name);
+        node.key() = to;
+        disks_.insert(std::move(node));
+        co_return Status();
+    }
+
+    Task<Status> ResizeDisk(std::string name, uint64_t size, bool shrink,
+                            bool disconnect) override {
+        co_await Enter();
+        const auto disk = disks_.find(name);
+        if (disk == disks_.end()) co_return NoDisk(name);
+        if (size < disk->second.size) {
+            if (!shrink) {
+                co_return MakeError(ErrorKind::kInvalid,
+                                    fmt::format("disk '{}' is larger; add --shrink", name));
+            }
+            if (Status free = Fence(name, disk->second, disconnect); !free.ok()) co_return free;
+        }
+        disk->second.size = size;
+        co_return Status();
+    }
+
+    Task<Status> DeleteDisk(std::string name, bool snapshots, bool disconnect) override {
+        co_await Enter();
+        const auto disk = disks_.find(name);
+        if (disk == disks_.end()) co_return NoDisk(name);
+        if (!disk->second.snapshots.empty() && !snapshots) {
+            co_return MakeError(ErrorKind::kBusy,
+                                fmt::format("disk '{}' has snapshots; add --snapshots", name));
+        }
+        if (Status free = Fence(name, disk->second, disconnect); !free.ok()) co_return free;
+        disks_.erase(disk);
+        pending_ = reclaim_steps_;
+        co_return Status();
+    }
+
+    Task<Status> CloneSnapshot(std::string snapshot, std::string name) override {
+        co_await Enter();
+        Result<cow::SnapshotInfo*> found = Find(snapshot);
+        if (!found.ok()) co_return found.error();
+        if (Status valid = CheckName(name); !valid.ok()) co_return valid;
+        if (disks_.count(name)) co_return Exists("disk", name);
+        disks_[name] = Disk{found.value()->size, kCreatedMs, 0, {}};
+        co_return Status();
+    }
+
+    Task<Status> CreateSnapshots(std::vector<std::string> names) override {
+        co_await Enter();
+        for (const std::string& name : names) {
+            const size_t at = name.find('@');
+            if (at == std::string::npos) {
+                co_return MakeError(ErrorKind::kInvalid,
+                                    fmt::format("'{}' is no snapshot; write DISK@SNAP", name));
+            }
+            if (!disks_.count(name.substr(0, at))) co_return NoDisk(name.substr(0, at));
+            if (Status valid = CheckName(name.substr(at + 1)); !valid.ok()) co_return valid;
+            if (Find(name).ok()) co_return Exists("snapshot", name);
+        }
+        ++generation_;
+        for (const std::string& name : names) {
+            const size_t at = name.find('@');
+            Disk& disk = disks_[name.substr(0, at)];
+            disk.snapshots.push_back({name.substr(0, at), name.substr(at + 1),
+                                      kCreatedMs + static_cast<int64_t>(generation_) * 1000,
+                                      disk.size, generation_, 8192, 40960});
+        }
+        co_return Status();
+    }
+
+    Task<Result<std::vector<cow::SnapshotInfo>>> ListSnapshots(std::string disk) override {
+        co_await Enter();
+        const auto found = disks_.find(disk);
+        if (found == disks_.end()) co_return NoDisk(disk);
+        co_return found->second.snapshots;
+    }
+
+    Task<Result<cow::SnapshotInfo>> ShowSnapshot(std::string name) override {
+        co_await Enter();
+        Result<cow::SnapshotInfo*> found = Find(name);
+        if (!found.ok()) co_return found.error();
+        co_return *found.value();
+    }
+
+    Task<Status> RenameSnapshot(std::string name, std::string to) override {
+        co_await Enter();
+        Result<cow::SnapshotInfo*> found = Find(name);
+        if (!found.ok()) co_return found.error();
+        if (Status valid = CheckName(to); !valid.ok()) co_return valid;
+        if (Find(found.value()->disk + "@" + to).ok()) co_return Exists("snapshot", to);
+        found.value()->name = to;
+        co_return Status();
+    }
+
+    Task<Status> DeleteSnapshot(std::string name, bool disconnect) override {
+        co_await Enter();
+        Result<cow::SnapshotInfo*> found = Find(name);
+        if (!found.ok()) co_return found.error();
+        Disk& disk = disks_[found.value()->disk];
+        if (disk.clients && !disconnect) co_return Busy(name);
+        disk.snapshots.erase(disk.snapshots.begin() + (found.value() - disk.snapshots.data()));
+        pending_ = reclaim_steps_;
+        co_return Status();
+    }
+
+    Task<Status> RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
+                                 bool disconnect) override {
+        co_await Enter();
+        Result<cow::SnapshotInfo*> found = Find(name);
+        if (!found.ok()) co_return found.error();
+        const cow::SnapshotInfo snapshot = *found.value();
+        Disk& disk = disks_[snapshot.disk];
+        if (Status free = Fence(snapshot.disk, disk, disconnect); !free.ok()) co_return free;
+        if (keep_as) {
+            ++generation_;
+            disk.snapshots.push_back(
+                {snapshot.disk, *keep_as, kCreatedMs, disk.size, generation_, 0, 40960});
+        }
+        disk.size = snapshot.size;
+        co_return Status();
+    }
+
+    Task<Result<cow::PoolStatus>> GetStatus() override {
+        co_await Enter();
+        cow::PoolStatus status;
+        status.capacity = uint64_t{100} << 30;
+        for (const auto& [name, disk] : disks_) {
+            status.used += kUsed;
+            status.snapshots += disk.snapshots.size();
+        }
+        status.free = status.capacity - status.used;
+        status.disks = disks_.size();
+        status.reclaim_pending = pending_ > 0 ? 1 : 0;
+        if (pending_ > 0) {
+            --pending_;
+            reclaimed_ += 4096;
+        }
+        status.reclaimed_bytes = reclaimed_;
+        status.map_cache_limit = 256 << 20;
+        status.failed = !failure_.empty();
+        status.failure = failure_;
+        co_return status;
+    }
+
+    Task<Result<cow::CheckReport>> Check() override {
+        co_await Enter();
+        cow::CheckReport report;
+        report.errors = damage_;
+        report.disks = disks_.size();
+        report.used_blocks = disks_.size() * kUsed / cow::kBlockBytes;
+        co_return std::move(report);
+    }
+
+    Task<void> WaitForReclaim() override { co_return; }
+    Task<void> CommitDirty() override { co_return; }
+    std::vector<cow::ExportEntry> ListExports() override { return {}; }
+    Task<Result<cow::Export>> OpenExport(std::string name) override { co_return NoDisk(name); }
+    Task<void> CloseExport(uint64_t) override { co_return; }
+    void SetDisconnector(std::function<void(const std::vector<uint64_t>&)>) override {}
+
+  private:
+    static constexpr int64_t kCreatedMs = 1'700'000'000'000;
+    static constexpr uint64_t kUsed = 1 << 20;
+
+    struct Disk {
+        uint64_t size = 0;
+        int64_t created_ms = 0;
+        uint64_t clients = 0;
+        std::vector<cow::SnapshotInfo> snapshots;
+    };
+
+    Task<void> Enter() {
+        ++waiting_;
+        while (holding_) co_await held_.Wait();
+        --waiting_;
+        ++commands_;
+    }
+
+    static Status CheckName(const std::string& name) {
+        const bool valid = !name.empty() && name.size() <= 128 &&
+                           std::isalnum(static_cast<unsigned char>(name[0]));
+        const auto allowed = [](unsigned char c) {
+            return std::isalnum(c) || c == '.' || c == '_' || c == ':' || c == '-';
+        };
+        if (valid && std::all_of(name.begin(), name.end(), allowed)) return Status();
+        return MakeError(ErrorKind::kInvalid,
+                         fmt::format("'{}' is no name; use letters, digits and . _ : -", name));
+    }
+    static Error NoDisk(const std::string& name) {
+        return MakeError(ErrorKind::kNotFound,
+                         fmt::format("there is no disk '{}'; see varve list", name));
+    }
+    static Error Exists(const char* what, const std::string& name) {
+        return MakeError(ErrorKind::kExists,
+                         fmt::format("{} '{}' exists; choose another name", what, name));
+    }
+    static Error Busy(const std::string& name) {
+        return MakeError(ErrorKind::kBusy,
+                         fmt::format("a client is attached to '{}'; add --disconnect", name));
+    }
+    static Status Fence(const std::string& name, Disk& disk, bool disconnect) {
+        if (disk.clients && !disconnect) return Busy(name);
+        disk.clients = 0;
+        return Status();
+    }
+    cow::DiskInfo Info(const std::string& name, const Disk& disk) const {
+        return {name,         disk.size,       kUsed,       disk.snapshots.size(),
+                disk.clients, disk.created_ms, generation_, 1};
+    }
+    Result<cow::SnapshotInfo*> Find(const std::string& name) {
+        const size_t at = name.find('@');
+        const auto disk = disks_.find(name.substr(0, at));
+        if (at != std::string::npos && disk != disks_.end()) {
+            for (cow::SnapshotInfo& snapshot : disk->second.snapshots) {
+                if (snapshot.name == name.substr(at + 1)) return &snapshot;
+            }
+        }
+        return MakeError(ErrorKind::kNotFound,
+                         fmt::format("there is no snapshot '{}'; see varve list", name));
+    }
+
+    WaitList held_;
+    bool holding_ = false;
+    uint64_t waiting_ = 0;
+    uint64_t commands_ = 0;
+    bool full_ = false;
+    std::string failure_;
+    std::vector<std::string> damage_;
+    uint64_t reclaim_steps_ = 0;
+    uint64_t pending_ = 0;
+    uint64_t reclaimed_ = 0;
+    uint64_t generation_ = 1;
+    std::map<std::string, Disk> disks_;
+};
+
+}  // namespace varve::testing
