@@ -37,10 +37,10 @@ struct Environment {
 struct PoolOptions {
     uint64_t map_cache_bytes = 256 << 20;  // all lanes together
     uint64_t disks_max = 10'000;
-    uint64_t snapshots_max = 100'000;          // of one disk
-    uint64_t disk_bytes_max = kDiskBytesMax;   // size of one disk
-    uint64_t capacity_max = 0;                 // bytes of the data file; 0: what the device holds
-    uint64_t commit_interval_ms = 1000;        // (server) how long a write may wait for its commit
+    uint64_t snapshots_max = 100'000;         // of one disk
+    uint64_t disk_bytes_max = kDiskBytesMax;  // size of one disk
+    uint64_t capacity_max = 0;                // bytes of the data file; 0: what the device holds
+    uint64_t commit_interval_ms = 1000;       // (server) how long a write may wait for its commit
 };
 
 struct DiskInfo {
@@ -70,7 +70,7 @@ struct PoolStatus {
     uint64_t free = 0;      // capacity - used
     uint64_t disks = 0;
     uint64_t snapshots = 0;
-    uint64_t reclaim_pending = 0;  // deletions whose space is not all given back yet
+    uint64_t reclaim_pending = 0;   // deletions whose space is not all given back yet
     uint64_t reclaimed_chunks = 0;  // looked at by the running deletion
     uint64_t reclaimed_bytes = 0;   // given back since the start
     uint64_t commits = 0;           // since the start

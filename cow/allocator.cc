@@ -1,0 +1,243 @@
+#include "cow/allocator.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace varve::cow {
+namespace {
+
+constexpr char kFullRow = 'F';
+constexpr char kBitmapRow = 'B';  // followed by the bitmap: block i is bit i % 8 of byte i / 8
+constexpr uint64_t kRoomyBlocks = kRegionBlocks / 4;
+/// Rows read on the way to a lease before the data file is grown instead.
+constexpr uint64_t kKnowBeforeGrowing = 1024;
+/// Wholly free regions that stay provisioned: 256 MiB that need not be provisioned again soon.
+constexpr size_t kEmptyKept = 16;
+
+static_assert(sizeof(Allocator::Bits) == kRegionBlocks / 8, "a bitset is copied as bytes");
+
+std::string EncodeBitmap(const Allocator::Bits& bits) {
+    std::string row(1 + sizeof bits, kBitmapRow);
+    std::memcpy(row.data() + 1, &bits, sizeof bits);
+    return row;
+}
+
+Error DamagedRegion(uint64_t region) {
+    return MakeError(ErrorKind::kDamaged, fmt::format("allocator region {} is damaged", region));
+}
+
+}  // namespace
+
+Allocator::Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& pool,
+                     uint64_t capacity_max)
+    : metadata_(metadata), space_(space), pool_(pool), capacity_max_(capacity_max) {
+    regions_.resize(pool_.region_count);
+}
+
+Status Allocator::Know(uint64_t index) {
+    if (index >= regions_.size()) return DamagedRegion(index);
+    Region& region = regions_[index];
+    if (region.known) return Status();
+    const Result<std::optional<std::string>> row = metadata_.View()->Get(RegionKey(index));
+    if (!row.ok()) return row.error();
+    if (row.value()) {
+        const std::string& value = *row.value();
+        if (value.size() == 1 && value[0] == kFullRow) {
+            region.full = true;
+        } else if (value.size() == 1 + sizeof(Bits) && value[0] == kBitmapRow) {
+            region.maps = std::make_unique<Maps>();
+            std::memcpy(static_cast<void*>(&region.maps->used), value.data() + 1, sizeof(Bits));
+            region.maps->busy = region.maps->used;
+        } else {
+            return DamagedRegion(index);
+        }
+    }
+    region.known = true;
+    if (index == 0) MapsOf(0).busy.set(0);  // the superblock
+    Settle(index);
+    return Status();
+}
+
+Status Allocator::KnowMore(uint64_t most) {
+    for (; most > 0 && known_below_ < regions_.size(); --most, ++known_below_) {
+        if (Status s = Know(known_below_); !s.ok()) return s;
+    }
+    return Status();
+}
+
+Allocator::Maps& Allocator::MapsOf(uint64_t index) {
+    Region& region = regions_[index];
+    if (!region.maps) {
+        region.maps = std::make_unique<Maps>();
+        if (region.full) {
+            region.maps->used.set();
+            region.maps->busy.set();
+        }
+    }
+    return *region.maps;
+}
+
+void Allocator::Settle(uint64_t index) {
+    Region& region = regions_[index];
+    uint64_t free = region.full ? 0 : kRegionBlocks;
+    if (region.maps) {
+        const Maps& maps = *region.maps;
+        free = kRegionBlocks - maps.busy.count();
+        if (maps.used == maps.busy && (free == 0 || free == kRegionBlocks)) {
+            region.full = free == 0;
+            region.maps.reset();
+        }
+    }
+    roomy_.erase(index);
+    tight_.erase(index);
+    empty_.erase(index);
+    if (free >= kRoomyBlocks) {
+        roomy_.insert(index);
+    } else if (free > 0) {
+        tight_.insert(index);
+    }
+    if (free == kRegionBlocks) empty_.insert(index);
+}
+
+Result<uint64_t> Allocator::Grow() {
+    const uint64_t index = regions_.size();
+    if (capacity_max_ != 0 && (index + 1) * kRegionBytes > capacity_max_) {
+        return MakeError(ErrorKind::kNoSpace, "the pool has reached its configured capacity");
+    }
+    Status s = space_.Provision(index * kRegionBytes, kRegionBytes);
+    if (!s.ok()) return s.error();
+    regions_.emplace_back();
+    regions_.back().known = true;
+    if (known_below_ == index) known_below_ = index + 1;
+    pool_.region_count = regions_.size();
+    if (index == 0) MapsOf(0).busy.set(0);
+    Settle(index);
+    return index;
+}
+
+std::vector<Extent> Allocator::TakeAll(uint64_t index) {
+    Bits& busy = MapsOf(index).busy;
+    std::vector<Extent> extents;
+    const uint64_t base = index * kRegionBlocks;
+    for (uint64_t i = 0; i < kRegionBlocks; ++i) {
+        if (busy[i]) continue;
+        if (!extents.empty() && extents.back().place + extents.back().count == base + i) {
+            ++extents.back().count;
+        } else {
+            extents.push_back({base + i, 1});
+        }
+    }
+    busy.set();
+    Settle(index);
+    return extents;
+}
+
+Result<std::vector<Extent>> Allocator::Lease() {
+    if (roomy_.empty()) {
+        if (Status s = KnowMore(kKnowBeforeGrowing); !s.ok()) return s.error();
+    }
+    if (roomy_.empty()) {
+        const Result<uint64_t> grown = Grow();
+        if (grown.ok()) return TakeAll(grown.value());
+        if (grown.error().kind != ErrorKind::kNoSpace) return grown.error();
+        while (roomy_.empty() && known_below_ < regions_.size()) {
+            if (Status s = KnowMore(kKnowBeforeGrowing); !s.ok()) return s.error();
+        }
+    }
+    for (const uint64_t index : roomy_) {
+        if (!empty_.contains(index)) return TakeAll(index);
+    }
+    Status no_space = MakeError(ErrorKind::kNoSpace, "the pool is full");
+    if (!empty_.empty()) {
+        // It may have been discarded, by this run or an earlier one.
+        const uint64_t index = *empty_.begin();
+        no_space = space_.Provision(index * kRegionBytes, kRegionBytes);
+        if (no_space.ok()) return TakeAll(index);
+    }
+    if (tight_.empty()) return no_space.error();
+    return TakeAll(*tight_.begin());
+}
+
+template <typename F>
+Status Allocator::ForEachPart(Extent extent, F&& apply) {
+    while (extent.count > 0) {
+        const uint64_t index = extent.place / kRegionBlocks;
+        const uint64_t first = extent.place % kRegionBlocks;
+        const uint64_t count = std::min(extent.count, kRegionBlocks - first);
+        if (Status s = Know(index); !s.ok()) return s;
+        if (Status s = apply(index, first, first + count); !s.ok()) return s;
+        extent = {extent.place + count, extent.count - count};
+    }
+    return Status();
+}
+
+Status Allocator::MarkUsed(const Extent& extent) {
+    pool_.used_blocks += extent.count;
+    return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
+        Maps& maps = MapsOf(index);
+        for (uint64_t bit = first; bit < end; ++bit) {
+            VARVE_CHECK(maps.busy[bit] && !maps.used[bit]);
+            maps.used.set(bit);
+        }
+        changed_.insert(index);
+        return Status();
+    });
+}
+
+Status Allocator::MarkFree(const Extent& extent) {
+    Status s = ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) -> Status {
+        const Maps& maps = MapsOf(index);
+        for (uint64_t bit = first; bit < end; ++bit) {
+            if (!maps.used[bit]) return DamagedRegion(index);
+        }
+        return Status();
+    });
+    if (!s.ok()) return s;
+    pool_.used_blocks -= extent.count;
+    return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
+        for (uint64_t bit = first; bit < end; ++bit) MapsOf(index).used.reset(bit);
+        changed_.insert(index);
+        return Status();
+    });
+}
+
+void Allocator::Release(const Extent& extent) {
+    const Status s = ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
+        Maps& maps = MapsOf(index);
+        for (uint64_t bit = first; bit < end; ++bit) {
+            VARVE_CHECK(maps.busy[bit] && !maps.used[bit]);
+            maps.busy.reset(bit);
+        }
+        Settle(index);
+        if (empty_.size() > kEmptyKept && empty_.contains(index)) {
+            space_.Discard(index * kRegionBytes, kRegionBytes);
+        }
+        return Status();
+    });
+    VARVE_CHECK(s.ok());  // the regions were known when the blocks were taken
+}
+
+void Allocator::Encode(Batch& batch) {
+    for (const uint64_t index : changed_) {
+        const Region& region = regions_[index];
+        const bool none = region.maps ? region.maps->used.none() : !region.full;
+        const bool all = region.maps ? region.maps->used.all() : region.full;
+        if (none) {
+            batch.Delete(RegionKey(index));
+        } else {
+            batch.Put(RegionKey(index),
+                      all ? std::string(1, kFullRow) : EncodeBitmap(region.maps->used));
+        }
+    }
+    changed_.clear();
+}
+
+uint64_t Allocator::Capacity() const {
+    uint64_t capacity = space_.Capacity(regions_.size() * kRegionBytes);
+    if (capacity_max_ != 0) capacity = std::min(capacity, capacity_max_);
+    return capacity / kRegionBytes * kRegionBytes;
+}
+
+}  // namespace varve::cow

@@ -1,0 +1,206 @@
+// Opening and closing a pool, its status, and where space comes from when it is scarce.
+#include "cow/pool.h"
+
+#include "base/log.h"
+#include "cow/pool_impl.h"
+
+namespace varve::cow {
+
+PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog)
+    : core_(std::move(environment)),
+      options_(options),
+      catalog_(std::move(catalog)),
+      allocator_(core_.metadata(), *core_.environment.space, catalog_.mutable_pool(),
+                 options.capacity_max),
+      reclaimer_(core_, catalog_, committer_),
+      committer_(core_, catalog_, allocator_, [this] { reclaimer_.Wake(); }),
+      commands_(core_.home()),
+      export_closed_(core_.home()),
+      visit_ended_(core_.home()),
+      background_(core_.home()) {
+    const uint64_t share = options.map_cache_bytes / core_.environment.lanes.size();
+    for (const Lane& lane : core_.environment.lanes) {
+        core_.lanes.push_back(std::make_unique<LaneState>(lane, share));
+    }
+}
+
+PoolImpl::~PoolImpl() {
+    VARVE_CHECK(disks_.empty() && snapshots_.empty());
+}
+
+Task<Result<std::unique_ptr<Pool>>> Pool::Open(Environment environment, PoolOptions options) {
+    VARVE_CHECK(!environment.lanes.empty());
+    const std::unique_ptr<MetadataView> view = environment.metadata->View();
+    Result<Catalog> catalog = Catalog::Load(*view);
+    if (!catalog.ok()) co_return catalog.error();
+    auto pool =
+        std::make_unique<PoolImpl>(std::move(environment), options, std::move(catalog.value()));
+    pool->Start();
+    co_return std::unique_ptr<Pool>(std::move(pool));
+}
+
+void PoolImpl::Start() {
+    for (const auto& [id, disk] : catalog_.disks()) {
+        AddHead(id);
+        if (disk.record.trimming) {
+            disks_.at(id).busy = disks_.at(id).fenced = true;
+            Spawn(Trimmed(id));
+        }
+    }
+    reclaimer_.Start();
+}
+
+Task<void> PoolImpl::Trimmed(DiskId id) {
+    background_.Enter();
+    const Status s = co_await FinishShrink(id);
+    if (!s.ok() && !core_.closing) Log(LogLevel::kError, s.error().message);
+    background_.Leave();
+}
+
+Task<Status> PoolImpl::Shutdown() {
+    co_await commands_.Lock();
+    const CommandLock lock(commands_);
+    core_.closing = true;
+    VARVE_CHECK(exports_.empty());
+    co_await background_.Drained();
+    co_await reclaimer_.Stop();
+    Status result;
+    while (!disks_.empty()) {
+        const DiskId id = disks_.begin()->first;
+        const Status s = co_await Settle(*disks_.at(id).head);
+        if (!s.ok()) result = s;
+        co_await DropHead(id);
+    }
+    co_await committer_.Idle();
+    co_return result;
+}
+
+Task<Status> PoolImpl::Commit(Change change) {
+    co_return co_await committer_.Commit(std::move(change), core_.home());
+}
+
+Task<Status> PoolImpl::CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) {
+    Change change = [this, disk, &commit](CommitContext& context) {
+        return BuildHeadCommit(core_, context, disk, commit);
+    };
+    co_await Hop(core_.home());
+    co_return co_await committer_.Commit(std::move(change), lane);
+}
+
+Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(Executor& lane, bool urgent) {
+    co_await Hop(core_.home());
+    Result<std::vector<Extent>> lease = allocator_.Lease();
+    if (!lease.ok() && lease.error().kind == ErrorKind::kNoSpace && urgent) {
+        lease = co_await FindSpace();
+    }
+    co_await Hop(lane);
+    co_return lease;
+}
+
+/// The pool looks full: takes back what idle disks were handed, commits trims, and waits for
+/// deletions under way. kNoSpace only when all of that gave nothing.
+Task<Result<std::vector<Extent>>> PoolImpl::FindSpace() {
+    const Error full = MakeError(ErrorKind::kNoSpace,
+                                 "the pool is full; delete snapshots or disks, or enlarge it");
+    if (full_ && full_at_release_ == committer_.released_blocks()) co_return full;
+    background_.Enter();
+    co_await RecallLeases();
+    Result<std::vector<Extent>> lease = allocator_.Lease();
+    if (!lease.ok()) {
+        co_await CommitDirty();
+        co_await committer_.Idle();
+        lease = allocator_.Lease();
+    }
+    while (!lease.ok() && co_await reclaimer_.WaitStep()) {
+        co_await committer_.Idle();
+        lease = allocator_.Lease();
+    }
+    full_ = !lease.ok();
+    full_at_release_ = committer_.released_blocks();
+    background_.Leave();
+    co_return lease;
+}
+
+void PoolImpl::EndVisit(DiskId id) {
+    if (--disks_.at(id).visitors == 0) visit_ended_.WakeAll();
+}
+
+Task<void> PoolImpl::RecallLeases() {
+    std::vector<DiskId> ids;
+    for (const auto& [id, disk] : disks_) ids.push_back(id);
+    for (const DiskId id : ids) {
+        const auto disk = disks_.find(id);
+        if (disk == disks_.end()) continue;
+        Head& head = *disk->second.head;
+        ++disk->second.visitors;
+        co_await Hop(head.executor());
+        const std::vector<Extent> extents = head.TakeLease();
+        co_await Hop(core_.home());
+        EndVisit(id);
+        for (const Extent& extent : extents) allocator_.Release(extent);
+    }
+}
+
+Task<void> PoolImpl::CommitOne(DiskId id, Join* join) {
+    Head& head = *disks_.at(id).head;
+    ++disks_.at(id).visitors;
+    co_await Hop(head.executor());
+    const Errno ignored = co_await head.Flush();  // a failure shows in the pool's state
+    (void)ignored;
+    co_await Hop(core_.home());
+    EndVisit(id);
+    join->Done();
+}
+
+Task<void> PoolImpl::CommitDirty() {
+    std::vector<DiskId> changed;
+    for (const auto& [id, disk] : disks_) {
+        if (disk.head->changed()) changed.push_back(id);
+    }
+    if (changed.empty() || core_.failed) co_return;
+    background_.Enter();
+    Join join(static_cast<uint32_t>(changed.size()));
+    for (const DiskId id : changed) Spawn(CommitOne(id, &join));
+    co_await join;
+    background_.Leave();
+}
+
+Task<Result<PoolStatus>> PoolImpl::GetStatus() {
+    co_await CommitDirty();
+    PoolStatus status;
+    status.used = catalog_.pool().used_blocks * kBlockBytes;
+    status.capacity = std::max(allocator_.Capacity(), status.used);
+    status.free = status.capacity - status.used;
+    status.disks = catalog_.disks().size();
+    status.snapshots = catalog_.snapshots().size();
+    status.reclaim_pending = std::max<uint64_t>(catalog_.jobs().size(), reclaimer_.idle() ? 0 : 1);
+    status.reclaimed_chunks = reclaimer_.swept_chunks();
+    status.reclaimed_bytes = reclaimer_.freed_blocks() * kBlockBytes;
+    status.commits = committer_.commits();
+    status.map_cache_limit = options_.map_cache_bytes;
+    status.failed = core_.failed;
+    status.failure = core_.failed ? core_.failure() : reclaimer_.failure();
+    for (const auto& lane : core_.lanes) {
+        co_await Hop(lane->executor);
+        const uint64_t used = lane->cache.used();
+        co_await Hop(core_.home());
+        status.map_cache_used += used;
+    }
+    co_return status;
+}
+
+Task<Result<CheckReport>> PoolImpl::Check() {
+    co_await CommitDirty();
+    co_await Hop(core_.loader());
+    Result<CheckReport> report = CheckMetadata(core_.metadata());
+    co_await Hop(core_.home());
+    co_return report;
+}
+
+Task<void> PoolImpl::WaitForReclaim() {
+    co_await CommitDirty();
+    co_await reclaimer_.WaitIdle();
+    co_await committer_.Idle();
+}
+
+}  // namespace varve::cow
