@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <string_view>
 #include <variant>
@@ -293,8 +294,10 @@ std::string HelpText(const Verb* verb) {
             flags += option->value ? fmt::format(" [{} {}]", name, option->value)
                                    : fmt::format(" [{}]", name);
         }
+        std::string summary = verb->summary;
+        summary[0] = static_cast<char>(std::toupper(summary[0]));
         text = fmt::format("varve {}{}{}{}\n\n{}.\n", verb->name, *verb->operands ? " " : "",
-                           verb->operands, flags, verb->summary);
+                           verb->operands, flags, summary);
         if (*verb->details) text += fmt::format("{}\n", verb->details);
         text += "\nOptions:\n";
         for (const Option& option : Options()) {

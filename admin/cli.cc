@@ -38,15 +38,11 @@ bool IsSnapshot(const std::string& name) {
     return name.find('@') != std::string::npos;
 }
 
-/// The bare snapshot name of `name`, which may repeat the disk of `of`: "d@new" for "d@old".
-Result<std::string> SnapshotPart(const std::string& name, const std::string& of) {
-    const size_t at = name.find('@');
-    if (at == std::string::npos) return name;
-    if (name.substr(0, at) != of.substr(0, of.find('@'))) {
-        return Usage(fmt::format(
-            "'{}' is of another disk than '{}'; a snapshot stays with its disk", name, of));
-    }
-    return name.substr(at + 1);
+/// A snapshot's new name is given without its disk, with which it stays.
+Status CheckBareName(const std::string& name) {
+    if (!IsSnapshot(name)) return Status();
+    return Usage(fmt::format("'{}' names a disk too; give the snapshot's new name alone: {}", name,
+                             name.substr(name.find('@') + 1)));
 }
 
 Result<Call> ListCall(const Arguments& a) {
@@ -73,10 +69,9 @@ Result<Call> RestoreCall(const Arguments& a) {
     json::object params = {{"snapshot", name}, {"disconnect", a.disconnect}};
     std::string loss = ", losing what was written since";
     if (a.keep_as) {
-        Result<std::string> keep = SnapshotPart(*a.keep_as, name);
-        if (!keep.ok()) return keep.error();
-        params.emplace("keep_as", keep.value());
-        loss = fmt::format(", keeping the present state as '{}'", keep.value());
+        if (Status bare = CheckBareName(*a.keep_as); !bare.ok()) return bare.error();
+        params.emplace("keep_as", *a.keep_as);
+        loss = fmt::format(", keeping the present state as '{}'", *a.keep_as);
     }
     std::string question = fmt::format("Put disk '{}' back to the state of '{}'{}?",
                                        name.substr(0, name.find('@')), name, loss);
@@ -88,9 +83,9 @@ Result<Call> RenameCall(const Arguments& a) {
     if (!IsSnapshot(name)) {
         return Call{"disk.rename", {{"name", name}, {"to", a.operands[1]}}, nullptr, ""};
     }
-    Result<std::string> to = SnapshotPart(a.operands[1], name);
-    if (!to.ok()) return to.error();
-    return Call{"snapshot.rename", {{"snapshot", name}, {"to", to.value()}}, nullptr, ""};
+    const std::string& to = a.operands[1];
+    if (Status bare = CheckBareName(to); !bare.ok()) return bare.error();
+    return Call{"snapshot.rename", {{"snapshot", name}, {"to", to}}, nullptr, ""};
 }
 
 Result<Call> ResizeCall(const Arguments& a) {

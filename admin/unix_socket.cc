@@ -146,8 +146,11 @@ Result<ListeningSocket> ListenUnix(const std::string& path, unsigned mode) {
 }
 
 Result<OwnedFd> ConnectUnix(const std::string& path) {
-    Result<Place> found = FindPlace(path);
-    if (!found.ok()) return found.error();
+    const Result<Place> found = FindPlace(path);
+    if (!found.ok()) {
+        return MakeError(found.error().kind,
+                         fmt::format("cannot connect to '{}': {}", path, found.error().message));
+    }
     OwnedFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     if (!fd.valid()) return SystemError(errno, "cannot make a socket");
     const Errno error = Connect(fd.get(), found.value().Through(found.value().file));

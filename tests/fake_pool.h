@@ -93,7 +93,7 @@ class FakePool : public cow::Pool {
         const auto disk = disks_.find(name);
         if (disk == disks_.end()) co_return NoDisk(name);
         if (!disk->second.snapshots.empty() && !snapshots) {
-            co_return MakeError(ErrorKind::kBusy,
+            co_return MakeError(ErrorKind::kInvalid,
                                 fmt::format("disk '{}' has snapshots; add --snapshots", name));
         }
         if (Status free = Fence(name, disk->second, disconnect); !free.ok()) co_return free;
