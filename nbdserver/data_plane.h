@@ -1,0 +1,45 @@
+// DataPlane: the reactors with what belongs to each: a block store on the data file, and the host
+// of its connections.
+// Not what runs on them: the engine gets lanes, Clients gets hosts.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "base/reactor.h"
+#include "base/result.h"
+#include "cow/pool.h"
+#include "nbdserver/connection.h"
+#include "nbdserver/ring_store.h"
+
+namespace varve::nbdserver {
+
+class DataPlane {
+  public:
+    /// Starts `threads` reactors on the data file `fd`, which stays the caller's. kFailed where
+    /// io_uring cannot be used.
+    static Result<std::unique_ptr<DataPlane>> Start(unsigned threads, int fd, FileTraits traits,
+                                                    const ConnectionLimits& limits);
+
+    /// Waits for what is under way, then ends the threads. REQUIRES: no connection is left, and
+    /// nobody posts any more.
+    ~DataPlane();
+    DataPlane(const DataPlane&) = delete;
+
+    std::vector<cow::Lane> lanes() const;
+    /// The host on `reactor`, one of the lanes' executors. Any thread.
+    ConnectionHost& HostOf(Executor& reactor) const;
+
+  private:
+    struct Lane {
+        std::unique_ptr<Reactor> reactor;
+        std::unique_ptr<RingStore> store;
+        std::unique_ptr<ConnectionHost> host;
+    };
+
+    DataPlane() = default;
+
+    std::vector<Lane> lanes_;
+};
+
+}  // namespace varve::nbdserver

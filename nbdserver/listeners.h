@@ -1,0 +1,42 @@
+// Listening sockets: TCP, unix, and those that systemd passes.
+// Not accepting: server.h does that.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "admin/unix_socket.h"
+#include "base/result.h"
+
+namespace varve::nbdserver {
+
+/// HOST:PORT, with an IPv6 address in brackets.
+struct TcpAddress {
+    std::string host;
+    uint16_t port = 0;
+};
+
+/// kInvalid with a message that shows the form.
+Result<TcpAddress> ParseTcpAddress(std::string_view text);
+
+struct Listener {
+    admin::ListeningSocket socket;  // non-blocking, close-on-exec; with a path if it made the file
+    std::string uri;  // "nbd://127.0.0.1:10809" with the actual port, "nbd+unix:///?socket=PATH"
+};
+
+/// One for each address of the host's. kBusy if the port is taken, else kInvalid or kIo.
+Result<std::vector<Listener>> ListenTcp(const TcpAddress& address);
+/// Mode 0660. Replaces a socket file that nobody listens on. kBusy, kExists, kInvalid or kIo.
+Result<Listener> ListenNbdUnix(const std::string& path);
+/// Those of LISTEN_FDS; none if the server was not started by a socket unit. Once per process.
+Result<std::vector<Listener>> TakeSystemdSockets();
+
+/// "127.0.0.1:51234", "[::1]:51234" or "unix:uid=0,pid=12" of the other end of `fd`.
+std::string PeerAddress(int fd);
+
+/// Sets what NBD needs on a connected socket: no delay of small packets, probes of dead peers.
+void PrepareConnection(int fd);
+
+}  // namespace varve::nbdserver

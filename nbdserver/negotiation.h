@@ -1,0 +1,130 @@
+// Negotiator: NBD's fixed newstyle negotiation as a state machine. Bytes in, bytes out.
+// Not a connection: it knows no sockets, no threads and no pool. Whoever drives it looks exports
+// up. Source: doc/proto.md of github.com/NetworkBlockDevice/nbd.
+//
+//   output(Greeting()); loop: Feed(bytes)... and do as step() says until kDone or kHangUp
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace varve::nbdserver {
+
+struct NegotiationLimits {
+    uint32_t options_max = 32;            // then the connection is closed
+    uint32_t option_bytes_max = 8 << 10;  // data of one option; more: an error, not stored
+    uint32_t option_skip_max = 1 << 20;   // data of one option; more: the connection is closed
+    uint32_t list_bytes_max = 4 << 20;    // the answer to LIST; more: an error instead
+    uint32_t context_queries_max = 64;    // in one option
+};
+
+/// What the state machine must know of an export.
+struct ExportDescription {
+    std::string name;   // its own: "disk0", also if it was asked for as ""
+    uint64_t size = 0;  // bytes
+    bool read_only = false;
+};
+
+/// Why a looked-up export is not served.
+enum class LookupError {
+    kUnknown,   // there is no such export
+    kBusy,      // not now: it is being restored, deleted or resized
+    kFailed,    // the server cannot
+    kShutdown,  // the server is stopping
+};
+
+/// What was agreed on, valid at Step::kDone.
+struct NegotiationResult {
+    std::string export_name;  // as the client named it
+    bool structured_replies = false;
+    bool base_allocation = false;  // selected for this export
+    std::string leftover;          // bytes that arrived behind the last option
+};
+
+class Negotiator {
+  public:
+    enum class Step {
+        kInput,   // Feed() more
+        kList,    // call AnswerList()
+        kLookup,  // look lookup_name() up, call AnswerLookup()
+        kDone,    // send the output; transmission begins. Only after a lookup with opens()
+        kHangUp,  // send the output, then close
+    };
+
+    /// The id that stands for base:allocation in BLOCK_STATUS replies.
+    static constexpr uint32_t kBaseAllocationId = 1;
+
+    explicit Negotiator(NegotiationLimits limits = {});
+
+    Step step() const { return step_; }
+
+    /// Takes the next bytes of the client. REQUIRES: step() is kInput. Looks at them until it needs
+    /// an answer; what is behind stays inside. Keeps at most one option and what `bytes` held.
+    Step Feed(std::string_view bytes);
+
+    /// REQUIRES: step() is kLookup.
+    const std::string& lookup_name() const { return lookup_name_; }
+    /// Whether the export is to be opened (GO, EXPORT_NAME), not only described.
+    bool opens() const;
+    Step AnswerLookup(const ExportDescription& description);
+    Step AnswerLookup(LookupError error);
+
+    /// REQUIRES: step() is kList. `names` in the order in which clients shall see them.
+    Step AnswerList(const std::vector<std::string>& names);
+
+    /// From now on every option but ABORT is answered with ERR_SHUTDOWN.
+    void Shutdown() { shutting_down_ = true; }
+
+    /// Bytes to send, in one write. The greeting is the first.
+    std::string TakeOutput();
+
+    /// REQUIRES: step() is kDone.
+    NegotiationResult TakeResult();
+
+  private:
+    enum class Phase { kClientFlags, kOptionHeader, kOptionData, kSkipData };
+
+    bool Advance();  // one message; false: more bytes or an answer are needed
+    bool TakeClientFlags();
+    bool TakeOptionHeader();
+    bool TakeSkippedData();
+    void HandleOption(std::string_view data);
+    void HandleInfoOrGo(std::string_view data);
+    void HandleMetaContext(std::string_view data);
+    void HandleStructuredReply(std::string_view data);
+
+    void DescribeExport(const ExportDescription& description);
+    void AnswerExportName(const ExportDescription& description);
+    void AnswerMetaContext();
+    void Reply(uint32_t type, std::string_view data = {});
+    void ReplyError(uint32_t type, std::string_view message);
+    void AskLookup(std::string_view name);
+    void HangUp() { step_ = Step::kHangUp; }
+    Step Continue();
+
+    const NegotiationLimits limits_;
+    Step step_ = Step::kInput;
+    Phase phase_ = Phase::kClientFlags;
+    std::string input_;
+    std::string output_;
+    bool shutting_down_ = false;
+
+    // What the client said so far. STARTTLS, once there is one, forgets all but the flags.
+    bool fixed_newstyle_ = false;
+    bool no_zeroes_ = false;
+    bool structured_replies_ = false;
+    std::optional<std::string> context_export_;  // base:allocation is selected for this name
+    uint32_t options_ = 0;
+
+    // The option at hand.
+    uint32_t option_ = 0;
+    uint32_t length_ = 0;  // of its data; while skipping: what is left of it
+    std::string lookup_name_;
+    std::vector<uint16_t> infos_;   // that it asks for
+    bool context_matches_ = false;  // it asks for base:allocation
+};
+
+}  // namespace varve::nbdserver
