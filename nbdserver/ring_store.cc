@@ -1,0 +1,179 @@
+#include "nbdserver/ring_store.h"
+
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <vector>
+
+namespace varve::nbdserver {
+namespace {
+
+constexpr uint32_t kVectorsMax = 1024;  // IOV_MAX: more leave as several transfers
+
+uint64_t BytesOf(const iovec* vectors, uint32_t count) {
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < count; ++i) bytes += vectors[i].iov_len;
+    return bytes;
+}
+
+bool IsAligned(const cow::BlockIo& io, uint64_t alignment) {
+    uint64_t all = io.offset;
+    for (uint32_t i = 0; i < io.vector_count; ++i) {
+        all |= reinterpret_cast<uintptr_t>(io.vectors[i].iov_base) | io.vectors[i].iov_len;
+    }
+    return (all & (alignment - 1)) == 0;
+}
+
+}  // namespace
+
+Result<FileTraits> ProbeFile(int fd, bool direct) {
+    FileTraits traits;
+    struct statfs fs {};
+    if (fstatfs(fd, &fs) < 0) return SystemError(errno, "cannot examine the data file");
+    traits.in_memory = fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC;
+    // tmpfs accepts O_DIRECT at any alignment and has nothing to be direct with.
+    if (!direct || traits.in_memory) return traits;
+
+    traits.alignment = 4096;
+    struct statx file {};
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &file) == 0 &&
+        (file.stx_mask & STATX_DIOALIGN) != 0) {
+        if (file.stx_dio_offset_align == 0) {
+            return MakeError(ErrorKind::kInvalid,
+                             "the data file cannot be accessed directly: use --cache buffered");
+        }
+        traits.alignment = std::max(file.stx_dio_offset_align, file.stx_dio_mem_align);
+    }
+    if (traits.alignment > 4096 || !std::has_single_bit(traits.alignment)) {
+        return MakeError(ErrorKind::kInvalid,
+                         "the data file's device needs transfers of more than 4096 bytes: use "
+                         "--cache buffered");
+    }
+    return traits;
+}
+
+struct RingStore::Transfer : Op, Runnable {
+    RingStore* store = nullptr;
+    Transfer* following = nullptr;  // among the unused
+    cow::BlockIo* io = nullptr;
+    uint64_t moved = 0;       // bytes that are done
+    uint64_t total = 0;       // bytes
+    int32_t result = 0;       // of the last step, in memory only
+    std::vector<iovec> rest;  // what is left after a short step
+};
+
+RingStore::RingStore(Reactor& reactor, int fd, FileTraits traits)
+    : reactor_(reactor), fd_(fd), traits_(traits) {}
+
+RingStore::~RingStore() {
+    VARVE_CHECK(in_flight_ == 0);
+    while (unused_) delete std::exchange(unused_, unused_->following);
+}
+
+RingStore::Transfer* RingStore::Take() {
+    if (Transfer* transfer = unused_) {
+        unused_ = transfer->following;
+        return transfer;
+    }
+    Transfer* transfer = new Transfer;
+    transfer->store = this;
+    transfer->done = [](Op* op, int32_t result) {
+        Transfer* self = static_cast<Transfer*>(op);
+        self->store->Advance(*self, result);
+    };
+    transfer->run = [](Runnable* runnable) {
+        Transfer* self = static_cast<Transfer*>(runnable);
+        self->store->Advance(*self, self->result);
+    };
+    return transfer;
+}
+
+void RingStore::Submit(cow::BlockIo& io) {
+    VARVE_CHECK(IsAligned(io, traits_.alignment));
+    Transfer& transfer = *Take();
+    ++in_flight_;
+    transfer.io = &io;
+    transfer.moved = 0;
+    transfer.total = BytesOf(io.vectors, io.vector_count);
+    Step(transfer);
+}
+
+/// Starts what is left of `transfer`; Advance() gets the result.
+void RingStore::Step(Transfer& transfer) {
+    const cow::BlockIo& io = *transfer.io;
+    const iovec* vectors = io.vectors;
+    uint32_t count = io.vector_count;
+    if (transfer.moved) {
+        transfer.rest.assign(io.vectors, io.vectors + io.vector_count);
+        uint64_t skip = transfer.moved;
+        auto first = transfer.rest.begin();
+        while (skip >= first->iov_len) skip -= first++->iov_len;
+        first->iov_base = static_cast<std::byte*>(first->iov_base) + skip;
+        first->iov_len -= skip;
+        vectors = &*first;
+        count = static_cast<uint32_t>(transfer.rest.end() - first);
+    }
+    count = std::min(count, kVectorsMax);
+    const uint64_t offset = io.offset + transfer.moved;
+    if (traits_.in_memory) {
+        transfer.result = MoveNow(io.kind, vectors, count, offset);
+        reactor_.Post(&transfer);
+    } else if (io.kind == cow::BlockIo::Kind::kRead) {
+        reactor_.Read(transfer, fd_, vectors, count, offset);
+    } else if (io.kind == cow::BlockIo::Kind::kWrite) {
+        reactor_.Write(transfer, fd_, vectors, count, offset);
+    } else {
+        reactor_.DataSync(transfer, fd_);
+    }
+}
+
+int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32_t count,
+                           uint64_t offset) {
+    ssize_t result = 0;
+    const int n = static_cast<int>(count);
+    const off_t at = static_cast<off_t>(offset);
+    switch (kind) {
+        case cow::BlockIo::Kind::kRead:
+            result = preadv(fd_, vectors, n, at);
+            break;
+        case cow::BlockIo::Kind::kWrite:
+            result = pwritev(fd_, vectors, n, at);
+            break;
+        case cow::BlockIo::Kind::kSync:
+            result = fdatasync(fd_);
+            break;
+    }
+    if (result < 0) return -errno;
+    // One call moves less than 2 GiB.
+    return static_cast<int32_t>(result);
+}
+
+void RingStore::Advance(Transfer& transfer, int32_t result) {
+    if (result == -EINTR || result == -EAGAIN) return Step(transfer);
+    if (result < 0) return Finish(transfer, -result);
+    if (transfer.io->kind == cow::BlockIo::Kind::kSync) return Finish(transfer, 0);
+    // The rest of a direct transfer must begin aligned again: an odd tail is done twice.
+    const uint64_t mask = traits_.alignment - 1;
+    const uint64_t moved = transfer.moved + static_cast<uint32_t>(result);
+    if (moved == transfer.total) return Finish(transfer, 0);
+    if ((moved & ~mask) == transfer.moved) return Finish(transfer, EIO);
+    transfer.moved = moved & ~mask;
+    Step(transfer);
+}
+
+void RingStore::Finish(Transfer& transfer, Errno error) {
+    cow::BlockIo& io = *transfer.io;
+    --in_flight_;
+    transfer.following = unused_;
+    unused_ = &transfer;
+    io.error = error;
+    io.done(&io);
+}
+
+}  // namespace varve::nbdserver

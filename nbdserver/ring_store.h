@@ -1,0 +1,57 @@
+// RingStore: the engine's block store on a file or block device, through a reactor's ring.
+// Not the owner of the file, and not the source of its space (cow::SpaceStore).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "base/reactor.h"
+#include "cow/stores.h"
+
+namespace varve::nbdserver {
+
+/// How a data file must be accessed.
+struct FileTraits {
+    uint32_t alignment = 1;  // bytes; see cow::BlockStore::alignment
+    /// tmpfs: nothing waits for a device, but the ring hands such files to its worker threads,
+    /// which costs several times the transfer (measured: 4.5 against 1.8 us of CPU for 4 KiB).
+    bool in_memory = false;
+};
+
+/// Asks the system about `fd`. `direct`: it was opened with O_DIRECT. A file system that does not
+/// tell its alignment gets 4096. kInvalid if it needs more than 4096.
+Result<FileTraits> ProbeFile(int fd, bool direct);
+
+/// One for each reactor and file; Submit and completions on the reactor's thread only. Errors are
+/// errno values of the system; EIO too for a read behind the end of the file and for a transfer
+/// that makes no aligned progress.
+class RingStore : public cow::BlockStore {
+  public:
+    /// `fd` stays the caller's and open until the store is gone. REQUIRES: traits as probed.
+    RingStore(Reactor& reactor, int fd, FileTraits traits);
+    /// REQUIRES: nothing in flight. Any thread, once the reactor no longer uses it.
+    ~RingStore() override;
+
+    void Submit(cow::BlockIo& io) override;
+    uint32_t alignment() const override { return traits_.alignment; }
+
+    /// Transfers under way.
+    uint64_t in_flight() const { return in_flight_; }
+
+  private:
+    struct Transfer;  // the ring's side of a BlockIo
+
+    Transfer* Take();
+    void Step(Transfer& transfer);
+    int32_t MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32_t count, uint64_t offset);
+    void Advance(Transfer& transfer, int32_t result);
+    void Finish(Transfer& transfer, Errno error);
+
+    Reactor& reactor_;
+    const int fd_;
+    const FileTraits traits_;
+    Transfer* unused_ = nullptr;  // recycled
+    uint64_t in_flight_ = 0;
+};
+
+}  // namespace varve::nbdserver

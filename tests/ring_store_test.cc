@@ -1,0 +1,219 @@
+// RingStore: files through the ring and in memory, short transfers, alignment, errors.
+#include "nbdserver/ring_store.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <future>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/buffers.h"
+#include "tests/run_on.h"
+
+namespace varve::nbdserver {
+namespace {
+
+using Kind = cow::BlockIo::Kind;
+
+/// A reactor and a store on `fd`.
+class Fixture {
+  public:
+    Fixture(int fd, FileTraits traits) : fd_(fd) {
+        Result<std::unique_ptr<Reactor>> reactor = Reactor::Start({});
+        VARVE_CHECK(reactor.ok());
+        reactor_ = std::move(reactor.value());
+        store_ = std::make_unique<RingStore>(*reactor_, fd, traits);
+    }
+    ~Fixture() {
+        reactor_->Stop();
+        EXPECT_EQ(store_->in_flight(), 0u);
+        store_.reset();
+        close(fd_);
+    }
+
+    struct Waited : cow::BlockIo {
+        std::promise<Errno> promise;
+        bool starting = false;
+    };
+    /// Starts all of `ios` in one go, returns their errors.
+    std::vector<Errno> Run(std::vector<Waited>& ios) {
+        RunOn(*reactor_, [&] {
+            for (Waited& io : ios) {
+                io.done = [](cow::BlockIo* self) {
+                    Waited* waited = static_cast<Waited*>(self);
+                    EXPECT_FALSE(waited->starting) << "completed inside Submit";
+                    waited->promise.set_value(waited->error);
+                };
+                io.starting = true;
+                store_->Submit(io);
+                io.starting = false;
+            }
+        });
+        std::vector<Errno> errors;
+        for (Waited& io : ios) errors.push_back(io.promise.get_future().get());
+        RunOn(*reactor_, [] {});  // the last set_value has returned
+        return errors;
+    }
+    Errno Run(Kind kind, uint64_t offset, std::vector<iovec> vectors) {
+        std::vector<Waited> ios(1);
+        ios[0].kind = kind;
+        ios[0].offset = offset;
+        ios[0].vectors = vectors.data();
+        ios[0].vector_count = static_cast<uint32_t>(vectors.size());
+        return Run(ios)[0];
+    }
+
+  private:
+    const int fd_;
+    std::unique_ptr<Reactor> reactor_;
+    std::unique_ptr<RingStore> store_;
+};
+
+int TemporaryFile(int flags) {
+    char path[] = "/tmp/varve-store-XXXXXX";
+    const int made = mkstemp(path);
+    EXPECT_GE(made, 0);
+    const int fd = open(path, O_RDWR | O_CLOEXEC | flags);
+    EXPECT_GE(fd, 0) << std::strerror(errno);
+    close(made);
+    unlink(path);
+    return fd;
+}
+
+FileTraits Probe(int fd, bool direct) {
+    Result<FileTraits> traits = ProbeFile(fd, direct);
+    EXPECT_TRUE(traits.ok()) << traits.error().message;
+    return traits.value();
+}
+
+/// Writes and reads 200 blocks in parallel, in vectors of their own, and as one long transfer.
+void CheckTransfers(int fd, FileTraits traits) {
+    Fixture fixture(fd, traits);
+    BufferPool pool(0);
+    constexpr size_t kBlocks = 200;
+    Buffer written = pool.Take(kBlocks * 4096);
+    Buffer read = pool.Take(kBlocks * 4096);
+    std::mt19937 random(7);
+    for (size_t i = 0; i < written.size(); ++i) written.data()[i] = std::byte(random());
+
+    std::vector<Fixture::Waited> ios(kBlocks);
+    std::vector<iovec> vectors(kBlocks);
+    for (size_t i = 0; i < kBlocks; ++i) {
+        vectors[i] = {written.data() + i * 4096, 4096};
+        ios[i].kind = Kind::kWrite;
+        ios[i].offset = (kBlocks - 1 - i) * 4096;  // mirrored
+        ios[i].vectors = &vectors[i];
+        ios[i].vector_count = 1;
+    }
+    EXPECT_EQ(fixture.Run(ios), std::vector<Errno>(kBlocks, 0));
+    EXPECT_EQ(fixture.Run(Kind::kSync, 0, {}), 0);
+
+    std::vector<iovec> mirrored(kBlocks);
+    for (size_t i = 0; i < kBlocks; ++i) {
+        mirrored[i] = {read.data() + (kBlocks - 1 - i) * 4096, 4096};
+    }
+    EXPECT_EQ(fixture.Run(Kind::kRead, 0, mirrored), 0);
+    EXPECT_EQ(std::memcmp(written.data(), read.data(), written.size()), 0);
+
+    EXPECT_EQ(fixture.Run(Kind::kWrite, 8192, {{written.data(), written.size()}}), 0);
+    std::memset(read.data(), 0, read.size());
+    EXPECT_EQ(fixture.Run(Kind::kRead, 8192, {{read.data(), read.size()}}), 0);
+    EXPECT_EQ(std::memcmp(written.data(), read.data(), written.size()), 0);
+
+    // Behind the end there is nothing to be read.
+    EXPECT_EQ(fixture.Run(Kind::kRead, (kBlocks + 2) * 4096, {{read.data(), 4096}}), EIO);
+    EXPECT_EQ(fixture.Run(Kind::kRead, (kBlocks + 1) * 4096, {{read.data(), 8192}}), EIO);
+}
+
+TEST(RingStore, TransfersThroughThePageCache) {
+    const int fd = TemporaryFile(0);
+    CheckTransfers(fd, Probe(fd, false));
+}
+
+TEST(RingStore, TransfersDirectly) {
+    const int fd = TemporaryFile(O_DIRECT);
+    const FileTraits traits = Probe(fd, true);
+    if (!traits.in_memory) {
+        EXPECT_GE(traits.alignment, 512u);
+    }
+    CheckTransfers(fd, traits);
+}
+
+TEST(RingStore, TransfersInMemory) {
+    const int fd = memfd_create("varve", MFD_CLOEXEC);
+    const FileTraits traits = Probe(fd, false);
+    EXPECT_TRUE(traits.in_memory);
+    EXPECT_EQ(traits.alignment, 1u);
+    CheckTransfers(fd, traits);
+}
+
+TEST(RingStore, MoreVectorsThanTheSystemTakesAtOnce) {
+    for (const bool in_memory : {false, true}) {
+        const int fd = in_memory ? memfd_create("varve", MFD_CLOEXEC) : TemporaryFile(0);
+        Fixture fixture(fd, Probe(fd, false));
+        std::string written(2500 * 3, 0), read(2500 * 3, 0);
+        for (size_t i = 0; i < written.size(); ++i) written[i] = static_cast<char>(i * 7);
+        std::vector<iovec> out, in;
+        for (size_t i = 0; i < 2500; ++i) {
+            out.push_back({written.data() + i * 3, 3});
+            in.push_back({read.data() + i * 3, 3});
+        }
+        EXPECT_EQ(fixture.Run(Kind::kWrite, 5, out), 0);
+        EXPECT_EQ(fixture.Run(Kind::kRead, 5, in), 0);
+        EXPECT_EQ(read, written);
+    }
+}
+
+TEST(RingStore, ReportsTheSystemsErrors) {
+    char path[] = "/tmp/varve-store-XXXXXX";
+    close(mkstemp(path));
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    unlink(path);
+    std::string text = "text";
+    Fixture fixture(fd, FileTraits{});
+    EXPECT_EQ(fixture.Run(Kind::kWrite, 0, {{text.data(), 4}}), EBADF);
+}
+
+TEST(RingStore, AWriteBeyondTheFileSizeLimitFails) {
+    const int fd = memfd_create("varve", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    ASSERT_EQ(ftruncate(fd, 4096), 0);
+    ASSERT_EQ(fcntl(fd, F_ADD_SEALS, F_SEAL_GROW), 0);
+    std::string text(8192, 't');
+    Fixture fixture(fd, Probe(fd, false));
+    EXPECT_EQ(fixture.Run(Kind::kWrite, 4096, {{text.data(), text.size()}}), EPERM);
+    EXPECT_EQ(fixture.Run(Kind::kWrite, 0, {{text.data(), 4096}}), 0);
+}
+
+/// A pipe of packets in the place of the file gives short reads: one packet for each. The store
+/// then must ask for the rest from an aligned place on.
+TEST(RingStore, ContinuesShortTransfersAtAlignedPlaces) {
+    int fds[2];
+    ASSERT_EQ(pipe2(fds, O_DIRECT), 0);
+    const std::string first(700, 'a'), second(512, 'b'), third(1024, 'c');
+    for (const std::string& packet : {first, second, third}) {
+        ASSERT_EQ(write(fds[1], packet.data(), packet.size()), static_cast<ssize_t>(packet.size()));
+    }
+    FileTraits traits;
+    traits.alignment = 512;
+    Fixture fixture(fds[0], traits);
+    BufferPool pool(0);
+    Buffer memory = pool.Take(2048);
+    // 700 bytes count as 512; then 512; then the last 1024, the first half in another vector.
+    EXPECT_EQ(fixture.Run(Kind::kRead, 0, {{memory.data(), 1536}, {memory.data() + 1536, 512}}), 0);
+    const std::string_view got(reinterpret_cast<char*>(memory.data()), 2048);
+    EXPECT_EQ(got, std::string(512, 'a') + second + third);
+
+    // A packet shorter than a sector is no progress at all.
+    ASSERT_EQ(write(fds[1], first.data(), 100), 100);
+    EXPECT_EQ(fixture.Run(Kind::kRead, 0, {{memory.data(), 2048}}), EIO);
+    close(fds[1]);
+}
+
+}  // namespace
+}  // namespace varve::nbdserver
