@@ -1,0 +1,933 @@
+// Connection: each command, flag, limit and way to misbehave, over socket pairs, against a volume
+// in memory.
+#include "nbdserver/connection.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <libnbd.h>
+#include <malloc.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <deque>
+#include <future>
+#include <optional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "nbdserver/wire.h"
+#include "tests/fake_volume.h"
+#include "tests/run_on.h"
+
+namespace varve::nbdserver {
+namespace {
+
+constexpr uint64_t kSize = 64 << 20;
+constexpr uint32_t kMiB = 1 << 20;
+
+/// What came back for one request; chunks of a structured reply are put together.
+struct Answer {
+    uint64_t cookie = 0;
+    uint32_t error = 0;
+    std::string data;                                   // with holes filled in
+    std::vector<std::pair<uint16_t, uint64_t>> chunks;  // type, length of what it describes
+    std::vector<std::pair<uint32_t, uint32_t>> extents;
+    uint32_t context = 0;
+};
+
+/// The client's end of a connection, byte by byte.
+class Client {
+  public:
+    explicit Client(int fd, bool structured) : fd_(fd), structured_(structured) {
+        const timeval limit{60, 0};  // a lost reply fails the test instead of hanging it
+        setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    }
+    ~Client() { Close(); }
+    void Close() {
+        if (fd_ >= 0) close(std::exchange(fd_, -1));
+    }
+    void HalfClose() { shutdown(fd_, SHUT_WR); }
+    int fd() const { return fd_; }
+
+    static std::string Header(uint16_t type, uint64_t offset, uint32_t length, uint64_t cookie,
+                              uint16_t flags = 0) {
+        wire::Request request;
+        request.flags = flags;
+        request.type = type;
+        request.cookie = cookie;
+        request.offset = offset;
+        request.length = length;
+        return std::string(reinterpret_cast<const char*>(&request), sizeof request);
+    }
+
+    void SendBytes(const std::string& bytes) {
+        size_t at = 0;
+        while (at < bytes.size()) {
+            const ssize_t n = send(fd_, bytes.data() + at, bytes.size() - at, MSG_NOSIGNAL);
+            if (n <= 0) return;  // the server hung up: the reading side will tell
+            at += static_cast<size_t>(n);
+        }
+    }
+
+    /// Sends one request and returns its answer.
+    Answer Ask(uint16_t type, uint64_t offset, uint32_t length, uint16_t flags = 0,
+               const std::string& payload = "") {
+        const uint64_t cookie = ++cookie_;
+        expected_[cookie] = {type, offset, length};
+        SendBytes(Header(type, offset, length, cookie, flags) + payload);
+        const Answer answer = Next();
+        EXPECT_EQ(answer.cookie, cookie);
+        return answer;
+    }
+    std::string Prepare(uint16_t type, uint64_t offset, uint32_t length, uint64_t cookie,
+                        uint16_t flags = 0) {
+        expected_[cookie] = {type, offset, length};
+        return Header(type, offset, length, cookie, flags);
+    }
+
+    /// The next whole answer, whichever request it belongs to.
+    Answer Next() {
+        Answer answer;
+        for (;;) {
+            const std::string magic = Receive(4);
+            if (magic.size() < 4) {
+                ADD_FAILURE() << "the connection ended in place of a reply";
+                return answer;
+            }
+            if (LoadBig<uint32_t>(magic.data()) == wire::kSimpleReplyMagic) {
+                TakeSimple(answer);
+                return answer;
+            }
+            EXPECT_EQ(LoadBig<uint32_t>(magic.data()), wire::kStructuredReplyMagic);
+            EXPECT_TRUE(structured_);
+            if (TakeChunk(answer)) return answer;
+        }
+    }
+
+    /// Whether the server has closed without sending anything more.
+    bool AtEnd() { return Receive(1).empty(); }
+
+  private:
+    struct Expected {
+        uint16_t type;
+        uint64_t offset;
+        uint32_t length;
+    };
+
+    std::string Receive(size_t bytes) {
+        std::string out(bytes, 0);
+        size_t at = 0;
+        while (at < bytes) {
+            const ssize_t n = recv(fd_, out.data() + at, bytes - at, 0);
+            if (n <= 0) {
+                EXPECT_TRUE(n == 0 || errno == ECONNRESET) << std::strerror(errno);
+                out.resize(at);
+                return out;
+            }
+            at += static_cast<size_t>(n);
+        }
+        return out;
+    }
+
+    void TakeSimple(Answer& answer) {
+        const std::string rest = Receive(sizeof(wire::SimpleReply) - 4);
+        answer.error = LoadBig<uint32_t>(rest.data());
+        answer.cookie = LoadBig<uint64_t>(rest.data() + 4);
+        const Expected expected = expected_[answer.cookie];
+        if (expected.type != wire::kCmdRead) return;
+        EXPECT_FALSE(structured_) << "a READ must be answered in chunks";
+        if (!answer.error) answer.data = Receive(expected.length);
+    }
+
+    /// Returns whether it was the last.
+    bool TakeChunk(Answer& answer) {
+        const std::string rest = Receive(sizeof(wire::Chunk) - 4);
+        const bool last = LoadBig<uint16_t>(rest.data()) & wire::kChunkDone;
+        const uint16_t type = LoadBig<uint16_t>(rest.data() + 2);
+        answer.cookie = LoadBig<uint64_t>(rest.data() + 4);
+        const std::string body = Receive(LoadBig<uint32_t>(rest.data() + 12));
+        const Expected expected = expected_[answer.cookie];
+        if (type == wire::kChunkError) {
+            answer.error = LoadBig<uint32_t>(body.data());
+            EXPECT_TRUE(last);
+        } else if (type == wire::kChunkOffsetData || type == wire::kChunkOffsetHole) {
+            const uint64_t offset = LoadBig<uint64_t>(body.data());
+            EXPECT_EQ(offset, expected.offset + answer.data.size()) << "in order, without gaps";
+            if (type == wire::kChunkOffsetData) {
+                answer.data += body.substr(8);
+                answer.chunks.emplace_back(type, body.size() - 8);
+            } else {
+                answer.data.append(LoadBig<uint32_t>(body.data() + 8), '\0');
+                answer.chunks.emplace_back(type, LoadBig<uint32_t>(body.data() + 8));
+            }
+        } else if (type == wire::kChunkBlockStatus) {
+            answer.context = LoadBig<uint32_t>(body.data());
+            for (size_t at = 4; at < body.size(); at += 8) {
+                answer.extents.emplace_back(LoadBig<uint32_t>(body.data() + at),
+                                            LoadBig<uint32_t>(body.data() + at + 4));
+            }
+        } else {
+            EXPECT_EQ(type, wire::kChunkNone);
+        }
+        if (last && expected.type == wire::kCmdRead && !answer.error) {
+            EXPECT_EQ(answer.data.size(), expected.length);
+        }
+        return last;
+    }
+
+    int fd_;
+    const bool structured_;
+    uint64_t cookie_ = 1000;
+    std::map<uint64_t, Expected> expected_;
+};
+
+class ConnectionTest : public testing::Test {
+  protected:
+    ~ConnectionTest() override {
+        clients_.clear();
+        RunOn(*reactor_, [&] {
+            volume_->Release();
+            host_->EndAll();
+        });
+        for (Served& served : served_) served.ended.get_future().wait();
+        reactor_->Stop();
+    }
+
+    void SetUp() override { Start({}); }
+    void Start(ConnectionLimits limits) {
+        if (reactor_) reactor_->Stop();
+        host_.reset();
+        Result<std::unique_ptr<Reactor>> reactor = Reactor::Start({});
+        ASSERT_TRUE(reactor.ok()) << reactor.error().message;
+        volume_.reset();
+        reactor_ = std::move(reactor.value());
+        volume_ = std::make_unique<FakeVolume>(*reactor_, kSize);
+        host_ = std::make_unique<ConnectionHost>(*reactor_, limits);
+    }
+
+    struct Served {
+        std::promise<void> ended;
+        std::shared_ptr<ConnectionCounters> counters = std::make_shared<ConnectionCounters>();
+        Connection* connection = nullptr;
+        std::atomic<bool> over{false};
+    };
+
+    /// Gives one end of a socket pair to the host, returns the other.
+    int Serve(TransmissionOptions options) {
+        int fds[2];
+        EXPECT_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+        Served& served = served_.emplace_back();
+        options.counters = served.counters;
+        RunOn(*reactor_, [&] {
+            served.connection = host_->Start(fds[0], std::move(options), *volume_, [&served] {
+                served.over = true;
+                served.ended.set_value();
+            });
+        });
+        return fds[1];
+    }
+    Client& Connect(TransmissionOptions options = {}) {
+        const bool structured = options.structured_replies;
+        return clients_.emplace_back(Serve(std::move(options)), structured);
+    }
+    static TransmissionOptions Structured() {
+        TransmissionOptions options;
+        options.structured_replies = true;
+        options.base_allocation = true;
+        options.base_allocation_id = 77;
+        return options;
+    }
+    void WaitUntilEnded(size_t index) {
+        served_[index].ended.get_future().wait();
+        served_[index].ended = {};
+        served_[index].ended.set_value();
+    }
+    template <typename F>
+    auto On(F function) {
+        return RunOn(*reactor_, std::move(function));
+    }
+    /// Waits until `condition` holds on the reactor.
+    template <typename F>
+    void Until(F condition) {
+        while (!On(condition)) std::this_thread::yield();
+    }
+
+    std::unique_ptr<Reactor> reactor_;
+    std::unique_ptr<FakeVolume> volume_;
+    std::unique_ptr<ConnectionHost> host_;
+    std::deque<Served> served_;
+    std::deque<Client> clients_;
+};
+
+std::string Pattern(size_t bytes, uint32_t seed) {
+    std::mt19937 random(seed);
+    std::string out(bytes, 0);
+    for (size_t i = 0; i < bytes; ++i) out[i] = static_cast<char>(random());
+    return out;
+}
+
+// ---- each command
+
+TEST_F(ConnectionTest, WritesAndReadsBack) {
+    Client& client = Connect();
+    uint32_t seed = 0;
+    for (const uint32_t length : {1u, 512u, 4096u, 4097u, 70'000u, kMiB, 32 * kMiB}) {
+        const std::string text = Pattern(length, ++seed);
+        EXPECT_EQ(client.Ask(wire::kCmdWrite, 12'345, length, 0, text).error, 0u);
+        const Answer read = client.Ask(wire::kCmdRead, 12'345, length);
+        EXPECT_EQ(read.error, 0u);
+        EXPECT_TRUE(read.data == text) << length;
+    }
+    const ConnectionCounters& counters = *served_[0].counters;
+    EXPECT_EQ(counters.requests, 14u);
+    EXPECT_EQ(counters.bytes_read, counters.bytes_written);
+    EXPECT_EQ(counters.errors, 0u);
+}
+
+TEST_F(ConnectionTest, FlushTrimZeroAndCacheReachTheVolume) {
+    Client& client = Connect();
+    const std::string text = Pattern(16'384, 1);
+    client.Ask(wire::kCmdWrite, 0, 16'384, 0, text);
+    EXPECT_EQ(client.Ask(wire::kCmdFlush, 0, 0).error, 0u);
+    EXPECT_EQ(client.Ask(wire::kCmdTrim, 4096, 4096).error, 0u);
+    EXPECT_EQ(client.Ask(wire::kCmdWriteZeroes, 8192, 100).error, 0u);
+    EXPECT_FALSE(On([&] { return volume_->last_allocate; }));
+    EXPECT_EQ(client.Ask(wire::kCmdWriteZeroes, 12'288, 100, wire::kFlagNoHole).error, 0u);
+    EXPECT_TRUE(On([&] { return volume_->last_allocate; }));
+    EXPECT_EQ(client.Ask(wire::kCmdWriteZeroes, 12'300, 10, wire::kFlagFastZero).error, 0u);
+    EXPECT_EQ(client.Ask(wire::kCmdCache, 0, 16'384).error, 0u);
+    std::string expected = text;
+    expected.replace(4096, 4096, 4096, '\0');
+    expected.replace(8192, 100, 100, '\0');
+    expected.replace(12'288, 100, 100, '\0');
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 16'384).data, expected);
+    EXPECT_EQ(On([&] { return volume_->calls; }),
+              (std::map<std::string, uint64_t>{
+                  {"write", 1}, {"flush", 1}, {"trim", 1}, {"zero", 3}, {"read", 1}}));
+}
+
+TEST_F(ConnectionTest, FuaFlushesAfterChangesAndIsAcceptedEverywhere) {
+    Client& client = Connect(Structured());
+    const auto flushes = [&] { return On([&] { return volume_->calls["flush"]; }); };
+    const uint16_t fua = wire::kFlagFua;
+    EXPECT_EQ(client.Ask(wire::kCmdWrite, 0, 4, fua, "text").error, 0u);
+    EXPECT_EQ(flushes(), 1u);
+    EXPECT_EQ(client.Ask(wire::kCmdTrim, 0, 4096, fua).error, 0u);
+    EXPECT_EQ(flushes(), 2u);
+    EXPECT_EQ(client.Ask(wire::kCmdWriteZeroes, 0, 4096, fua).error, 0u);
+    EXPECT_EQ(flushes(), 3u);
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 4096, fua).error, 0u);
+    EXPECT_EQ(client.Ask(wire::kCmdCache, 0, 4096, fua).error, 0u);
+    EXPECT_EQ(client.Ask(wire::kCmdBlockStatus, 0, 4096, fua).error, 0u);
+    EXPECT_EQ(flushes(), 3u);
+    EXPECT_EQ(client.Ask(wire::kCmdFlush, 0, 0, fua).error, 0u);
+    EXPECT_EQ(flushes(), 4u);
+    On([&] { volume_->errors["flush"] = EIO; });
+    EXPECT_EQ(client.Ask(wire::kCmdWrite, 0, 4, fua, "text").error, wire::kErrorIo);
+    On([&] {
+        volume_->errors.clear();
+        volume_->errors["write"] = ENOSPC;
+    });
+    EXPECT_EQ(client.Ask(wire::kCmdWrite, 0, 4, fua, "text").error, wire::kErrorNoSpace);
+    EXPECT_EQ(flushes(), 5u) << "no flush after a failed write";
+}
+
+TEST_F(ConnectionTest, WrongRequestsGetTheProtocolsErrorsAndTheStreamGoesOn) {
+    struct Case {
+        uint16_t type;
+        uint16_t flags;
+        uint64_t offset;
+        uint32_t length;
+        uint32_t error;
+    };
+    const uint64_t far = uint64_t{0} - 4096;
+    const Case cases[] = {
+        {wire::kCmdRead, 0, kSize, 1, wire::kErrorInvalid},
+        {wire::kCmdRead, 0, kSize - 1, 2, wire::kErrorInvalid},
+        {wire::kCmdRead, 0, far, 8192, wire::kErrorInvalid},
+        {wire::kCmdRead, 0, 0, 32 * kMiB + 1, wire::kErrorInvalid},
+        {wire::kCmdRead, 0, 0, 0xffffffff, wire::kErrorInvalid},
+        {wire::kCmdRead, wire::kFlagDf, 0, 4096, wire::kErrorInvalid},  // not negotiated
+        {wire::kCmdRead, wire::kFlagNoHole, 0, 4096, wire::kErrorInvalid},
+        {wire::kCmdWrite, 0, kSize, 1, wire::kErrorNoSpace},
+        {wire::kCmdWrite, 0, far, 8192, wire::kErrorNoSpace},
+        {wire::kCmdWrite, wire::kFlagFastZero, 0, 4096, wire::kErrorInvalid},
+        {wire::kCmdWrite, 1 << 15, 0, 4096, wire::kErrorInvalid},
+        {wire::kCmdWrite, 0, 0, 32 * kMiB + 1, wire::kErrorInvalid},
+        {wire::kCmdFlush, wire::kFlagReqOne, 0, 0, wire::kErrorInvalid},
+        {wire::kCmdTrim, 0, kSize, 4096, wire::kErrorInvalid},
+        {wire::kCmdTrim, wire::kFlagNoHole, 0, 4096, wire::kErrorInvalid},
+        {wire::kCmdCache, 0, kSize, 4096, wire::kErrorInvalid},
+        {wire::kCmdCache, wire::kFlagDf, 0, 4096, wire::kErrorInvalid},
+        {wire::kCmdWriteZeroes, 0, kSize - 4096, 8192, wire::kErrorNoSpace},
+        {wire::kCmdWriteZeroes, 0, 4096, 0xffffffff, wire::kErrorNoSpace},
+        {wire::kCmdWriteZeroes, wire::kFlagDf, 0, 4096, wire::kErrorInvalid},
+        {wire::kCmdWriteZeroes, wire::kFlagFastZero | wire::kFlagNoHole, 0, 4096,
+         wire::kErrorNotSupported},
+        {wire::kCmdBlockStatus, 0, 0, 4096, wire::kErrorInvalid},  // no context
+        {8, 0, 0, 4096, wire::kErrorInvalid},
+        {0xffff, 0xffff, far, 0xffffffff, wire::kErrorInvalid},
+    };
+    Client& client = Connect();
+    for (const Case& c : cases) {
+        const std::string payload(c.type == wire::kCmdWrite ? c.length : 0, 'p');
+        const Answer answer = client.Ask(c.type, c.offset, c.length, c.flags, payload);
+        EXPECT_EQ(answer.error, c.error) << c.type << " " << c.flags << " " << c.offset;
+        EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 4).data, std::string(4, '\0'));
+    }
+    const std::map<std::string, uint64_t> only_reads = {{"read", std::size(cases)}};
+    EXPECT_EQ(On([&] { return volume_->calls; }), only_reads);
+    EXPECT_EQ(served_[0].counters->errors, std::size(cases));
+}
+
+TEST_F(ConnectionTest, ChangesToAReadOnlyExportAreRefused) {
+    On([&] { volume_->read_only_export = true; });
+    Client& client = Connect();
+    EXPECT_EQ(client.Ask(wire::kCmdWrite, 0, 4096, 0, Pattern(4096, 1)).error,
+              wire::kErrorPermission);
+    EXPECT_EQ(client.Ask(wire::kCmdTrim, 0, 4096).error, wire::kErrorPermission);
+    EXPECT_EQ(client.Ask(wire::kCmdWriteZeroes, 0, 4096).error, wire::kErrorPermission);
+    EXPECT_EQ(client.Ask(wire::kCmdFlush, 0, 0).error, 0u);
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 4096).data, std::string(4096, '\0'));
+}
+
+TEST_F(ConnectionTest, ZeroLengthSucceeds) {
+    for (const bool structured : {false, true}) {
+        Client& client = Connect(structured ? Structured() : TransmissionOptions{});
+        for (const uint16_t type : {wire::kCmdRead, wire::kCmdWrite, wire::kCmdTrim,
+                                    wire::kCmdCache, wire::kCmdWriteZeroes}) {
+            EXPECT_EQ(client.Ask(type, 0, 0).error, 0u);
+            EXPECT_EQ(client.Ask(type, kSize, 0).error, 0u);
+        }
+    }
+    EXPECT_TRUE(On([&] { return volume_->calls.empty(); }));
+}
+
+TEST_F(ConnectionTest, TheVolumesErrorsBecomeTheProtocols) {
+    const std::pair<Errno, uint32_t> cases[] = {{EPERM, wire::kErrorPermission},
+                                                {EROFS, wire::kErrorPermission},
+                                                {EIO, wire::kErrorIo},
+                                                {ENOMEM, wire::kErrorMemory},
+                                                {EINVAL, wire::kErrorInvalid},
+                                                {ENOSPC, wire::kErrorNoSpace},
+                                                {EDQUOT, wire::kErrorNoSpace},
+                                                {EFBIG, wire::kErrorNoSpace},
+                                                {ESHUTDOWN, wire::kErrorShutdown},
+                                                {EBADF, wire::kErrorIo}};
+    Client& simple = Connect();
+    Client& structured = Connect(Structured());
+    for (const auto& [error, wire_error] : cases) {
+        On([&, e = error] {
+            for (const char* call : {"read", "write", "status"}) volume_->errors[call] = e;
+        });
+        for (Client* client : {&simple, &structured}) {
+            EXPECT_EQ(client->Ask(wire::kCmdRead, 0, 4096).error, wire_error);
+            EXPECT_EQ(client->Ask(wire::kCmdWrite, 0, 4, 0, "text").error, wire_error);
+        }
+        EXPECT_EQ(structured.Ask(wire::kCmdBlockStatus, 0, 4096).error, wire_error);
+    }
+}
+
+// ---- structured replies
+
+TEST_F(ConnectionTest, HolesAreSentAsHoles) {
+    Client& client = Connect(Structured());
+    const std::string text = Pattern(8192, 3);
+    client.Ask(wire::kCmdWrite, 65'536, 8192, 0, text);
+    using Chunks = std::vector<std::pair<uint16_t, uint64_t>>;
+    const uint16_t data = wire::kChunkOffsetData, hole = wire::kChunkOffsetHole;
+
+    Answer answer = client.Ask(wire::kCmdRead, 0, 131'072);
+    EXPECT_EQ(answer.chunks, (Chunks{{hole, 65'536}, {data, 8192}, {hole, 57'344}}));
+    EXPECT_EQ(answer.data, std::string(65'536, '\0') + text + std::string(57'344, '\0'));
+
+    answer = client.Ask(wire::kCmdRead, 0, 131'072, wire::kFlagDf);
+    EXPECT_EQ(answer.chunks, (Chunks{{data, 131'072}}));
+    EXPECT_EQ(answer.data, std::string(65'536, '\0') + text + std::string(57'344, '\0'));
+
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 4096).chunks, (Chunks{{hole, 4096}}));
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 65'536, 4096).chunks, (Chunks{{data, 4096}}));
+    // A hole too short for a chunk is sent with the data beside it.
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 65'000, 1000).chunks, (Chunks{{data, 1000}}));
+}
+
+TEST_F(ConnectionTest, AScatteredReadHasABoundedNumberOfChunks) {
+    Client& client = Connect(Structured());
+    const std::string text = Pattern(32 * kMiB, 4);
+    client.Ask(wire::kCmdWrite, 0, 32 * kMiB, 0, text);
+    On([&] {
+        for (uint64_t b = 0; b < 32 * kMiB; b += 8192) {
+            volume_->Map(b, 4096, false);
+            std::memset(volume_->data() + b, 0, 4096);
+        }
+    });
+    const Answer answer = client.Ask(wire::kCmdRead, 0, 32 * kMiB);
+    EXPECT_EQ(answer.chunks.size(), 256u);
+    EXPECT_TRUE(
+        On([&] { return std::memcmp(volume_->data(), answer.data.data(), 32 * kMiB) == 0; }));
+}
+
+TEST_F(ConnectionTest, BlockStatusTellsHolesAndData) {
+    Client& client = Connect(Structured());
+    On([&] {
+        volume_->Map(4096, 4096, true);
+        volume_->Map(16'384, 8192, true);
+    });
+    using Extents = std::vector<std::pair<uint32_t, uint32_t>>;
+    const uint32_t hole = wire::kAllocationHole | wire::kAllocationZero;
+    Answer answer = client.Ask(wire::kCmdBlockStatus, 0, 65'536);
+    EXPECT_EQ(answer.context, 77u);
+    EXPECT_EQ(answer.extents,
+              (Extents{{4096, hole}, {4096, 0}, {8192, hole}, {8192, 0}, {40'960, hole}}));
+    answer = client.Ask(wire::kCmdBlockStatus, 4096, 61'440, wire::kFlagReqOne);
+    EXPECT_EQ(answer.extents, (Extents{{4096, 0}}));
+    answer = client.Ask(wire::kCmdBlockStatus, 20'480, 4096);
+    EXPECT_EQ(answer.extents, (Extents{{4096, 0}}));
+    EXPECT_EQ(client.Ask(wire::kCmdBlockStatus, kSize, 1).error, wire::kErrorInvalid);
+    EXPECT_EQ(client.Ask(wire::kCmdBlockStatus, 0, 0).error, wire::kErrorInvalid);
+
+    TransmissionOptions without = Structured();
+    without.base_allocation = false;
+    EXPECT_EQ(Connect(without).Ask(wire::kCmdBlockStatus, 0, 4096).error, wire::kErrorInvalid);
+}
+
+TEST_F(ConnectionTest, BlockStatusOfAScatteredDiskIsShort) {
+    Client& client = Connect(Structured());
+    On([&] {
+        for (uint64_t b = 0; b < kSize; b += 8192) volume_->Map(b, 4096, true);
+    });
+    const Answer answer = client.Ask(wire::kCmdBlockStatus, 0, kSize);
+    EXPECT_EQ(answer.extents.size(), 8192u);
+    EXPECT_EQ(client.Ask(wire::kCmdBlockStatus, 0, kSize).extents, answer.extents);
+}
+
+// ---- the stream
+
+TEST_F(ConnectionTest, RequestsMayArriveInAnyPieces) {
+    const uint32_t seed = std::random_device()();
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    std::mt19937 random(seed);
+    Client& client = Connect();
+    std::string stream, expected(kMiB, '\0');
+    uint64_t cookie = 0;
+    for (int i = 0; i < 200; ++i) {
+        const uint32_t length = random() % 3 ? random() % 5000 : random() % 200'000;
+        const uint64_t offset = random() % (kMiB - length);
+        const std::string text = Pattern(length, random());
+        stream += client.Prepare(wire::kCmdWrite, offset, length, ++cookie) + text;
+        expected.replace(offset, length, text);
+        // Overlapping writes run in the order of arrival in this volume.
+    }
+    std::thread sender([&] {
+        for (size_t at = 0; at < stream.size();) {
+            const size_t piece = random() % 4 ? 1 + random() % 40 : 1 + random() % 300'000;
+            client.SendBytes(stream.substr(at, piece));
+            at += piece;
+        }
+    });
+    for (int i = 0; i < 200; ++i) EXPECT_EQ(client.Next().error, 0u);
+    sender.join();
+    EXPECT_TRUE(client.Ask(wire::kCmdRead, 0, kMiB).data == expected);
+}
+
+TEST_F(ConnectionTest, RepliesOfABatchLeaveTogether) {
+    Client& client = Connect();
+    const uint64_t before = reactor_->enters();
+    for (int round = 0; round < 20; ++round) {
+        std::string batch;
+        for (uint64_t i = 0; i < 100; ++i) {
+            batch += client.Prepare(wire::kCmdRead, i * 512, 512, round * 100 + i);
+        }
+        client.SendBytes(batch);
+        for (int i = 0; i < 100; ++i) EXPECT_EQ(client.Next().error, 0u);
+    }
+    EXPECT_LT(reactor_->enters() - before, 20u * 10);
+}
+
+TEST_F(ConnectionTest, RequestsThatCameWithTheLastOptionAreServedFirst) {
+    TransmissionOptions options;
+    std::string early = Client::Header(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 9);
+    early += Client::Header(wire::kCmdRead, 0, 4096, 2).substr(0, 10);
+    const std::byte* bytes = reinterpret_cast<const std::byte*>(early.data());
+    options.received.assign(bytes, bytes + early.size());
+    Client& client = Connect(options);
+    const std::string second = client.Prepare(wire::kCmdRead, 0, 4096, 2);
+    EXPECT_EQ(client.Next().cookie, 1u);
+    client.SendBytes(second.substr(10));
+    EXPECT_EQ(client.Next().data, Pattern(4096, 9));
+}
+
+TEST_F(ConnectionTest, ARefusedPayloadIsConsumedUpToABound) {
+    Client& client = Connect();
+    const uint32_t length = 100 * kMiB;
+    EXPECT_EQ(client.Ask(wire::kCmdWrite, 0, length, 0, std::string(length, 'x')).error,
+              wire::kErrorInvalid);
+    EXPECT_EQ(client.Ask(wire::kCmdFlush, 0, 0).error, 0u);
+    client.SendBytes(Client::Header(wire::kCmdWrite, 0, 0xffffffff, 1));
+    EXPECT_TRUE(client.AtEnd());
+    WaitUntilEnded(0);
+}
+
+TEST_F(ConnectionTest, ABadMagicNumberEndsThisConnectionOnly) {
+    Client& good = Connect();
+    Client& bad = Connect();
+    std::string request = Client::Header(wire::kCmdRead, 0, 4096, 1);
+    request[0] = 0;
+    bad.SendBytes(request);
+    EXPECT_TRUE(bad.AtEnd());
+    WaitUntilEnded(1);
+    EXPECT_EQ(good.Ask(wire::kCmdFlush, 0, 0).error, 0u);
+}
+
+TEST_F(ConnectionTest, NoiseHurtsNobody) {
+    const uint32_t seed = std::random_device()();
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    std::mt19937 random(seed);
+    Client& good = Connect(Structured());
+    good.Ask(wire::kCmdWrite, kSize - 4096, 4096, 0, Pattern(4096, 5));
+    On([&] { volume_->errors["write"] = volume_->errors["zero"] = volume_->errors["trim"] = EIO; });
+    for (int i = 0; i < 200; ++i) {
+        Client& noisy = Connect(random() % 2 ? Structured() : TransmissionOptions{});
+        std::string noise = Pattern(random() % 3000, random());
+        for (size_t at = 0; at + 28 < noise.size() && random() % 8; at += 28) {
+            const std::string header =
+                Client::Header(random() % 10, random(), random() % 2 ? 0 : random() % 100'000,
+                               random(), random() % 4 ? 0 : random() % 64);
+            noise.replace(at, 28, header);
+        }
+        noisy.SendBytes(noise);
+        if (random() % 2) noisy.HalfClose();
+        noisy.Close();
+    }
+    for (size_t i = 1; i <= 200; ++i) WaitUntilEnded(i);
+    EXPECT_EQ(good.Ask(wire::kCmdRead, kSize - 4096, 4096).data, Pattern(4096, 5));
+    EXPECT_EQ(On([&] { return host_->bytes_in_flight(); }), 0u);
+}
+
+// ---- the end
+
+TEST_F(ConnectionTest, DisconnectFinishesWhatIsOutstanding) {
+    Client& client = Connect();
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    for (uint64_t i = 1; i <= 10; ++i) stream += client.Prepare(wire::kCmdRead, 0, 4096, i);
+    stream += Client::Header(wire::kCmdDisconnect, 0, 0, 11);
+    stream += Client::Header(wire::kCmdRead, 0, 4096, 12);  // not allowed, not served
+    client.SendBytes(stream);
+    Until([&] { return volume_->running() == 10; });
+    EXPECT_FALSE(served_[0].over);
+    On([&] { volume_->Release(); });
+    for (int i = 0; i < 10; ++i) EXPECT_EQ(client.Next().error, 0u);
+    EXPECT_TRUE(client.AtEnd());
+    WaitUntilEnded(0);
+    EXPECT_EQ(On([&] { return volume_->calls["read"]; }), 10u);
+}
+
+TEST_F(ConnectionTest, AClientThatClosedItsSendingSideStillGetsItsReplies) {
+    Client& client = Connect();
+    On([&] { volume_->hold = true; });
+    client.SendBytes(client.Prepare(wire::kCmdRead, 0, 4096, 1));
+    client.HalfClose();
+    Until([&] { return volume_->running() == 1; });
+    On([&] { volume_->Release(); });
+    EXPECT_EQ(client.Next().cookie, 1u);
+    EXPECT_TRUE(client.AtEnd());
+    WaitUntilEnded(0);
+}
+
+TEST_F(ConnectionTest, AWriteCutOffByTheEndOfTheStreamIsNotExecuted) {
+    for (const uint32_t length : {4096u, kMiB}) {
+        Client& client = Connect();
+        client.SendBytes(Client::Header(wire::kCmdWrite, 0, length, 1) +
+                         std::string(length - 1, 'x'));
+        client.Close();
+        WaitUntilEnded(served_.size() - 1);
+    }
+    EXPECT_EQ(On([&] { return volume_->calls["write"]; }), 0u);
+    EXPECT_EQ(On([&] { return host_->bytes_in_flight(); }), 0u);
+}
+
+TEST_F(ConnectionTest, AVanishedClientsRequestsAreFinishedFirst) {
+    Client& client = Connect();
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    for (uint64_t i = 0; i < 20; ++i) {
+        stream += Client::Header(wire::kCmdWrite, i * 4096, 4096, i) + Pattern(4096, i);
+    }
+    client.SendBytes(stream);
+    Until([&] { return volume_->running() == 20; });
+    client.Close();
+    EXPECT_FALSE(served_[0].over);
+    On([&] { volume_->Release(); });
+    WaitUntilEnded(0);
+    EXPECT_EQ(On([&] { return volume_->running(); }), 0u);
+}
+
+TEST_F(ConnectionTest, EndFinishesRunningRequestsAndDropsTheRest) {
+    Client& client = Connect();
+    Client& other = Connect();
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    for (uint64_t i = 0; i < 5; ++i) {
+        stream += Client::Header(wire::kCmdWrite, i * 4096, 4096, i) + Pattern(4096, i);
+    }
+    stream += Client::Header(wire::kCmdWrite, 0, kMiB, 9) + std::string(1000, 'x');
+    client.SendBytes(stream);
+    Until([&] { return volume_->running() == 5; });
+    On([&] {
+        End(served_[0].connection);
+        End(served_[0].connection);
+    });
+    EXPECT_TRUE(client.AtEnd());
+    EXPECT_FALSE(served_[0].over) << "requests are still running";
+    On([&] { volume_->Release(); });
+    WaitUntilEnded(0);
+    EXPECT_EQ(On([&] { return volume_->calls["write"]; }), 5u);
+    EXPECT_EQ(other.Ask(wire::kCmdFlush, 0, 0).error, 0u);
+}
+
+TEST_F(ConnectionTest, EndFreesAConnectionWhoseClientNeverReads) {
+    Client& client = Connect();
+    std::string stream;
+    for (uint64_t i = 0; i < 10; ++i) stream += Client::Header(wire::kCmdRead, 0, kMiB, i);
+    client.SendBytes(stream);
+    Until([&] { return volume_->calls["read"] == 10; });
+    On([&] { End(served_[0].connection); });
+    WaitUntilEnded(0);
+    EXPECT_EQ(On([&] { return host_->bytes_in_flight(); }), 0u);
+}
+
+// ---- limits
+
+TEST_F(ConnectionTest, NoMoreRequestsRunThanAllowedAndNoneIsLost) {
+    ConnectionLimits limits;
+    limits.requests_max = 4;
+    Start(limits);
+    Client& client = Connect();
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    constexpr uint64_t kRequests = 500;
+    for (uint64_t i = 0; i < kRequests; ++i) {
+        stream += client.Prepare(wire::kCmdWrite, i * 100, 100, i) + Pattern(100, i);
+    }
+    std::thread sender([&] { client.SendBytes(stream); });
+    Until([&] { return volume_->running() == 4; });
+    On([&] { volume_->Release(); });
+    std::vector<bool> answered(kRequests);
+    for (uint64_t i = 0; i < kRequests; ++i) answered[client.Next().cookie] = true;
+    sender.join();
+    EXPECT_EQ(std::count(answered.begin(), answered.end(), true), 500);
+    EXPECT_LE(On([&] { return volume_->running_max; }), 4u);
+    std::string expected;
+    for (uint64_t i = 0; i < kRequests; ++i) expected += Pattern(100, i);
+    EXPECT_TRUE(client.Ask(wire::kCmdRead, 0, kRequests * 100).data == expected);
+}
+
+TEST_F(ConnectionTest, AClientThatNeverReadsHoldsABoundedAmount) {
+    ConnectionLimits limits;
+    limits.bytes_max = 4 * kMiB;
+    Start(limits);
+    Client& client = Connect();
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    for (uint64_t i = 0; i < 100; ++i) stream += client.Prepare(wire::kCmdRead, i, kMiB, i);
+    client.SendBytes(stream);
+    Until([&] { return volume_->running() == 4; });
+    EXPECT_EQ(On([&] { return host_->bytes_in_flight(); }), 4u * kMiB);
+    On([&] { volume_->Release(); });
+    // Now it does read: everything arrives.
+    for (int i = 0; i < 100; ++i) {
+        EXPECT_EQ(client.Next().data.size(), kMiB);
+        EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), 4u * kMiB);
+    }
+}
+
+TEST_F(ConnectionTest, StuckClientsDoNotStopOthers) {
+    ConnectionLimits limits;
+    limits.host_bytes_max = 8 * kMiB;
+    Start(limits);
+    for (int stuck = 0; stuck < 3; ++stuck) {
+        Client& client = Connect();
+        std::string stream;
+        for (uint64_t i = 0; i < 10; ++i) stream += Client::Header(wire::kCmdRead, 0, kMiB, i);
+        client.SendBytes(stream);
+    }
+    Until([&] { return host_->bytes_in_flight() >= 8 * kMiB; });
+    Client& client = Connect();
+    std::string stream;
+    for (uint64_t i = 0; i < 10; ++i) stream += client.Prepare(wire::kCmdRead, 0, kMiB, i);
+    client.SendBytes(stream);
+    for (int i = 0; i < 10; ++i) EXPECT_EQ(client.Next().data.size(), kMiB);
+    EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), 12u * kMiB);
+}
+
+TEST_F(ConnectionTest, ConnectionsShareTheHostsMemoryWhenThereIsLittle) {
+    ConnectionLimits limits;
+    limits.host_bytes_max = kMiB;
+    Start(limits);
+    constexpr int kClients = 8;
+    std::vector<std::thread> threads;
+    std::vector<Client*> clients;
+    for (int c = 0; c < kClients; ++c) clients.push_back(&Connect());
+    for (int c = 0; c < kClients; ++c) {
+        threads.emplace_back([client = clients[c], c] {
+            std::string stream;
+            for (uint64_t i = 0; i < 50; ++i) {
+                stream += client->Prepare(wire::kCmdRead, c * kMiB, 200'000, i);
+            }
+            client->SendBytes(stream);
+            for (int i = 0; i < 50; ++i) EXPECT_EQ(client->Next().error, 0u);
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(On([&] { return host_->bytes_in_flight(); }), 0u);
+}
+
+TEST_F(ConnectionTest, AnIdleConnectionCostsLittle) {
+    constexpr size_t kConnections = 1000;
+    Connect().Ask(wire::kCmdWrite, 0, kMiB, 0, Pattern(kMiB, 1));
+    const size_t before = mallinfo2().uordblks;
+    for (size_t i = 0; i < kConnections; ++i) {
+        // Not quite unused: each has written and read once.
+        Client& client = Connect();
+        client.Ask(wire::kCmdWrite, i * 4096, 4096, 0, Pattern(4096, 1));
+        client.Ask(wire::kCmdRead, i * 4096, 4096);
+    }
+    const size_t after = mallinfo2().uordblks;
+    EXPECT_LT((after - before) / kConnections, 16u << 10);
+}
+
+// ---- a client of flesh and blood
+
+/// Negotiates as a server that has one export, just enough for libnbd.
+void Negotiate(int fd, bool structured) {
+    const auto receive = [fd](void* to, size_t bytes) {
+        ASSERT_EQ(recv(fd, to, bytes, MSG_WAITALL), static_cast<ssize_t>(bytes));
+    };
+    const auto reply = [fd](uint32_t option, uint32_t type, const std::string& data) {
+        wire::OptionReply header;
+        header.option = option;
+        header.type = type;
+        header.length = static_cast<uint32_t>(data.size());
+        std::string out(reinterpret_cast<const char*>(&header), sizeof header);
+        out += data;
+        ASSERT_EQ(write(fd, out.data(), out.size()), static_cast<ssize_t>(out.size()));
+    };
+    wire::Greeting greeting;
+    greeting.flags = wire::kHandshakeFixedNewstyle | wire::kHandshakeNoZeroes;
+    ASSERT_EQ(write(fd, &greeting, sizeof greeting), static_cast<ssize_t>(sizeof greeting));
+    wire::U32 client_flags;
+    receive(&client_flags, sizeof client_flags);
+    for (;;) {
+        wire::OptionHeader header;
+        receive(&header, sizeof header);
+        std::string data(header.length, 0);
+        if (!data.empty()) receive(data.data(), data.size());
+        const uint32_t option = header.option;
+        if (option == wire::kOptStructuredReply && structured) {
+            reply(option, wire::kRepAck, "");
+        } else if (option == wire::kOptSetMetaContext) {
+            std::string context;
+            AppendBig(context, uint32_t{77});
+            reply(option, wire::kRepMetaContext, context + "base:allocation");
+            reply(option, wire::kRepAck, "");
+        } else if (option == wire::kOptGo) {
+            wire::InfoExport info;
+            info.size = kSize;
+            info.flags = TransmissionFlags(false, structured);
+            reply(option, wire::kRepInfo,
+                  std::string(reinterpret_cast<const char*>(&info), sizeof info));
+            return reply(option, wire::kRepAck, "");
+        } else {
+            reply(option, wire::kRepErrUnsupported, "");
+        }
+    }
+}
+
+class LibnbdTest : public ConnectionTest {
+  protected:
+    ~LibnbdTest() override {
+        if (nbd_) nbd_close(nbd_);
+    }
+    nbd_handle* ConnectLibnbd(bool structured) {
+        int fds[2];
+        EXPECT_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+        std::thread server([&] { Negotiate(fds[0], structured); });
+        nbd_ = nbd_create();
+        nbd_add_meta_context(nbd_, LIBNBD_CONTEXT_BASE_ALLOCATION);
+        nbd_set_strict_mode(nbd_, 0);
+        EXPECT_EQ(nbd_connect_socket(nbd_, fds[1]), 0) << nbd_get_error();
+        server.join();
+        Served& served = served_.emplace_back();
+        TransmissionOptions options = structured ? Structured() : TransmissionOptions{};
+        On([&] {
+            served.connection = host_->Start(fds[0], std::move(options), *volume_,
+                                             [&served] { served.ended.set_value(); });
+        });
+        return nbd_;
+    }
+    nbd_handle* nbd_ = nullptr;
+};
+
+TEST_F(LibnbdTest, EveryCommandWorks) {
+    for (const bool structured : {false, true}) {
+        nbd_handle* nbd = ConnectLibnbd(structured);
+        const std::string text = Pattern(3 * kMiB, 11);
+        std::string read(text.size(), 0);
+        EXPECT_EQ(nbd_pwrite(nbd, text.data(), text.size(), kMiB, LIBNBD_CMD_FLAG_FUA), 0)
+            << nbd_get_error();
+        EXPECT_EQ(nbd_pread(nbd, read.data(), read.size(), kMiB, 0), 0) << nbd_get_error();
+        EXPECT_TRUE(read == text);
+        EXPECT_EQ(nbd_flush(nbd, 0), 0);
+        EXPECT_EQ(nbd_cache(nbd, kMiB, 0, 0), 0);
+        EXPECT_EQ(nbd_zero(nbd, kMiB, kMiB, LIBNBD_CMD_FLAG_FAST_ZERO), 0);
+        EXPECT_EQ(nbd_zero(nbd, 4096, 2 * kMiB, LIBNBD_CMD_FLAG_NO_HOLE), 0);
+        EXPECT_EQ(nbd_trim(nbd, 4096, 3 * kMiB, 0), 0);
+        EXPECT_EQ(nbd_pread(nbd, read.data(), read.size(), kMiB, 0), 0) << nbd_get_error();
+        EXPECT_TRUE(read.substr(0, kMiB) == std::string(kMiB, '\0'));
+        EXPECT_TRUE(read.substr(2 * kMiB + 4096) == text.substr(2 * kMiB + 4096));
+        EXPECT_EQ(nbd_pread(nbd, read.data(), 4096, kSize, 0), -1);
+        EXPECT_EQ(nbd_get_errno(), EINVAL);
+        EXPECT_EQ(nbd_pwrite(nbd, text.data(), 4096, kSize, 0), -1);
+        EXPECT_EQ(nbd_get_errno(), ENOSPC);
+        EXPECT_EQ(nbd_zero(nbd, 4096, 0, LIBNBD_CMD_FLAG_FAST_ZERO | LIBNBD_CMD_FLAG_NO_HOLE), -1);
+        EXPECT_EQ(nbd_get_errno(), ENOTSUP);
+        EXPECT_EQ(nbd_shutdown(nbd, 0), 0) << nbd_get_error();
+        WaitUntilEnded(served_.size() - 1);
+        nbd_close(std::exchange(nbd_, nullptr));
+    }
+}
+
+TEST_F(LibnbdTest, BlockStatusCoversTheDisk) {
+    nbd_handle* nbd = ConnectLibnbd(true);
+    On([&] {
+        for (uint64_t b = 0; b < kSize; b += 3 * 4096) volume_->Map(b, 4096, true);
+    });
+    uint64_t offset = 0, data = 0;
+    struct Sum {
+        uint64_t* offset;
+        uint64_t* data;
+    } sum{&offset, &data};
+    const auto add = [](void* user, const char*, uint64_t, uint32_t* entries, size_t count,
+                        int*) -> int {
+        Sum* s = static_cast<Sum*>(user);
+        for (size_t i = 0; i < count; i += 2) {
+            *s->offset += entries[i];
+            if (entries[i + 1] == 0) *s->data += entries[i];
+        }
+        return 0;
+    };
+    while (offset < kSize) {
+        nbd_extent_callback callback{};
+        callback.callback = add;
+        callback.user_data = &sum;
+        ASSERT_EQ(nbd_block_status(nbd, kSize - offset, offset, callback, 0), 0) << nbd_get_error();
+    }
+    EXPECT_EQ(offset, kSize);
+    EXPECT_EQ(data, (kSize / 4096 + 2) / 3 * 4096);
+}
+
+}  // namespace
+}  // namespace varve::nbdserver

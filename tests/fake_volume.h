@@ -1,0 +1,128 @@
+// FakeVolume: a volume in memory that can hold its requests back and fail on demand.
+// Not an engine: no map, no durability; it shows what a connection asks for.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "base/sync.h"
+#include "cow/volume.h"
+
+namespace varve {
+
+/// All members on the executor only.
+class FakeVolume : public cow::Volume {
+  public:
+    FakeVolume(Executor& executor, uint64_t size)
+        : executor_(executor), waiting_(executor), data_(size), mapped_(size / cow::kBlockBytes) {}
+    ~FakeVolume() override { VARVE_CHECK(running_ == 0); }
+
+    // ---- for the test
+    bool read_only_export = false;
+    bool hold = false;                      // requests wait until Release()
+    std::map<std::string, Errno> errors;    // by call: "read", "write", ...
+    std::map<std::string, uint64_t> calls;  // how often
+    uint64_t running_max = 0;
+    bool last_allocate = false;  // of WriteZeroes
+
+    void Release() {
+        hold = false;
+        waiting_.WakeAll();
+    }
+    uint64_t running() const { return running_; }
+    std::byte* data() { return data_.data(); }
+    void Map(uint64_t offset, uint64_t length, bool mapped) {
+        for (uint64_t b = offset / cow::kBlockBytes; b * cow::kBlockBytes < offset + length; ++b) {
+            mapped_[b] = mapped;
+        }
+    }
+
+    // ---- cow::Volume
+    Executor& executor() override { return executor_; }
+    uint64_t size() const override { return data_.size(); }
+    bool read_only() const override { return read_only_export; }
+
+    Task<Errno> Read(uint64_t offset, std::span<std::byte> buffer,
+                     std::vector<cow::Allocation>* map) override {
+        const Errno error = co_await Enter("read");
+        if (!error) {
+            std::memcpy(buffer.data(), data_.data() + offset, buffer.size());
+            if (map) Describe(offset, buffer.size(), ~0u, map);
+        }
+        --running_;
+        co_return error;
+    }
+    Task<Errno> Write(uint64_t offset, std::span<const std::byte> buffer) override {
+        VARVE_CHECK(reinterpret_cast<uintptr_t>(buffer.data()) % 4096 == 0);
+        const Errno error = co_await Enter("write");
+        if (!error) {
+            std::memcpy(data_.data() + offset, buffer.data(), buffer.size());
+            Map(offset, buffer.size(), true);
+        }
+        --running_;
+        co_return error;
+    }
+    Task<Errno> Trim(uint64_t offset, uint64_t length) override {
+        const Errno error = co_await Enter("trim");
+        const uint64_t first = (offset + 4095) / 4096 * 4096;
+        const uint64_t end = (offset + length) / 4096 * 4096;
+        if (!error && first < end) Zero(first, end - first, false);
+        --running_;
+        co_return error;
+    }
+    Task<Errno> WriteZeroes(uint64_t offset, uint64_t length, bool allocate) override {
+        const Errno error = co_await Enter("zero");
+        last_allocate = allocate;
+        if (!error) Zero(offset, length, allocate);
+        --running_;
+        co_return error;
+    }
+    Task<Errno> Flush() override {
+        const Errno error = co_await Enter("flush");
+        --running_;
+        co_return error;
+    }
+    Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most,
+                       std::vector<cow::Allocation>* map) override {
+        const Errno error = co_await Enter("status");
+        if (!error) Describe(offset, length, most, map);
+        --running_;
+        co_return error;
+    }
+
+  private:
+    Task<Errno> Enter(const char* call) {
+        ++calls[call];
+        running_max = std::max(running_max, ++running_);
+        while (hold) co_await waiting_.Wait();
+        const auto found = errors.find(call);
+        co_return found == errors.end() ? 0 : found->second;
+    }
+    void Zero(uint64_t offset, uint64_t length, bool mapped) {
+        std::memset(data_.data() + offset, 0, length);
+        Map(offset, length, mapped);
+    }
+    void Describe(uint64_t offset, uint64_t length, uint32_t most,
+                  std::vector<cow::Allocation>* map) {
+        const uint64_t end = offset + length;
+        for (uint32_t n = 0; offset < end && n < most; ++n) {
+            const bool hole = !mapped_[offset / 4096];
+            const uint64_t first = offset;
+            while (offset < end && mapped_[offset / 4096] == !hole) {
+                offset = std::min(end, (offset / 4096 + 1) * 4096);
+            }
+            map->push_back({offset - first, hole});
+        }
+    }
+
+    Executor& executor_;
+    WaitList waiting_;
+    std::vector<std::byte> data_;
+    std::vector<bool> mapped_;
+    uint64_t running_ = 0;
+};
+
+}  // namespace varve
