@@ -30,7 +30,8 @@ struct ServiceOptions {
     std::function<void(const std::string&)> log;  // optional: one line for each change, once done
 };
 
-/// What the commands work on. All of it outlives the service; its tasks are started on `home`.
+/// What the commands work on. All of it outlives the service; its tasks are started on `home`,
+/// which posts their results to `io`: end its thread before `io` goes.
 struct Backend {
     Executor* home = nullptr;
     cow::Pool* pool = nullptr;
