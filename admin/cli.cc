@@ -45,6 +45,24 @@ Status CheckBareName(const std::string& name) {
                              name.substr(name.find('@') + 1)));
 }
 
+/// Bytes of a size as people write it. The server checks it too, but speaks of parameters.
+Result<uint64_t> SizeOperand(const std::string& text) {
+    const Result<uint64_t> size = ParseSize(text);
+    if (!size.ok()) return size.error();
+    if (size.value() == 0 || size.value() % cow::kBlockBytes != 0) {
+        return Usage(
+            fmt::format("'{}' cannot be a disk's size; give a multiple of {} that is not 0", text,
+                        cow::kBlockBytes));
+    }
+    return size.value();
+}
+
+Result<Call> CreateCall(const Arguments& a) {
+    const Result<uint64_t> size = SizeOperand(a.operands[1]);
+    if (!size.ok()) return size.error();
+    return Call{"disk.create", {{"name", a.operands[0]}, {"size", size.value()}}, nullptr, ""};
+}
+
 Result<Call> ListCall(const Arguments& a) {
     if (a.operands.empty()) return Call{"disk.list", {}, RenderDisks, ""};
     if (IsSnapshot(a.operands[0])) {
@@ -89,8 +107,10 @@ Result<Call> RenameCall(const Arguments& a) {
 }
 
 Result<Call> ResizeCall(const Arguments& a) {
+    const Result<uint64_t> size = SizeOperand(a.operands[1]);
+    if (!size.ok()) return size.error();
     json::object params = {{"name", a.operands[0]},
-                           {"size", a.operands[1]},
+                           {"size", size.value()},
                            {"shrink", a.shrink},
                            {"disconnect", a.disconnect}};
     std::string question;
@@ -127,9 +147,7 @@ std::string RenderDisconnected(const json::value& result) {
 Result<Call> MakeCall(const Arguments& a) {
     const std::string_view verb = a.verb->name;
     const std::vector<std::string>& operands = a.operands;
-    if (verb == "create") {
-        return Call{"disk.create", {{"name", operands[0]}, {"size", operands[1]}}, nullptr, ""};
-    }
+    if (verb == "create") return CreateCall(a);
     if (verb == "list") return ListCall(a);
     if (verb == "show") return ShowCall(a);
     if (verb == "snapshot") return SnapshotCall(a);

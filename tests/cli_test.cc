@@ -492,6 +492,16 @@ TEST(CliWithoutServer, AnUnreachableServerIsExit7) {
     EXPECT_TRUE(Contains(dead.err, "start varved")) << dead.err;
 }
 
+TEST(CliWithoutServer, TheOfflineCheckMakesNoPool) {
+    TemporaryDirectory directory;
+    for (const std::string& path : {directory.path(), directory.path() + "/none"}) {
+        const Outcome outcome = Invoke({"check", "--pool", path});
+        EXPECT_EQ(outcome.code, 3);
+        EXPECT_TRUE(Contains(outcome.err, path)) << outcome.err;
+    }
+    EXPECT_TRUE(std::filesystem::is_empty(directory.path()));
+}
+
 /// Answers one connection with fixed bytes, whatever it says, and closes.
 Outcome RunAgainst(const std::string& answer, const Strings& arguments) {
     TemporaryDirectory directory;
