@@ -157,6 +157,8 @@ class Pool {
     virtual Task<Result<Export>> OpenExport(std::string name) = 0;
     /// REQUIRES: no task of the volume is running for this export.
     virtual Task<void> CloseExport(uint64_t id) = 0;
+    /// What the export is called now: it follows renames. REQUIRES: it is open.
+    virtual std::string ExportName(uint64_t id) = 0;
     /// How commands fence: must make the holders of these exports close them, soon, and drop what
     /// they have not answered. Set once by the server, called on home.
     virtual void SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) = 0;

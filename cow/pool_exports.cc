@@ -63,6 +63,13 @@ Task<void> PoolImpl::CloseExport(uint64_t id) {
     export_closed_.WakeAll();
 }
 
+std::string PoolImpl::ExportName(uint64_t id) {
+    const OpenExportState& state = exports_.at(id);
+    if (state.disk.value != 0) return catalog_.disk(state.disk).record.name;
+    const SnapshotRecord& snapshot = catalog_.snapshot(state.snapshot);
+    return catalog_.disk(snapshot.disk).record.name + "@" + snapshot.name;
+}
+
 Task<void> PoolImpl::DropSnapshotVolume(SnapshotId id) {
     OpenSnapshot& open = snapshots_.at(id);
     std::unique_ptr<MappedVolume> volume = std::move(open.volume);

@@ -47,6 +47,7 @@ class PoolImpl : public Pool, public HeadHost {
     std::vector<ExportEntry> ListExports() override;
     Task<Result<Export>> OpenExport(std::string name) override;
     Task<void> CloseExport(uint64_t id) override;
+    std::string ExportName(uint64_t id) override;
     void SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) override;
 
     // HeadHost

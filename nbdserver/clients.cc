@@ -90,15 +90,6 @@ Clients::~Clients() {
     VARVE_CHECK(clients_.empty());
 }
 
-std::string Clients::OwnName(std::string export_name) {
-    if (!export_name.empty()) return export_name;
-    // The default export is the only disk.
-    for (cow::ExportEntry& entry : pool_.ListExports()) {
-        if (entry.name.find('@') == std::string::npos) return std::move(entry.name);
-    }
-    return export_name;
-}
-
 Task<Result<ExportDescription>> Clients::Describe(std::string export_name) {
     std::string nobody;
     Task<Result<std::shared_ptr<Client>>> opening = Open(std::move(export_name), std::move(nobody));
@@ -113,12 +104,12 @@ Task<Result<ExportDescription>> Clients::Describe(std::string export_name) {
 Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std::string address) {
     if (closing_) co_return MakeError(ErrorKind::kFailed, "the server is shutting down");
     auto client = std::make_shared<Client>();
-    client->description.name = OwnName(export_name);
     Task<Result<cow::Export>> opening = pool_.OpenExport(std::move(export_name));
     Result<cow::Export> opened = co_await opening;
     if (!opened.ok()) co_return opened.error();
     cow::Volume& volume = *opened.value().volume;
     client->opened = opened.value();
+    client->description.name = pool_.ExportName(client->opened.id);
     client->address = std::move(address);
     client->since_ms = NowMs();
     client->reactor = &volume.executor();
@@ -175,7 +166,7 @@ Task<std::vector<admin::ClientInfo>> Clients::List() {
         admin::ClientInfo info;
         info.id = id;
         info.address = client->address;
-        info.export_name = client->description.name;
+        info.export_name = pool_.ExportName(id);
         info.since_ms = client->since_ms;
         info.read_only = client->description.read_only;
         info.requests = client->counters->requests.load(std::memory_order_relaxed);

@@ -60,7 +60,6 @@ class Clients : public admin::ClientDirectory {
   private:
     void End(std::shared_ptr<Client> client);
     Task<void> Close(std::shared_ptr<Client> client);
-    std::string OwnName(std::string export_name);
 
     Executor& home_;
     cow::Pool& pool_;

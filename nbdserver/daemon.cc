@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <future>
 #include <thread>
 #include <utility>
@@ -49,6 +50,11 @@ int64_t NowMs() {
     return std::chrono::duration_cast<std::chrono::milliseconds>(now).count();
 }
 
+std::string Absolute(const std::string& path) {
+    std::error_code error;
+    return std::filesystem::absolute(path, error).lexically_normal().string();
+}
+
 Result<std::vector<Listener>> Listen(const Options& options) {
     Result<std::vector<Listener>> listeners = TakeSystemdSockets();
     if (!listeners.ok()) return listeners.error();
@@ -62,7 +68,7 @@ Result<std::vector<Listener>> Listen(const Options& options) {
         std::move(more.value().begin(), more.value().end(), std::back_inserter(listeners.value()));
     }
     for (const std::string& path : options.unix_paths) {
-        Result<Listener> listener = ListenNbdUnix(path);
+        Result<Listener> listener = ListenNbdUnix(Absolute(path));
         if (!listener.ok()) return listener.error();
         listeners.value().push_back(std::move(listener.value()));
     }
@@ -130,8 +136,7 @@ Status Daemon::StartServing(const Options& options) {
 
     Result<std::vector<Listener>> listeners = Listen(options);
     if (!listeners.ok()) return listeners.error();
-    std::vector<std::string> uris;
-    for (const Listener& listener : listeners.value()) uris.push_back(listener.uri);
+    for (const Listener& listener : listeners.value()) uris_.push_back(listener.uri);
 
     admin::ServiceOptions service;
     service.path = options.admin.empty() ? directory_->path() + "/admin.sock" : options.admin;
@@ -142,7 +147,7 @@ Status Daemon::StartServing(const Options& options) {
     backend.home = home_.get();
     backend.pool = pool_.get();
     backend.clients = clients_.get();
-    uris.push_back("admin=" + service.path);
+    uris_.push_back("admin=" + Absolute(service.path));
     admin_ = std::make_unique<admin::Service>(control_->io(), backend, std::move(service));
     const Status status = admin_->Start();
     if (!status.ok()) {
@@ -156,15 +161,16 @@ Status Daemon::StartServing(const Options& options) {
     limits.connections_max = options.connections_max;
     server_ = std::make_unique<Server>(*control_, *home_, *pool_, *clients_, limits);
     server_->Start(std::move(listeners.value()));
-    AnnounceReady(options, uris);
+    control_->OnTermination([this](int) { Spawn(Stop()); });
+    AnnounceReady(options);
     return Status();
 }
 
-void Daemon::AnnounceReady(const Options& options, const std::vector<std::string>& uris) {
+void Daemon::AnnounceReady(const Options& options) {
     if (directory_->created()) {
         Log(LogLevel::kInfo, fmt::format("made a new pool in {}", directory_->path()));
     }
-    const std::string line = fmt::format("ready {}", fmt::join(uris, " "));
+    const std::string line = fmt::format("ready {}", fmt::join(uris_, " "));
     // Whoever waits for the line waits at every log level.
     if (options.log_format == LogFormat::kJson) {
         Log(LogLevel::kInfo, line);
@@ -177,7 +183,6 @@ void Daemon::AnnounceReady(const Options& options, const std::vector<std::string
 Status Daemon::Run() {
     loops_->Enter();
     Spawn(CommitNowAndThen(commit_interval_ms_));
-    control_->OnTermination([this](int) { Spawn(Stop()); });
     control_->Run();
     return outcome_;
 }

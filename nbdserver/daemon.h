@@ -31,12 +31,15 @@ class Daemon {
     /// something could not be made durable.
     Status Run();
 
+    /// As the ready line shows them: "nbd://127.0.0.1:10809", ..., "admin=/run/varve/admin.sock".
+    const std::vector<std::string>& uris() const { return uris_; }
+
   private:
     Daemon() = default;
 
     Status OpenPool(const Options& options);
     Status StartServing(const Options& options);
-    void AnnounceReady(const Options& options, const std::vector<std::string>& uris);
+    void AnnounceReady(const Options& options);
 
     Task<void> CommitNowAndThen(uint64_t interval_ms);
     Task<void> Stop();
@@ -60,6 +63,8 @@ class Daemon {
     bool admin_stopped_ = false;
     bool stopped_ = false;
     Status outcome_;
+
+    std::vector<std::string> uris_;
 };
 
 }  // namespace varve::nbdserver

@@ -223,6 +223,7 @@ class FakePool : public cow::Pool {
     std::vector<cow::ExportEntry> ListExports() override { return {}; }
     Task<Result<cow::Export>> OpenExport(std::string name) override { co_return NoDisk(name); }
     Task<void> CloseExport(uint64_t) override { co_return; }
+    std::string ExportName(uint64_t) override { return {}; }
     void SetDisconnector(std::function<void(const std::vector<uint64_t>&)>) override {}
 
   private:
