@@ -12,6 +12,8 @@ namespace {
 constexpr uint64_t kSegmentsTogether = 32;
 /// With less in hand, the next lease is fetched ahead: 4 MiB.
 constexpr uint64_t kLeaseLow = 1024;
+/// A lease of a tight region may be smaller than what a write needs: 64 blocks at most.
+constexpr unsigned kLeaseTries = 64;
 /// Chunks that are unmapped without letting others run.
 constexpr uint64_t kUnmapTogether = 256;
 
@@ -53,6 +55,12 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       round_done_(lane.executor),
       dirty_soft_(std::clamp<uint64_t>(lane.cache.limit() / (16 << 10), 16, 1024)),
       dirty_hard_(4 * dirty_soft_) {}
+
+Head::~Head() {
+    // After a failure there may be changes that will never be committed.
+    for (Chunk* chunk : dirty_) --chunk->pins;
+    for (Chunk* chunk : sealed_) --chunk->pins;
+}
 
 void Head::Rebase(Place place) {
     VARVE_CHECK(!dirty() && !cut_ && writers_[0] + writers_[1] == 0);
@@ -102,8 +110,10 @@ uint64_t Head::FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) con
 }
 
 Task<Errno> Head::EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end) {
-    // The generation may change while this waits, and with it what is needed.
-    while (FreshNeeded(chunk, first, end) > lease_blocks_) {
+    // The generation may change while this waits, and with it what is needed. In a pool that is
+    // almost full, disks may take the last blocks from each other for a while.
+    for (unsigned tries = 0; FreshNeeded(chunk, first, end) > lease_blocks_; ++tries) {
+        if (tries == kLeaseTries) co_return ENOSPC;
         const Errno error = co_await Refill(true);
         if (error != 0) co_return error;
     }
@@ -117,7 +127,7 @@ Task<Errno> Head::Refill(bool urgent) {
         co_return urgent&& refill_error_ == EAGAIN ? 0 : refill_error_;
     }
     refilling_ = true;
-    Result<std::vector<Extent>> lease = co_await host_.LeaseBlocks(lane_.executor, urgent);
+    Result<std::vector<Extent>> lease = co_await host_.LeaseBlocks(disk_, lane_.executor, urgent);
     refilling_ = false;
     refill_error_ = 0;
     if (lease.ok()) {

@@ -58,7 +58,8 @@ class HeadHost {
     virtual ~HeadHost() = default;
     /// Free blocks; kNoSpace if there are none, after all that could give some has been tried.
     /// Not `urgent`: only those that are at hand.
-    virtual Task<Result<std::vector<Extent>>> LeaseBlocks(Executor& lane, bool urgent) = 0;
+    virtual Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
+                                                          bool urgent) = 0;
     /// Commits the rows; their data has been synced.
     virtual Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) = 0;
 };
@@ -71,6 +72,7 @@ class Head : public MappedVolume {
         uint64_t size = 0;
     };
     Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place);
+    ~Head() override;
 
     bool read_only() const override { return false; }
     Task<Errno> Write(uint64_t offset, std::span<const std::byte> buffer) override;

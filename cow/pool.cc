@@ -1,6 +1,8 @@
 // Opening and closing a pool, its status, and where space comes from when it is scarce.
 #include "cow/pool.h"
 
+#include <algorithm>
+
 #include "base/log.h"
 #include "cow/pool_impl.h"
 
@@ -87,11 +89,11 @@ Task<Status> PoolImpl::CommitHead(DiskId disk, HeadCommit& commit, Executor& lan
     co_return co_await committer_.Commit(std::move(change), lane);
 }
 
-Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(Executor& lane, bool urgent) {
+Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& lane, bool urgent) {
     co_await Hop(core_.home());
     Result<std::vector<Extent>> lease = allocator_.Lease();
     if (!lease.ok() && lease.error().kind == ErrorKind::kNoSpace && urgent) {
-        lease = co_await FindSpace();
+        lease = co_await FindSpace(disk);
     }
     co_await Hop(lane);
     co_return lease;
@@ -99,12 +101,15 @@ Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(Executor& lane, bool urg
 
 /// The pool looks full: takes back what idle disks were handed, commits trims, and waits for
 /// deletions under way. kNoSpace only when all of that gave nothing.
-Task<Result<std::vector<Extent>>> PoolImpl::FindSpace() {
+Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk) {
     const Error full = MakeError(ErrorKind::kNoSpace,
                                  "the pool is full; delete snapshots or disks, or enlarge it");
-    if (full_ && full_at_release_ == committer_.released_blocks()) co_return full;
+    const bool changing = !reclaimer_.idle() || committer_.resting() ||
+                          std::any_of(disks_.begin(), disks_.end(),
+                                      [](const auto& d) { return d.second.head->changed(); });
+    if (full_ && !changing && full_at_release_ == committer_.released_blocks()) co_return full;
     background_.Enter();
-    co_await RecallLeases();
+    co_await RecallLeases(for_disk);
     Result<std::vector<Extent>> lease = allocator_.Lease();
     if (!lease.ok()) {
         co_await CommitDirty();
@@ -125,9 +130,11 @@ void PoolImpl::EndVisit(DiskId id) {
     if (--disks_.at(id).visitors == 0) visit_ended_.WakeAll();
 }
 
-Task<void> PoolImpl::RecallLeases() {
+Task<void> PoolImpl::RecallLeases(DiskId for_disk) {
     std::vector<DiskId> ids;
-    for (const auto& [id, disk] : disks_) ids.push_back(id);
+    for (const auto& [id, disk] : disks_) {
+        if (id != for_disk) ids.push_back(id);
+    }
     for (const DiskId id : ids) {
         const auto disk = disks_.find(id);
         if (disk == disks_.end()) continue;

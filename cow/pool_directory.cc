@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -103,6 +104,16 @@ Result<File> ClaimData(const std::string& path) {
     return file;
 }
 
+/// The memory tables that the metadata's file system has room for: what RocksDB writes of its own
+/// accord must fit into the reserve that DataSpace keeps, which is 5 % of a small one.
+uint64_t BufferBytes(const std::string& path) {
+    constexpr uint64_t kLeast = 1 << 20;
+    constexpr uint64_t kMost = 16 << 20;
+    struct statvfs system;
+    if (::statvfs(path.c_str(), &system) != 0) return kMost;
+    return std::clamp(uint64_t{system.f_blocks} * system.f_frsize / 64, kLeast, kMost);
+}
+
 std::string EncodeRow(const Uuid& uuid, const std::string& data_path) {
     std::string row(1, static_cast<char>(kRowVersion));
     row.append(reinterpret_cast<const char*>(uuid.data()), uuid.size());
@@ -184,6 +195,7 @@ Status PoolDirectory::Create(const PoolDirectoryOptions& options) {
 
     RocksOptions rocks;
     rocks.create = true;
+    rocks.buffer_bytes = BufferBytes(path_);
     Result<std::unique_ptr<MetadataStore>> metadata = OpenRocksStore(unfinished, rocks);
     if (!metadata.ok()) return metadata.error();
     Batch batch;
@@ -201,6 +213,7 @@ Status PoolDirectory::Create(const PoolDirectoryOptions& options) {
 Status PoolDirectory::OpenMetadata(const PoolDirectoryOptions& options) {
     RocksOptions rocks;
     rocks.cache_bytes = options.metadata_cache_bytes;
+    rocks.buffer_bytes = BufferBytes(path_);
     Result<std::unique_ptr<MetadataStore>> metadata = OpenRocksStore(path_ + "/meta", rocks);
     if (!metadata.ok()) return metadata.error();
     metadata_ = std::move(metadata.value());

@@ -51,7 +51,8 @@ class PoolImpl : public Pool, public HeadHost {
     void SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) override;
 
     // HeadHost
-    Task<Result<std::vector<Extent>>> LeaseBlocks(Executor& lane, bool urgent) override;
+    Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
+                                                  bool urgent) override;
     Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) override;
 
   private:
@@ -76,8 +77,8 @@ class PoolImpl : public Pool, public HeadHost {
 
     // pool.cc
     Task<Status> Commit(Change change);
-    Task<Result<std::vector<Extent>>> FindSpace();
-    Task<void> RecallLeases();
+    Task<Result<std::vector<Extent>>> FindSpace(DiskId for_disk);
+    Task<void> RecallLeases(DiskId for_disk);
     void EndVisit(DiskId id);
     Task<void> CommitOne(DiskId id, Join* join);
     Task<void> Trimmed(DiskId id);

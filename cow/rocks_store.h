@@ -11,9 +11,11 @@
 namespace varve::cow {
 
 struct RocksOptions {
-    bool create = false;               // an absent or empty directory becomes a new store
-    uint64_t cache_bytes = 32 << 20;   // blocks of tables kept decoded
-    uint64_t buffer_bytes = 16 << 20;  // one memtable; at most three exist
+    bool create = false;              // an absent or empty directory becomes a new store
+    uint64_t cache_bytes = 32 << 20;  // blocks of tables kept decoded
+    /// One memtable; at most three exist. The logs take as much again on the file system, and
+    /// compaction up to eight times as much for a while.
+    uint64_t buffer_bytes = 16 << 20;
 };
 
 /// Opens the store in directory `path`; its parent must exist. Blocks: replays the log, at most

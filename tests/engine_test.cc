@@ -1,0 +1,359 @@
+// The engine's behaviour, case by case, on the simulated disk.
+#include <gtest/gtest.h>
+
+#include "tests/simulation/world.h"
+
+namespace varve {
+namespace {
+
+using namespace simulation;  // NOLINT
+using cow::kBlockBytes;
+using cow::kChunkBytes;
+
+constexpr uint64_t kMiB = 1 << 20;
+
+class EngineTest : public testing::Test {
+  protected:
+    Scheduler scheduler{1};
+    Media media{scheduler, 64 * kMiB};
+    std::unique_ptr<Machine> machine;
+    std::map<std::string, cow::Export> exports;
+
+    void SetUp() override { Start(); }
+    void TearDown() override { Stop(); }
+
+    void Start() {
+        machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{}, 512);
+        const Status s = machine->Start();
+        ASSERT_TRUE(s.ok()) << s.error().message;
+    }
+    void Stop() {
+        if (!machine) return;
+        for (const auto& [name, e] : exports) Detach(e);
+        exports.clear();
+        const Status s = machine->Stop();
+        ASSERT_TRUE(s.ok()) << s.error().message;
+        CheckClean();
+        machine.reset();
+    }
+    void Detach(const cow::Export& e) {
+        bool done = false;
+        Spawn(DetachTask(&machine->home(), &machine->pool(), e.id, &done));
+        scheduler.RunUntil([&] { return done; });
+    }
+    static Task<void> DetachTask(Executor* home, cow::Pool* pool, uint64_t id, bool* done) {
+        co_await Hop(*home);
+        co_await pool->CloseExport(id);
+        *done = true;
+    }
+    void CheckClean() {
+        const auto report = cow::CheckMetadata(machine->metadata());
+        ASSERT_TRUE(report.ok());
+        EXPECT_TRUE(report.value().ok())
+            << report.value().leaked_blocks << " leaked; "
+            << (report.value().errors.empty() ? "" : report.value().errors[0]);
+    }
+    void Reclaim() {
+        bool done = false;
+        Spawn(ReclaimTask(&machine->home(), &machine->pool(), &done));
+        ASSERT_TRUE(scheduler.RunUntil([&] { return done; }));
+    }
+    static Task<void> ReclaimTask(Executor* home, cow::Pool* pool, bool* done) {
+        co_await Hop(*home);
+        co_await pool->WaitForReclaim();
+        *done = true;
+    }
+
+    void Ok(Task<Status> task) {
+        const Status s = machine->Do(std::move(task));
+        EXPECT_TRUE(s.ok()) << s.error().message;
+    }
+    ErrorKind Fails(Task<Status> task) {
+        const Status s = machine->Do(std::move(task));
+        EXPECT_FALSE(s.ok());
+        return s.ok() ? ErrorKind::kFailed : s.error().kind;
+    }
+    cow::Volume& Volume(const std::string& name) {
+        if (!exports.contains(name)) {
+            auto e = machine->Do(machine->pool().OpenExport(name));
+            VARVE_CHECK(e.ok());
+            exports[name] = e.value();
+        }
+        return *exports[name].volume;
+    }
+    void Close(const std::string& name) {
+        Detach(exports.at(name));
+        exports.erase(name);
+    }
+    Errno Write(const std::string& name, uint64_t offset, uint64_t length, char fill) {
+        const std::string data(length, fill);
+        cow::Volume& v = Volume(name);
+        const std::span<const std::byte> bytes(reinterpret_cast<const std::byte*>(data.data()),
+                                               data.size());
+        return Await(scheduler, v.executor(), v.Write(offset, bytes));
+    }
+    Errno Flush(const std::string& name) {
+        cow::Volume& v = Volume(name);
+        return Await(scheduler, v.executor(), v.Flush());
+    }
+    std::string Read(const std::string& name, uint64_t offset, uint64_t length) {
+        std::string data(length, '?');
+        cow::Volume& v = Volume(name);
+        const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(data.data()), data.size());
+        EXPECT_EQ(0, Await(scheduler, v.executor(), v.Read(offset, bytes, nullptr)));
+        return data;
+    }
+    void Expect(const std::string& name, uint64_t offset, uint64_t length, char fill) {
+        const std::string data = Read(name, offset, length);
+        const size_t wrong = data.find_first_not_of(fill);
+        EXPECT_EQ(std::string::npos, wrong) << name << " differs at " << offset + wrong;
+    }
+    uint64_t Used() { return machine->Do(machine->pool().GetStatus()).value().used; }
+    uint64_t Unique(const std::string& name) {
+        return machine->Do(machine->pool().ShowSnapshot(name)).value().unique;
+    }
+    cow::Pool& pool() { return machine->pool(); }
+};
+
+TEST_F(EngineTest, ANewDiskReadsAsZerosAndUsesNothing) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    Expect("d", 0, kMiB, 0);
+    EXPECT_EQ(0u, Used());
+}
+
+TEST_F(EngineTest, WritesOfAnyAlignmentAreRead) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, 3 * kMiB, 'a'));
+    EXPECT_EQ(0, Write("d", 4096, 4096, 'b'));
+    EXPECT_EQ(0, Write("d", 10'000, 1, 'c'));
+    EXPECT_EQ(0, Write("d", 20'001, 70'000, 'd'));
+    EXPECT_EQ(0, Write("d", kChunkBytes - 512, 1024, 'e'));
+    Expect("d", 0, 4096, 'a');
+    Expect("d", 4096, 4096, 'b');
+    Expect("d", 8192, 10'000 - 8192, 'a');
+    Expect("d", 10'000, 1, 'c');
+    Expect("d", 10'001, 10'000, 'a');
+    Expect("d", 20'001, 70'000, 'd');
+    Expect("d", kChunkBytes - 512, 1024, 'e');
+    Expect("d", 3 * kMiB, kMiB, 0);
+    EXPECT_EQ(3 * kMiB, Used());
+}
+
+TEST_F(EngineTest, APartOfAnUnwrittenBlockLeavesTheRestZero) {
+    Ok(pool().CreateDisk("d", kMiB));
+    EXPECT_EQ(0, Write("d", 5000, 100, 'x'));
+    Expect("d", 4096, 5000 - 4096, 0);
+    Expect("d", 5000, 100, 'x');
+    Expect("d", 5100, 8192 - 5100, 0);
+}
+
+TEST_F(EngineTest, ASnapshotKeepsItsStateAndCostsOnlyWhatChanges) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
+    Ok(pool().CreateSnapshots({"d@s"}));
+    EXPECT_EQ(kMiB, Used());
+    EXPECT_EQ(0u, Unique("d@s"));
+    EXPECT_EQ(0, Write("d", 8192, 4096, 'b'));
+    EXPECT_EQ(kMiB + 4096, Used());
+    EXPECT_EQ(4096u, Unique("d@s"));
+    Expect("d@s", 0, kMiB, 'a');
+    Expect("d", 8192, 4096, 'b');
+    Expect("d", 0, 8192, 'a');
+}
+
+TEST_F(EngineTest, DeletingInAnyOrderFreesExactlyWhatUniqueSays) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    for (const char fill : std::string("abcde")) {
+        EXPECT_EQ(0, Write("d", static_cast<uint64_t>(fill - 'a') * 40960, 10 * 40960, fill));
+        Ok(pool().CreateSnapshots({std::string("d@") + fill}));
+    }
+    EXPECT_EQ(0, Write("d", 0, 4096, 'z'));
+    for (const char name : std::string("cabed")) {
+        const std::string snapshot = std::string("d@") + name;
+        const uint64_t unique = Unique(snapshot), before = Used();
+        Ok(pool().DeleteSnapshot(snapshot, false));
+        Reclaim();
+        EXPECT_EQ(before - unique, Used()) << snapshot;
+    }
+    EXPECT_EQ(14u * 40960, Used());
+}
+
+TEST_F(EngineTest, RestoreBringsAStateBackAndKeepsTheOthers) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
+    Ok(pool().CreateSnapshots({"d@old"}));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'b'));
+    Ok(pool().CreateSnapshots({"d@new"}));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'c'));
+    EXPECT_EQ(ErrorKind::kBusy, Fails(pool().RestoreSnapshot("d@old", std::nullopt, false)));
+    Close("d");
+    Ok(pool().RestoreSnapshot("d@old", "kept", false));
+    Expect("d", 0, kMiB, 'a');
+    Expect("d@new", 0, kMiB, 'b');
+    Expect("d@kept", 0, kMiB, 'c');
+    EXPECT_EQ(3 * kMiB, Used());
+    Close("d");
+    Ok(pool().RestoreSnapshot("d@new", std::nullopt, false));
+    Expect("d", 0, kMiB, 'b');
+    Close("d@kept");
+    Ok(pool().DeleteSnapshot("d@kept", false));
+    Reclaim();
+    EXPECT_EQ(2 * kMiB, Used());
+}
+
+TEST_F(EngineTest, ACloneLivesOnWithoutItsSource) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, 2 * kMiB, 'a'));
+    Ok(pool().CreateSnapshots({"d@s"}));
+    Ok(pool().CloneSnapshot("d@s", "c"));
+    Ok(pool().CloneSnapshot("d@s", "c2"));
+    EXPECT_EQ(0, Write("c", 0, kMiB, 'b'));
+    EXPECT_EQ(0, Write("d", kMiB, 4096, 'x'));
+    EXPECT_EQ(3 * kMiB + 4096, Used());
+    Close("d");
+    EXPECT_EQ(ErrorKind::kInvalid, Fails(pool().DeleteDisk("d", false, false)));
+    Ok(pool().DeleteDisk("d", true, false));
+    Reclaim();
+    EXPECT_EQ(3 * kMiB, Used());
+    Expect("c", 0, kMiB, 'b');
+    Expect("c", kMiB, kMiB, 'a');
+    Expect("c2", 0, 2 * kMiB, 'a');
+    EXPECT_EQ(0, Write("c2", 0, 2 * kMiB, 'z'));
+    Reclaim();
+    EXPECT_EQ(4 * kMiB, Used());  // c: 1 + 1, c2: 2; the first 'a' MiB is gone
+    Close("c");
+    Ok(pool().DeleteDisk("c", false, false));
+    Reclaim();
+    EXPECT_EQ(2 * kMiB, Used());
+}
+
+TEST_F(EngineTest, DeletingTheRestoredSnapshotFreesWhatTheDiskOverwrites) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
+    Ok(pool().CreateSnapshots({"d@s"}));
+    EXPECT_EQ(0, Write("d", 0, kMiB / 2, 'b'));
+    Close("d");
+    Ok(pool().RestoreSnapshot("d@s", std::nullopt, false));
+    Ok(pool().DeleteSnapshot("d@s", false));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'c'));
+    Reclaim();
+    EXPECT_EQ(kMiB, Used());
+    Expect("d", 0, kMiB, 'c');
+}
+
+TEST_F(EngineTest, TrimAndZeroesGiveSpaceBackAndReadAsZeros) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, 2 * kMiB, 'a'));
+    EXPECT_EQ(2 * kMiB, Used());
+    cow::Volume& v = Volume("d");
+    EXPECT_EQ(0, Await(scheduler, v.executor(), v.Trim(100, kMiB)));
+    EXPECT_EQ(kMiB + 4096, Used());
+    Expect("d", 0, 4096, 'a');  // a part of a block stays
+    Expect("d", 4096, kMiB - 4096, 0);
+    Expect("d", kMiB, 4096, 'a');
+    EXPECT_EQ(0, Await(scheduler, v.executor(), v.WriteZeroes(kMiB + 100, 8192, false)));
+    Expect("d", kMiB, 100, 'a');
+    Expect("d", kMiB + 100, 8192, 0);
+    Expect("d", kMiB + 8292, 4096, 'a');
+    EXPECT_EQ(0, Await(scheduler, v.executor(), v.WriteZeroes(5 * kMiB, kMiB, true)));
+    Expect("d", 5 * kMiB, kMiB, 0);
+    std::vector<cow::Allocation> map;
+    EXPECT_EQ(0, Await(scheduler, v.executor(), v.Status(0, 10 * kMiB, 100, &map)));
+    ASSERT_EQ(8u, map.size());
+    const uint64_t lengths[] = {4096,        kMiB - 4096, 4096, 4096,
+                                kMiB - 8192, 3 * kMiB,    kMiB, 4 * kMiB};
+    for (size_t i = 0; i < map.size(); ++i) {
+        EXPECT_EQ(lengths[i], map[i].length) << i;
+        EXPECT_EQ(i % 2 == 1, map[i].hole) << i;
+    }
+}
+
+TEST_F(EngineTest, ResizeGrowsWithZerosAndShrinksForGood) {
+    Ok(pool().CreateDisk("d", kMiB));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
+    Ok(pool().ResizeDisk("d", 4 * kMiB, false, false));
+    Expect("d", kMiB, kMiB, 0);
+    EXPECT_EQ(0, Write("d", 3 * kMiB, kMiB, 'b'));
+    Close("d");
+    EXPECT_EQ(ErrorKind::kInvalid, Fails(pool().ResizeDisk("d", 8192, false, false)));
+    Ok(pool().ResizeDisk("d", 8192, true, false));
+    Reclaim();
+    EXPECT_EQ(8192u, Used());
+    Ok(pool().ResizeDisk("d", 4 * kMiB, false, false));
+    Expect("d", 0, 8192, 'a');
+    Expect("d", 8192, 4 * kMiB - 8192, 0);
+}
+
+TEST_F(EngineTest, AFullPoolFailsWritesAndGoesOnOnceThereIsRoom) {
+    Ok(pool().CreateDisk("d", 1024 * kMiB));
+    uint64_t written = 0;
+    while (Write("d", written, kMiB, 'a') == 0) written += kMiB;
+    EXPECT_EQ(63 * kMiB, written);  // one block is the superblock
+    Expect("d", written - kMiB, kMiB, 'a');
+    EXPECT_EQ(0, Flush("d"));
+    Ok(pool().CreateSnapshots({"d@s"}));
+    EXPECT_EQ(ENOSPC, Write("d", 0, kMiB, 'b'));
+    Expect("d", 0, kMiB, 'a');
+    cow::Volume& v = Volume("d");
+    EXPECT_EQ(0, Await(scheduler, v.executor(), v.Trim(0, 8 * kMiB)));
+    EXPECT_EQ(ENOSPC, Write("d", 0, kMiB, 'b'));  // the snapshot holds what was trimmed
+    Ok(pool().DeleteSnapshot("d@s", false));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'b'));
+    Expect("d", 0, kMiB, 'b');
+}
+
+TEST_F(EngineTest, EverythingIsThereAfterAReopen) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
+    Ok(pool().CreateSnapshots({"d@s"}));
+    EXPECT_EQ(0, Write("d", 4096, 4096, 'b'));
+    Stop();
+    Start();
+    Expect("d", 0, 4096, 'a');
+    Expect("d", 4096, 4096, 'b');
+    Expect("d@s", 0, kMiB, 'a');
+}
+
+TEST_F(EngineTest, AFailedSyncPoisonsWritesButNotReads) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
+    EXPECT_EQ(0, Flush("d"));
+    EXPECT_EQ(0, Write("d", 0, 4096, 'b'));
+    media.faults.sync_error = 1;
+    EXPECT_EQ(EIO, Flush("d"));
+    media.faults.sync_error = 0;
+    EXPECT_EQ(EIO, Flush("d"));
+    EXPECT_EQ(EIO, Write("d", 8192, 4096, 'c'));
+    Expect("d", 8192, 4096, 'a');
+    EXPECT_EQ(ErrorKind::kIo, Fails(pool().CreateSnapshots({"d@s"})));
+    Close("d");
+    const Status s = machine->Stop();
+    EXPECT_FALSE(s.ok());
+    CheckClean();
+    machine.reset();
+}
+
+TEST_F(EngineTest, NamesLimitsAndAbsentThingsAreRefused) {
+    Ok(pool().CreateDisk("d", kMiB));
+    EXPECT_EQ(ErrorKind::kExists, Fails(pool().CreateDisk("d", kMiB)));
+    for (const char* name : {"", "-x", "a b", "a/b", "a@b", "\xff"}) {
+        EXPECT_EQ(ErrorKind::kInvalid, Fails(pool().CreateDisk(name, kMiB))) << name;
+    }
+    EXPECT_EQ(ErrorKind::kInvalid, Fails(pool().CreateDisk("e", 1000)));
+    EXPECT_EQ(ErrorKind::kInvalid, Fails(pool().CreateDisk("e", 0)));
+    EXPECT_EQ(ErrorKind::kLimit, Fails(pool().CreateDisk("e", uint64_t{1} << 62)));
+    EXPECT_EQ(ErrorKind::kNotFound, Fails(pool().CreateSnapshots({"x@s"})));
+    EXPECT_EQ(ErrorKind::kInvalid, Fails(pool().CreateSnapshots({"d"})));
+    EXPECT_EQ(ErrorKind::kInvalid, Fails(pool().CreateSnapshots({"d@a", "d@b"})));
+    Ok(pool().CreateSnapshots({"d@a"}));
+    EXPECT_EQ(ErrorKind::kExists, Fails(pool().CreateSnapshots({"d@a"})));
+    EXPECT_EQ(ErrorKind::kNotFound, Fails(pool().DeleteSnapshot("d@b", false)));
+    EXPECT_EQ(ErrorKind::kNotFound, Fails(pool().RestoreSnapshot("d@b", std::nullopt, false)));
+    EXPECT_EQ(ErrorKind::kExists, Fails(pool().CloneSnapshot("d@a", "d")));
+    Ok(pool().RenameSnapshot("d@a", "b"));
+    Ok(pool().RenameDisk("d", "e"));
+    Ok(pool().DeleteSnapshot("e@b", false));
+}
+
+}  // namespace
+}  // namespace varve

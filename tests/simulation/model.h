@@ -1,0 +1,186 @@
+// Model: what a disk may legally contain, sector by sector, however requests and crashes interleave.
+// Not an engine: it never decides, it only knows what would be wrong.
+//
+// Each sector has the states it was ever given and not yet lost, each with the time from which it
+// was possible and the time at which a later, answered write replaced it. A read may show what was
+// possible at some time between its start and its end; a crash may bring back everything that was
+// possible since the start of the last flush that succeeded.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "base/check.h"
+
+namespace varve::simulation {
+
+using Time = uint64_t;
+inline constexpr Time kForever = ~Time{0};
+inline constexpr uint64_t kSectorBytes = 512;
+
+/// 512 bytes; empty stands for zeros.
+using Content = std::string;
+
+inline Content Normal(Content content) {
+    const bool zero = std::all_of(content.begin(), content.end(), [](char c) { return c == 0; });
+    return zero ? Content() : content;
+}
+
+/// Bytes [from, from + bytes.size()) of a sector are replaced.
+struct Edit {
+    uint64_t id = 0;
+    size_t from = 0;
+    std::string bytes;
+
+    Content Apply(const Content& old) const {
+        Content content = old.empty() ? Content(kSectorBytes, 0) : old;
+        content.replace(from, bytes.size(), bytes);
+        return Normal(std::move(content));
+    }
+};
+
+class Sector {
+  public:
+    struct State {
+        Content content;
+        Time began = 0;
+        Time ended = kForever;
+        bool overwritten = false;  // durably: no crash can bring it back
+    };
+
+    std::vector<Content> Possible(Time from, Time to) const {
+        std::vector<Content> contents;
+        for (const State& state : states_) {
+            if (state.ended > from && state.began <= to) contents.push_back(state.content);
+        }
+        return contents;
+    }
+    bool MayBe(const Content& content, Time from, Time to) const {
+        for (const State& state : states_) {
+            if (state.ended > from && state.began <= to && state.content == content) return true;
+        }
+        return false;
+    }
+    /// A change is sent. Gives what the sector may become. Changes that are under way together
+    /// may take effect in any order, so all orders are followed.
+    std::vector<Content> Begin(Time now, Edit edit) {
+        if (!in_flight_.empty()) overlapped_ = true;
+        in_flight_.push_back(std::move(edit));
+        std::vector<Content> results;
+        for (size_t i = 0; i < states_.size() && states_.size() < kStatesMax; ++i) {
+            if (states_[i].ended != kForever) continue;
+            for (const Edit& change : in_flight_) {
+                Content content = change.Apply(states_[i].content);
+                const bool known = std::any_of(
+                    states_.begin(), states_.end(), [&](const State& state) {
+                        return state.ended == kForever && state.content == content;
+                    });
+                if (!known) states_.push_back({content, now, kForever, false});
+                results.push_back(std::move(content));
+            }
+        }
+        return results;
+    }
+    /// The change was answered, or failed (then nobody knows).
+    void End(Time now, const Edit& edit, const std::vector<Content>& results, bool success) {
+        const auto mine = std::find_if(in_flight_.begin(), in_flight_.end(),
+                                       [&](const Edit& other) { return other.id == edit.id; });
+        VARVE_CHECK(mine != in_flight_.end());
+        in_flight_.erase(mine);
+        const bool alone = !overlapped_;
+        if (in_flight_.empty()) overlapped_ = false;
+        if (!success || !alone) return;
+        for (State& state : states_) {
+            const bool possible =
+                std::find(results.begin(), results.end(), state.content) != results.end();
+            if (state.ended == kForever && !possible) state.ended = now;
+        }
+    }
+    void Flushed(Time start) {
+        for (State& state : states_) state.overwritten |= state.ended <= start;
+    }
+    /// Forgets what can be seen no more. REQUIRES: no read or cut under way.
+    void Forget() {
+        std::erase_if(states_, [](const State& state) { return state.overwritten; });
+    }
+    /// Now it is known.
+    void Settle(Content content, Time now) {
+        states_ = {{std::move(content), now, kForever, false}};
+        in_flight_.clear();
+        overlapped_ = false;
+    }
+    const std::vector<State>& states() const { return states_; }
+
+  private:
+    static constexpr size_t kStatesMax = 4096;
+    std::vector<State> states_ = {State{}};
+    std::vector<Edit> in_flight_;
+    bool overlapped_ = false;
+};
+
+/// The contents each sector of an image may have; one where it is known.
+using Image = std::vector<std::vector<Content>>;
+
+class ModelDisk {
+  public:
+    explicit ModelDisk(uint64_t size) : sectors_(size / kSectorBytes) {}
+
+    uint64_t size() const { return sectors_.size() * kSectorBytes; }
+    std::vector<Sector>& sectors() { return sectors_; }
+
+    void Resize(uint64_t size) { sectors_.resize(size / kSectorBytes); }
+    void Flushed(Time start) {
+        for (Sector& sector : sectors_) sector.Flushed(start);
+    }
+    void Forget() {
+        for (Sector& sector : sectors_) sector.Forget();
+    }
+    /// What a cut between `from` and `to` may hold.
+    Image Cut(Time from, Time to) const {
+        Image image;
+        for (const Sector& sector : sectors_) image.push_back(sector.Possible(from, to));
+        return image;
+    }
+    /// What a crash may leave.
+    Image Remains() const {
+        Image image;
+        for (const Sector& sector : sectors_) {
+            std::vector<Content> contents;
+            for (const Sector::State& state : sector.states()) {
+                if (!state.overwritten) contents.push_back(state.content);
+            }
+            image.push_back(std::move(contents));
+        }
+        return image;
+    }
+    void Settle(const Image& known, Time now) {
+        sectors_.assign(known.size(), Sector());
+        for (size_t i = 0; i < known.size(); ++i) {
+            VARVE_CHECK(known[i].size() == 1);
+            sectors_[i].Settle(known[i][0], now);
+        }
+    }
+
+  private:
+    std::vector<Sector> sectors_;
+};
+
+/// The first sector of `data` that `image` forbids, or -1. Narrows `image` to what was seen.
+inline int64_t Compare(Image& image, const std::string& data) {
+    if (data.size() != image.size() * kSectorBytes) return 0;
+    for (size_t i = 0; i < image.size(); ++i) {
+        const Content seen = Normal(data.substr(i * kSectorBytes, kSectorBytes));
+        if (std::find(image[i].begin(), image[i].end(), seen) == image[i].end()) {
+            return static_cast<int64_t>(i);
+        }
+    }
+    for (size_t i = 0; i < image.size(); ++i) {
+        image[i] = {Normal(data.substr(i * kSectorBytes, kSectorBytes))};
+    }
+    return -1;
+}
+
+}  // namespace varve::simulation

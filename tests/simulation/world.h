@@ -1,0 +1,343 @@
+// World: the simulated disk and metadata store with one power switch, and an engine on top.
+// Not RocksDB and not io_uring: those have tests of their own.
+#pragma once
+
+#include <cstring>
+#include <map>
+#include <set>
+#include <string>
+
+#include "cow/pool.h"
+#include "tests/simulation/scheduler.h"
+
+namespace varve::simulation {
+
+inline constexpr uint64_t kSector = 512;
+
+/// Faults that may be injected. Probabilities are for each call.
+struct Faults {
+    double read_error = 0;
+    double write_error = 0;
+    double sync_error = 0;
+    double commit_error = 0;
+    double no_space = 0;
+};
+
+/// What survives: shared by the stores, carried from one life of the engine to the next.
+class Media {
+  public:
+    explicit Media(Scheduler& scheduler, uint64_t capacity)
+        : scheduler_(scheduler), capacity_(capacity),
+          metadata_(std::make_shared<std::map<std::string, std::string>>()) {}
+
+    /// Counts an operation; the power may fail at it. False if the power is off.
+    bool Tick() {
+        ++operations_;
+        if (power_ && operations_ == cut_at_) Cut();
+        return power_;
+    }
+
+    /// The power fails at the `operations`-th operation from now.
+    void CutAfter(uint64_t operations) { cut_at_ = operations_ + operations; }
+    bool power() const { return power_; }
+    uint64_t operations() const { return operations_; }
+
+    /// The power fails now: of what was not synced, each sector keeps any of its states.
+    void Cut() {
+        power_ = false;
+        for (const auto& [sector, states] : unsynced_) {
+            const uint64_t keep = scheduler_.Draw(states.size() + 1);
+            if (keep < states.size()) durable_[sector] = states[keep].content;
+        }
+    }
+
+    void Restore() {
+        power_ = true;
+        cut_at_ = 0;
+        unsynced_.clear();
+        current_ = durable_;
+    }
+
+    // ---- the data file, by sectors; absent sectors hold a previous owner's rubbish
+    std::string ReadSector(uint64_t sector) const {
+        const auto found = current_.find(sector);
+        return found != current_.end() ? found->second : std::string(kSector, '\xEE');
+    }
+    void WriteSector(uint64_t sector, std::string content) {
+        unsynced_[sector].push_back({++write_order_, content});
+        current_[sector] = std::move(content);
+    }
+    /// A write that was under way when the power failed: some of its sectors arrived.
+    void TearSector(uint64_t sector, std::string content) {
+        if (scheduler_.Chance(0.5)) durable_[sector] = std::move(content);
+    }
+    uint64_t write_order() const { return write_order_; }
+    void SyncUpTo(uint64_t order) {
+        for (auto it = unsynced_.begin(); it != unsynced_.end();) {
+            auto& states = it->second;
+            size_t synced = 0;
+            while (synced < states.size() && states[synced].order <= order) ++synced;
+            if (synced > 0) durable_[it->first] = states[synced - 1].content;
+            states.erase(states.begin(), states.begin() + static_cast<std::ptrdiff_t>(synced));
+            it = states.empty() ? unsynced_.erase(it) : std::next(it);
+        }
+    }
+
+    Scheduler& scheduler() { return scheduler_; }
+    Faults faults;
+    std::shared_ptr<const std::map<std::string, std::string>> metadata() const { return metadata_; }
+    void SetMetadata(std::shared_ptr<const std::map<std::string, std::string>> rows) {
+        metadata_ = std::move(rows);
+    }
+    uint64_t capacity() const { return capacity_; }
+    bool Fails(double probability) { return probability > 0 && scheduler_.Chance(probability); }
+
+  private:
+    struct State {
+        uint64_t order;
+        std::string content;
+    };
+    Scheduler& scheduler_;
+    const uint64_t capacity_;
+    bool power_ = true;
+    uint64_t operations_ = 0;
+    uint64_t cut_at_ = 0;
+    uint64_t write_order_ = 0;
+    std::map<uint64_t, std::string> current_, durable_;
+    std::map<uint64_t, std::vector<State>> unsynced_;
+    std::shared_ptr<const std::map<std::string, std::string>> metadata_;
+};
+
+/// Transfers complete in any order. Without power they fail and change nothing.
+class SimBlockStore : public cow::BlockStore {
+  public:
+    SimBlockStore(Media& media, Executor& executor, uint32_t alignment)
+        : media_(media), executor_(executor), alignment_(alignment) {}
+
+    uint32_t alignment() const override { return alignment_; }
+
+    void Submit(cow::BlockIo& io) override {
+        VARVE_CHECK(io.offset % alignment_ == 0);
+        const uint64_t order = media_.write_order();
+        const bool was_on = media_.Tick();
+        cow::BlockIo* op = &io;
+        media_.scheduler().Later([this, op, order, was_on] { Complete(*op, order, was_on); });
+    }
+
+  private:
+    struct Completion : Runnable {
+        cow::BlockIo* io;
+    };
+
+    void Complete(cow::BlockIo& io, uint64_t order, bool was_on) {
+        const bool on = media_.Tick();
+        io.error = on ? 0 : EIO;
+        if (was_on && !on && io.kind == cow::BlockIo::Kind::kWrite) {
+            ForEachSector(io, [this](uint64_t sector, std::byte* memory) {
+                media_.TearSector(sector, Text(memory));
+            });
+        }
+        if (on) Perform(io, order);
+        auto* completion = new Completion;
+        completion->io = &io;
+        completion->run = [](Runnable* self) {
+            cow::BlockIo* done = static_cast<Completion*>(self)->io;
+            delete static_cast<Completion*>(self);
+            done->done(done);
+        };
+        executor_.Post(completion);
+    }
+
+    void Perform(cow::BlockIo& io, uint64_t order) {
+        const Faults& faults = media_.faults;
+        switch (io.kind) {
+            case cow::BlockIo::Kind::kRead:
+                if (media_.Fails(faults.read_error)) io.error = EIO;
+                ForEachSector(io, [this](uint64_t sector, std::byte* memory) {
+                    const std::string content = media_.ReadSector(sector);
+                    std::memcpy(memory, content.data(), kSector);
+                });
+                return;
+            case cow::BlockIo::Kind::kWrite:
+                if (media_.Fails(faults.write_error)) io.error = EIO;
+                ForEachSector(io, [&](uint64_t sector, std::byte* memory) {
+                    if (io.error == 0 || media_.scheduler().Chance(0.5)) {
+                        media_.WriteSector(sector, Text(memory));
+                    }
+                });
+                return;
+            case cow::BlockIo::Kind::kSync:
+                if (media_.Fails(faults.sync_error)) {
+                    io.error = EIO;
+                } else {
+                    media_.SyncUpTo(order);
+                }
+                return;
+        }
+    }
+
+    template <typename F>
+    void ForEachSector(const cow::BlockIo& io, F&& apply) {
+        uint64_t offset = io.offset;
+        for (uint32_t v = 0; v < io.vector_count; ++v) {
+            auto* memory = static_cast<std::byte*>(io.vectors[v].iov_base);
+            for (size_t done = 0; done < io.vectors[v].iov_len; done += kSector) {
+                VARVE_CHECK(io.vectors[v].iov_len - done >= kSector);
+                apply(offset / kSector, memory + done);
+                offset += kSector;
+            }
+        }
+    }
+    static std::string Text(const std::byte* memory) {
+        return std::string(reinterpret_cast<const char*>(memory), kSector);
+    }
+
+    Media& media_;
+    Executor& executor_;
+    const uint32_t alignment_;
+};
+
+class SimSpace : public cow::SpaceStore {
+  public:
+    explicit SimSpace(Media& media) : media_(media) {}
+    Status Provision(uint64_t offset, uint64_t length) override {
+        if (offset + length <= media_.capacity() && !media_.Fails(media_.faults.no_space)) {
+            return Status();
+        }
+        return MakeError(ErrorKind::kNoSpace, "the simulated device is full");
+    }
+    void Discard(uint64_t, uint64_t) override {}
+    uint64_t Capacity(uint64_t) override { return media_.capacity(); }
+
+  private:
+    Media& media_;
+};
+
+class SimMetadata : public cow::MetadataStore {
+  public:
+    using Rows = std::map<std::string, std::string>;
+    explicit SimMetadata(Media& media) : media_(media) {}
+
+    std::unique_ptr<cow::MetadataView> View() override {
+        return std::make_unique<RowsView>(media_.metadata());
+    }
+
+    Status Commit(const cow::Batch& batch) override {
+        const bool was_on = media_.power();
+        const bool on = media_.Tick();
+        const Error failed = MakeError(ErrorKind::kIo, "the simulated store failed");
+        // A commit that the power cut met, or that failed, may be there afterwards or not.
+        const bool faulty = on && media_.Fails(media_.faults.commit_error);
+        const bool indeterminate = (was_on && !on) || faulty;
+        if ((!on && !was_on) || (indeterminate && media_.scheduler().Chance(0.5))) return failed;
+        auto rows = std::make_shared<Rows>(*media_.metadata());
+        for (const cow::Batch::Op& op : batch.ops()) {
+            if (op.value) {
+                (*rows)[op.key] = *op.value;
+            } else {
+                rows->erase(op.key);
+            }
+        }
+        media_.SetMetadata(std::move(rows));
+        if (indeterminate) return failed;
+        return Status();
+    }
+
+  private:
+    class RowsCursor : public cow::Cursor {
+      public:
+        RowsCursor(std::shared_ptr<const Rows> rows, std::string_view lower, std::string_view upper)
+            : rows_(std::move(rows)), lower_(lower), upper_(upper), at_(rows_->end()) {}
+        void Seek(std::string_view key) override {
+            at_ = rows_->lower_bound(std::max(lower_, std::string(key)));
+        }
+        void Next() override { ++at_; }
+        bool valid() const override {
+            return at_ != rows_->end() && (upper_.empty() || at_->first < upper_);
+        }
+        std::string_view key() const override { return at_->first; }
+        std::string_view value() const override { return at_->second; }
+        Status status() const override { return Status(); }
+
+      private:
+        std::shared_ptr<const Rows> rows_;
+        const std::string lower_, upper_;
+        Rows::const_iterator at_;
+    };
+    class RowsView : public cow::MetadataView {
+      public:
+        explicit RowsView(std::shared_ptr<const Rows> rows) : rows_(std::move(rows)) {}
+        Result<std::optional<std::string>> Get(std::string_view key) override {
+            const auto row = rows_->find(std::string(key));
+            if (row == rows_->end()) return std::optional<std::string>();
+            return std::optional<std::string>(row->second);
+        }
+        std::unique_ptr<cow::Cursor> Range(std::string_view lower, std::string_view upper) override {
+            return std::make_unique<RowsCursor>(rows_, lower, upper);
+        }
+
+      private:
+        const std::shared_ptr<const Rows> rows_;
+    };
+    Media& media_;
+};
+
+/// The engine, running on a medium.
+class Machine {
+  public:
+    Machine(Scheduler& scheduler, Media& media, unsigned lanes, cow::PoolOptions options,
+            uint32_t alignment)
+        : scheduler_(scheduler), home_(scheduler.NewLane()), loader_(scheduler.NewLane()),
+          space_(media), metadata_(media) {
+        environment_.home = &home_;
+        environment_.loader = &loader_;
+        environment_.space = &space_;
+        environment_.metadata = &metadata_;
+        environment_.now_ms = [] { return int64_t{1'000'000}; };
+        for (unsigned i = 0; i < lanes; ++i) {
+            Scheduler::Lane& lane = scheduler.NewLane();
+            stores_.push_back(std::make_unique<SimBlockStore>(media, lane, alignment));
+            environment_.lanes.push_back({&lane, stores_.back().get()});
+        }
+        options_ = options;
+    }
+
+    Status Start() {
+        Result<std::unique_ptr<cow::Pool>> pool =
+            Await(scheduler_, home_, cow::Pool::Open(environment_, options_));
+        if (!pool.ok()) return pool.error();
+        pool_ = std::move(pool.value());
+        return Status();
+    }
+
+    Status Stop() {
+        const Status s = Await(scheduler_, home_, pool_->Shutdown());
+        scheduler_.RunAll();
+        pool_.reset();
+        return s;
+    }
+
+    cow::Pool& pool() { return *pool_; }
+    Executor& home() { return home_; }
+    Scheduler& scheduler() { return scheduler_; }
+    cow::MetadataStore& metadata() { return metadata_; }
+
+    /// Runs a pool command to its end.
+    template <typename T>
+    T Do(Task<T> task) {
+        return Await(scheduler_, home_, std::move(task));
+    }
+
+  private:
+    Scheduler& scheduler_;
+    Executor& home_;
+    Executor& loader_;
+    SimSpace space_;
+    SimMetadata metadata_;
+    std::vector<std::unique_ptr<SimBlockStore>> stores_;
+    cow::Environment environment_;
+    cow::PoolOptions options_;
+    std::unique_ptr<cow::Pool> pool_;
+};
+
+}  // namespace varve::simulation
