@@ -1,4 +1,4 @@
-"""Puts the figures of a run together: medians, ratios, targets, and the Markdown they are shown in."""
+"""Puts the figures of a run together: medians, ratios, targets, and Markdown that shows them."""
 
 import statistics
 
@@ -135,7 +135,8 @@ def markdown(results):
         "# Benchmark figures",
         "",
         f"{results['date']}, {machine['cpus']} x {machine['cpu']}, {machine['memory_gib']} GiB, "
-        f"Linux {machine['kernel']}, {', '.join(results['versions'])}. Disk of "
+        f"load average {machine['load_average']} before, Linux {machine['kernel']}, "
+        f"{', '.join(results['versions'])}. Disk of "
         f"{settings['size_mib']} MiB, written once; medians of {settings['rounds']} interleaved "
         f"rounds of {settings['seconds']} s.",
         "",

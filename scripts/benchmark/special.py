@@ -98,7 +98,7 @@ def snapshots_under_load(server, count, seed):
 
 
 def restart_after_kill(server_class, directory, blocks, rounds, seed):
-    """kill -9 under random writes on a disk whose blocks were all written at random, and start again.
+    """kill -9 under random writes, on a disk whose blocks were written at random; start again.
 
     Times from starting the process to its ready line, and to the first read answered, in seconds.
     """

@@ -12,7 +12,7 @@ from benchmark.servers import Failed
 
 @dataclass(frozen=True)
 class Work:
-    """A kind of load. `first_writes`: each run is preceded by a snapshot and writes no block twice."""
+    """A kind of load. `first_writes`: a snapshot precedes each run, which writes no block twice."""
 
     name: str
     about: str
@@ -65,7 +65,7 @@ class Figures:
 
 
 def command(work, target, size, seconds, seed):
-    """fio's command line. Connections of first writes, and of sequential work, have parts of their own."""
+    """fio's command line. Connections of first writes have parts of the disk of their own."""
     options = ["fio", "--name=bench", *target, f"--rw={work.pattern}", f"--bs={work.block}",
                f"--iodepth={work.depth}", f"--numjobs={work.connections}", f"--runtime={seconds}",
                f"--randseed={seed}", "--group_reporting=1", "--percentile_list=50:99",

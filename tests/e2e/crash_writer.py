@@ -135,7 +135,8 @@ def check(options):
             print(f"block {block} holds parts of several writes, one of them {number}")
             wrong += 1
         elif number not in allowed:
-            print(f"block {block} holds {number}; flushed was {allowed[0]}, sent later {allowed[1:]}")
+            print(f"block {block} holds {number}; flushed was {allowed[0]}, "
+                  f"sent later {allowed[1:]}")
             wrong += 1
         state.settled[block] = number
     state.sent = {}

@@ -3,9 +3,11 @@
 Not a general client: fixed newstyle, GO, simple replies. Real clients are tested by clients_test.
 """
 
+import hashlib
 import os
 import socket
 import struct
+import sys
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES = range(7)
 FUA = 1
@@ -77,8 +79,8 @@ class Client:
         self._cookie += 1
         length = len(data) or length
         self._lengths[self._cookie] = length if command == READ else 0
-        header = struct.pack(">IHHQQI", _REQUEST_MAGIC, flags, command, self._cookie, offset, length)
-        self._put(header + data)
+        request = (_REQUEST_MAGIC, flags, command, self._cookie, offset, length)
+        self._put(struct.pack(">IHHQQI", *request) + data)
         return self._cookie
 
     def receive(self):
@@ -122,3 +124,14 @@ def read_all(path, export, offset=0, length=None):
         parts.append(client.read(start, min(1 << 20, end - start)))
     client.close()
     return b"".join(parts)
+
+
+def main():
+    """nbd.py SOCKET LENGTH EXPORT...: a line for each, with the checksum of its first bytes."""
+    path, length = sys.argv[1], int(sys.argv[2])
+    for export in sys.argv[3:]:
+        print(export, hashlib.sha256(read_all(path, export, 0, length)).hexdigest())
+
+
+if __name__ == "__main__":
+    main()

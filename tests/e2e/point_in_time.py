@@ -41,7 +41,7 @@ class Progress:
 
 
 def write_forever(path, disks, first, blocks, progress, stop):
-    """Write number n (from 1) goes to place (n - 1) % (blocks * disks): block by block, disk by disk."""
+    """Write n (from 1) goes to place (n - 1) % (blocks * disks), disk by disk in each block."""
     clients = [nbd.Client(path, disk) for disk in disks]
     places = blocks * len(disks)
     number = 0
@@ -57,7 +57,7 @@ def write_forever(path, disks, first, blocks, progress, stop):
 
 
 def last_write(path, exports, first, blocks):
-    """The number of the last write that a cut holds. Raises ValueError if it is no point in time."""
+    """The number of the last write that a cut holds. ValueError if it is no point in time."""
     data = [nbd.read_all(path, export, first * BLOCK, blocks * BLOCK) for export in exports]
     numbers = []
     for block in range(blocks):
@@ -83,7 +83,7 @@ def last_write(path, exports, first, blocks):
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--socket", required=True, help="the server's NBD socket")
-    arguments.add_argument("--varve", required=True, help="the program; VARVE_ADMIN names the socket")
+    arguments.add_argument("--varve", required=True, help="the program (with VARVE_ADMIN)")
     arguments.add_argument("--disks", required=True, nargs="+")
     arguments.add_argument("--first", type=int, default=0, help="of the counted blocks")
     arguments.add_argument("--blocks", type=int, default=400, help="counted blocks of each disk")
