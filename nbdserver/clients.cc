@@ -37,14 +37,16 @@ const ExportDescription& DescriptionOf(const Client& client) {
 
 namespace {
 
-/// Suspends until the connection has ended; resumed by a post, not from inside the connection.
+/// Suspends until the client's connection has ended; resumed by a post, not from inside the
+/// connection.
 class Ended : Resumption {
   public:
-    explicit Ended(Executor& reactor) : reactor_(reactor) {}
+    explicit Ended(Client& client) : client_(client) {}
     std::function<void()> Callback() {
         return [this] {
+            client_.connection = nullptr;  // from now on nobody may end it
             ended_ = true;
-            if (handle) reactor_.Post(this);
+            if (handle) client_.reactor->Post(this);
         };
     }
     bool await_ready() const noexcept { return ended_; }
@@ -52,7 +54,7 @@ class Ended : Resumption {
     void await_resume() const noexcept {}
 
   private:
-    Executor& reactor_;
+    Client& client_;
     bool ended_ = false;
 };
 
@@ -107,6 +109,11 @@ Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std
     Task<Result<cow::Export>> opening = pool_.OpenExport(std::move(export_name));
     Result<cow::Export> opened = co_await opening;
     if (!opened.ok()) co_return opened.error();
+    if (closing_) {  // since the check above: Drain() has not seen this one
+        Task<void> closing = pool_.CloseExport(opened.value().id);
+        co_await closing;
+        co_return MakeError(ErrorKind::kFailed, "the server is shutting down");
+    }
     cow::Volume& volume = *opened.value().volume;
     client->opened = opened.value();
     client->description.name = pool_.ExportName(client->opened.id);
@@ -131,7 +138,7 @@ Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOp
     if (client->ending || client->draining) {
         ::close(fd);
     } else {
-        Ended ended(*client->reactor);
+        Ended ended(*client);
         client->fd = fd;
         client->connection =
             host.Start(fd, std::move(options), *client->opened.volume, ended.Callback());
@@ -149,6 +156,7 @@ Task<void> Clients::Release(std::shared_ptr<Client> client) {
 }
 
 Task<void> Clients::Close(std::shared_ptr<Client> client) {
+    client->serving = false;  // the pool forgets the export before it has closed it
     Task<void> closing = pool_.CloseExport(client->opened.id);
     co_await closing;
     clients_.erase(client->opened.id);

@@ -9,6 +9,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <csignal>
 #include <filesystem>
 #include <future>
@@ -325,6 +326,27 @@ TEST_F(ServerTest, DisconnectClosesTheClientsOfADisk) {
     SendAll(one.get(), Request(wire::kCmdRead, 0, 1));
     EXPECT_EQ(Receive(one.get(), 17).size(), 17U);
     EXPECT_EQ(Call("client.list").find("\"disk0\""), std::string::npos);
+}
+
+TEST_F(ServerTest, ClientsComeAndGoWhileTheyAreListedAndDisconnected) {
+    StartWithDisk();
+    Call("snapshot.create", R"({"snapshots":["disk0@a"]})");
+    std::atomic<bool> done{false};
+    std::thread admin([&] {
+        while (!done) {
+            EXPECT_EQ(Call("client.list").find("error"), std::string::npos);
+            Call("client.disconnect", R"({"disk":"disk0"})");
+        }
+    });
+    for (int round = 0; round < 100; ++round) {
+        OwnedFd fd = ConnectGreeted();
+        SendAll(fd.get(), kHello + ExportName(round % 2 ? "disk0@a" : "disk0"));
+        if (Receive(fd.get(), 10).size() < 10) continue;  // disconnected already
+        const std::string read = Request(wire::kCmdRead, 0, 512);
+        if (::send(fd.get(), read.data(), read.size(), MSG_NOSIGNAL) > 0) Receive(fd.get(), 528);
+    }
+    done = true;
+    admin.join();
 }
 
 TEST_F(ServerTest, CommandsFenceClients) {
