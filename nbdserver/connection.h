@@ -31,7 +31,7 @@ struct ConnectionLimits {
     uint32_t payload_max = 32 << 20;       // bytes of one READ or WRITE; over it: EINVAL
     uint32_t requests_max = 1024;          // in flight, for each connection
     uint64_t bytes_max = 64 << 20;         // payloads in flight, for each connection
-    uint64_t host_bytes_max = 512 << 20;   // payloads in flight, all connections of a reactor
+    uint64_t host_bytes_max = 512 << 20;   // memory in flight, all connections of a reactor
     uint64_t unused_bytes_max = 64 << 20;  // pooled memory kept for later, for each reactor
 };
 
@@ -78,7 +78,7 @@ class ConnectionHost {
     void EndAll();
 
     uint64_t connections() const;
-    uint64_t bytes_in_flight() const;  // payload memory held by requests, for tests and status
+    uint64_t bytes_in_flight() const;  // memory that requests hold, for tests and status
 
   private:
     friend class Connection;

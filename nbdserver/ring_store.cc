@@ -133,25 +133,27 @@ void RingStore::Step(Transfer& transfer) {
     }
 }
 
+/// Does it at once. One call moves less than 2 GiB.
 int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32_t count,
                            uint64_t offset) {
-    ssize_t result = 0;
     const int n = static_cast<int>(count);
     const off_t at = static_cast<off_t>(offset);
+    const bool one = count == 1;  // spares the system the import of a vector
+    ssize_t result = 0;
     switch (kind) {
         case cow::BlockIo::Kind::kRead:
-            result = preadv(fd_, vectors, n, at);
+            result = one ? pread(fd_, vectors->iov_base, vectors->iov_len, at)
+                         : preadv(fd_, vectors, n, at);
             break;
         case cow::BlockIo::Kind::kWrite:
-            result = pwritev(fd_, vectors, n, at);
+            result = one ? pwrite(fd_, vectors->iov_base, vectors->iov_len, at)
+                         : pwritev(fd_, vectors, n, at);
             break;
         case cow::BlockIo::Kind::kSync:
             result = fdatasync(fd_);
             break;
     }
-    if (result < 0) return -errno;
-    // One call moves less than 2 GiB.
-    return static_cast<int32_t>(result);
+    return result < 0 ? -errno : static_cast<int32_t>(result);
 }
 
 void RingStore::Advance(Transfer& transfer, int32_t result) {

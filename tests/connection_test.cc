@@ -735,13 +735,33 @@ TEST_F(ConnectionTest, AClientThatNeverReadsHoldsABoundedAmount) {
     for (uint64_t i = 0; i < 100; ++i) stream += client.Prepare(wire::kCmdRead, i, kMiB, i);
     client.SendBytes(stream);
     Until([&] { return volume_->running() == 4; });
-    EXPECT_EQ(On([&] { return host_->bytes_in_flight(); }), 4u * kMiB);
+    const uint64_t most = 4 * kMiB + 100'000;  // payloads, and what keeping them takes
+    EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), most);
     On([&] { volume_->Release(); });
     // Now it does read: everything arrives.
     for (int i = 0; i < 100; ++i) {
         EXPECT_EQ(client.Next().data.size(), kMiB);
-        EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), 4u * kMiB);
+        EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), most);
     }
+}
+
+TEST_F(ConnectionTest, ManyClientsThatNeverReadHoldABoundedAmountTogether) {
+    ConnectionLimits limits;
+    limits.host_bytes_max = 4 * kMiB;
+    Start(limits);
+    constexpr int kClients = 100;
+    std::string stream;  // without payload, but more requests than one connection may have
+    for (uint64_t i = 0; i < 8000; ++i) stream += Client::Header(wire::kCmdFlush, 0, 0, i);
+    On([&] { volume_->hold = true; });
+    for (int c = 0; c < kClients; ++c) {
+        Client& client = Connect();
+        const int flags = fcntl(client.fd(), F_GETFL);
+        ASSERT_EQ(fcntl(client.fd(), F_SETFL, flags | O_NONBLOCK), 0);
+        client.SendBytes(stream);
+    }
+    // Every client has at least one request running.
+    Until([&] { return volume_->running() >= kClients; });
+    EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), 6u * kMiB);
 }
 
 TEST_F(ConnectionTest, StuckClientsDoNotStopOthers) {
@@ -754,7 +774,7 @@ TEST_F(ConnectionTest, StuckClientsDoNotStopOthers) {
         for (uint64_t i = 0; i < 10; ++i) stream += Client::Header(wire::kCmdRead, 0, kMiB, i);
         client.SendBytes(stream);
     }
-    Until([&] { return host_->bytes_in_flight() >= 8 * kMiB; });
+    Until([&] { return host_->bytes_in_flight() > 7 * kMiB; });
     Client& client = Connect();
     std::string stream;
     for (uint64_t i = 0; i < 10; ++i) stream += client.Prepare(wire::kCmdRead, 0, kMiB, i);
