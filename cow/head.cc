@@ -58,8 +58,9 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
 
 Head::~Head() {
     // After a failure there may be changes that will never be committed.
-    for (Chunk* chunk : dirty_) --chunk->pins;
-    for (Chunk* chunk : sealed_) --chunk->pins;
+    for (const auto* list : {&dirty_, &sealed_, &stranded_}) {
+        for (Chunk* chunk : *list) --chunk->pins;
+    }
 }
 
 void Head::Rebase(Place place) {

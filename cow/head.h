@@ -176,6 +176,7 @@ class Head : public MappedVolume {
 
     std::vector<Chunk*> dirty_;   // changed in the present generation, not encoded
     std::vector<Chunk*> sealed_;  // changed in the sealed generation, not encoded
+    std::vector<Chunk*> stranded_;  // their commit failed; stay in memory until the end
     std::vector<Extent> released_;
     std::atomic<bool> changed_ = false;
     bool unsynced_ = false;  // data was written since the last sync began

@@ -139,6 +139,12 @@ Task<Errno> Head::SyncData() {
 }
 
 void Head::Unpin(HeadCommit& commit) {
+    if (core_.failed) {
+        // The store may lack what these chunks hold, so they must not be read from there again.
+        stranded_.insert(stranded_.end(), commit.chunks.begin(), commit.chunks.end());
+        commit.chunks.clear();
+        return;
+    }
     for (Chunk* chunk : commit.chunks) --chunk->pins;
     commit.chunks.clear();
     lane_.cache.Shrink();

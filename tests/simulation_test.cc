@@ -38,9 +38,9 @@ void RunSeeds(bool faults, uint64_t count) {
                 static_cast<unsigned long long>(operations));
 }
 
-TEST(SimulationTest, PowerCutsLoseNothingAndMixNothing) { RunSeeds(false, 150); }
+TEST(SimulationTest, PowerCutsLoseNothingAndMixNothing) { RunSeeds(false, 60); }
 
-TEST(SimulationTest, FaultyDevicesLoseNothingEither) { RunSeeds(true, 150); }
+TEST(SimulationTest, FaultyDevicesLoseNothingEither) { RunSeeds(true, 60); }
 
 }  // namespace
 }  // namespace varve::simulation

@@ -4,6 +4,7 @@
 
 #include <map>
 
+#include "cow/transfers.h"
 #include "tests/simulation/model.h"
 #include "tests/simulation/world.h"
 
@@ -12,7 +13,7 @@ namespace {
 
 constexpr uint64_t kDisksMax = 4;
 constexpr uint64_t kSnapshotsMax = 6;  // of one disk
-constexpr uint64_t kSizes[] = {64 << 10, 300 << 10, 520 << 10, 1100 << 10};
+constexpr uint64_t kSizes[] = {64 << 10, 200 << 10, 300 << 10, 528 << 10};  // up to 3 chunks
 
 struct Snapshot {
     Image image;
@@ -22,6 +23,20 @@ struct Disk {
     explicit Disk(uint64_t size) : model(size) {}
     ModelDisk model;
     std::map<std::string, Snapshot> snapshots;
+};
+
+/// Memory whose alignment does not depend on the heap, so that a seed replays.
+class Buffer {
+  public:
+    Buffer(size_t bytes, bool aligned)
+        : memory_(cow::AllocateAligned(bytes + 8)), bytes_(bytes), shift_(aligned ? 0 : 8) {}
+    std::span<std::byte> span() { return {memory_.get() + shift_, bytes_}; }
+    std::string text() { return {reinterpret_cast<char*>(memory_.get()) + shift_, bytes_}; }
+    void Fill(const std::string& text) { std::memcpy(span().data(), text.data(), bytes_); }
+
+  private:
+    cow::AlignedBuffer memory_;
+    const size_t bytes_, shift_;
 };
 
 class Runner {
@@ -200,15 +215,14 @@ class Runner {
             return {};
         }
         cow::Volume& volume = *opened.value().volume;
-        std::string data(volume.size(), '?');
-        const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(data.data()), data.size());
+        Buffer data(volume.size(), true);
         const Errno error =
-            Await(scheduler_, volume.executor(), volume.Read(0, bytes, nullptr));
+            Await(scheduler_, volume.executor(), volume.Read(0, data.span(), nullptr));
         if (error != 0 && media_.power()) {
             Violation(fmt::format("reading {} fails: {}", name, error));
         }
         Close(opened.value().id);
-        return data;
+        return data.text();
     }
 
     void Close(uint64_t id) {
@@ -291,8 +305,9 @@ class Runner {
             const Range range = DrawRange(disk->model.size());
             if (kind < 45) {
                 const std::string data = Fill(name, range.length);
-                const std::span<const std::byte> bytes(
-                    reinterpret_cast<const std::byte*>(data.data()), data.size());
+                Buffer buffer(data.size(), scheduler_.Chance(0.7));
+                buffer.Fill(data);
+                const std::span<const std::byte> bytes = buffer.span();
                 const Change change = BeginChange(disk->model, range, &data);
                 const Errno error = co_await volume->Write(range.offset, bytes);
                 EndChange(disk->model, change, error);
@@ -337,11 +352,11 @@ class Runner {
     }
 
     Task<void> ReadOnce(std::string name, Disk* disk, cow::Volume* volume, Range range) {
-        std::string data(range.length, '?');
-        const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(data.data()), data.size());
+        Buffer buffer(range.length, scheduler_.Chance(0.7));
         const Time start = Now();
         std::vector<cow::Allocation> map;
-        const Errno error = co_await volume->Read(range.offset, bytes, &map);
+        const Errno error = co_await volume->Read(range.offset, buffer.span(), &map);
+        const std::string data = buffer.text();
         if (!media_.power()) co_return;
         Judge(error, "read");
         if (error != 0) co_return;

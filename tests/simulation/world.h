@@ -6,6 +6,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <unordered_map>
 
 #include "cow/pool.h"
 #include "tests/simulation/scheduler.h"
@@ -103,7 +104,7 @@ class Media {
     uint64_t operations_ = 0;
     uint64_t cut_at_ = 0;
     uint64_t write_order_ = 0;
-    std::map<uint64_t, std::string> current_, durable_;
+    std::unordered_map<uint64_t, std::string> current_, durable_;
     std::map<uint64_t, std::vector<State>> unsynced_;
     std::shared_ptr<const std::map<std::string, std::string>> metadata_;
 };
