@@ -97,8 +97,10 @@ def snapshots_under_load(server, count, seed):
     }
 
 
-def restart_after_kill(server_class, directory, blocks, rounds, seed):
-    """kill -9 under random writes, on a disk whose blocks were written at random; start again.
+def restart_after_kill(server_class, directory, blocks, rounds, seed, scattered):
+    """kill -9 under random writes on a disk whose blocks are all mapped, and start again.
+
+    `scattered`: they were written at random, else in order (which takes less time).
 
     Times from starting the process to its ready line, and to the first read answered, in seconds.
     """
@@ -107,10 +109,13 @@ def restart_after_kill(server_class, directory, blocks, rounds, seed):
     server.start()
     ready, first_read = [], []
     try:
-        fill = work.Work("fill", "", "randwrite", connections=4, first_writes=True)
-        job = work.command(fill, server.target(), server.size, 600, seed)
-        if subprocess.run(job, capture_output=True).returncode != 0:
-            raise Failed("fio could not fill the disk")
+        if scattered:
+            fill = work.Work("fill", "", "randwrite", connections=4, first_writes=True)
+            job = work.command(fill, server.target(), server.size, 600, seed)
+            if subprocess.run(job, capture_output=True).returncode != 0:
+                raise Failed("fio could not fill the disk")
+        else:
+            work.prefill(server)
         load = next(kind for kind in work.ALL if kind.name == "write-c4")
         for number in range(rounds):
             job = work.command(load, server.target(), server.size, 60, seed + number)
