@@ -32,13 +32,18 @@ struct FinalAwaiter {
     bool await_ready() const noexcept { return false; }
     template <typename Promise>
     void await_suspend(std::coroutine_handle<Promise> self) noexcept {
-        if (auto parent = self.promise().parent) parent.resume();
+        if (self.promise().detached) {
+            self.destroy();
+        } else if (auto parent = self.promise().parent) {
+            parent.resume();
+        }
     }
     void await_resume() const noexcept {}
 };
 
 struct PromiseBase {
     std::coroutine_handle<> parent;  // set only once the awaiter has really suspended
+    bool detached = false;           // nobody awaits it: it frees itself
 
     static void* operator new(size_t bytes) { return AllocateFrame(bytes); }
     static void operator delete(void* frame, size_t bytes) { FreeFrame(frame, bytes); }
@@ -69,6 +74,10 @@ struct Promise<void> : PromiseBase {
 }  // namespace internal
 
 template <typename T = void>
+class Task;
+void Spawn(Task<void> task);
+
+template <typename T>
 class [[nodiscard]] Task {
   public:
     using promise_type = internal::Promise<T>;
@@ -91,25 +100,18 @@ class [[nodiscard]] Task {
     T await_resume() { return handle_.promise().Take(); }
 
   private:
+    friend void Spawn(Task<void> task);
     Handle handle_;
 };
 
-namespace internal {
-struct Detached {
-    struct promise_type {
-        static void* operator new(size_t bytes) { return AllocateFrame(bytes); }
-        static void operator delete(void* frame, size_t bytes) { FreeFrame(frame, bytes); }
-        Detached get_return_object() const noexcept { return {}; }
-        std::suspend_never initial_suspend() const noexcept { return {}; }
-        std::suspend_never final_suspend() const noexcept { return {}; }
-        void return_void() const noexcept {}
-        void unhandled_exception() { std::terminate(); }
-    };
-};
-}  // namespace internal
-
-/// Runs `task` up to its first suspension, at once; the rest runs by itself and its frame frees
-/// itself. Whoever spawns must know another way when it ended (a Gate, a counter).
-inline internal::Detached Spawn(Task<void> task) { co_await task; }
+/// Runs `task` up to its first suspension, at once; the rest runs by itself, on whatever thread,
+/// and its frame frees itself. Whoever spawns must know another way when it ended (a Gate, a
+/// counter).
+inline void Spawn(Task<void> task) {
+    // Told before it runs: once it has hopped away it may end at any moment on another thread.
+    const Task<void>::Handle handle = std::exchange(task.handle_, nullptr);
+    handle.promise().detached = true;
+    handle.resume();
+}
 
 }  // namespace varve

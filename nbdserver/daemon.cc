@@ -25,18 +25,18 @@ constexpr uint64_t kCommandMsMax = 500;
 constexpr unsigned kLoaderThreads = 2;
 
 template <typename T>
-Task<void> RunInto(Executor& executor, Task<T> task, std::promise<T>& result) {
+Task<void> RunInto(Executor& executor, Task<T> task, std::shared_ptr<std::promise<T>> result) {
     co_await Hop(executor);
     T value = co_await task;
-    result.set_value(std::move(value));
+    result->set_value(std::move(value));
 }
 
 /// Runs `task` on `executor` and waits for it, on a thread that is not the executor's.
 template <typename T>
 T RunOn(Executor& executor, Task<T> task) {
-    std::promise<T> result;
-    std::future<T> future = result.get_future();
-    Spawn(RunInto(executor, std::move(task), result));
+    auto result = std::make_shared<std::promise<T>>();
+    std::future<T> future = result->get_future();
+    Spawn(RunInto(executor, std::move(task), std::move(result)));
     return future.get();
 }
 
