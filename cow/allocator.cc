@@ -55,6 +55,7 @@ Status Allocator::Know(uint64_t index) {
         }
     }
     region.known = true;
+    region.provisioned = row.value().has_value();
     if (index == 0) MapsOf(0).busy.set(0);  // the superblock
     Settle(index);
     return Status();
@@ -110,6 +111,7 @@ Result<uint64_t> Allocator::Grow() {
     if (!s.ok()) return s.error();
     regions_.emplace_back();
     regions_.back().known = true;
+    regions_.back().provisioned = true;
     if (known_below_ == index) known_below_ = index + 1;
     pool_.region_count = regions_.size();
     if (index == 0) MapsOf(0).busy.set(0);
@@ -147,14 +149,22 @@ Result<std::vector<Extent>> Allocator::Lease() {
         }
     }
     for (const uint64_t index : roomy_) {
-        if (!empty_.contains(index)) return TakeAll(index);
+        if (regions_[index].provisioned) return TakeAll(index);
     }
     Status no_space = MakeError(ErrorKind::kNoSpace, "the pool is full");
-    if (!empty_.empty()) {
-        // It may have been discarded, by this run or an earlier one.
-        const uint64_t index = *empty_.begin();
+    if (!roomy_.empty()) {
+        // Wholly free, and discarded by this run or, who knows, by an earlier one. If it was not,
+        // it may hold the very space that is missing: then it gives that back first.
+        const uint64_t index = *roomy_.begin();
         no_space = space_.Provision(index * kRegionBytes, kRegionBytes);
-        if (no_space.ok()) return TakeAll(index);
+        if (!no_space.ok() && index > 0) {
+            space_.Discard(index * kRegionBytes, kRegionBytes);
+            no_space = space_.Provision(index * kRegionBytes, kRegionBytes);
+        }
+        if (no_space.ok()) {
+            regions_[index].provisioned = true;
+            return TakeAll(index);
+        }
     }
     if (tight_.empty()) return no_space.error();
     return TakeAll(*tight_.begin());
@@ -213,6 +223,7 @@ void Allocator::Release(const Extent& extent) {
         Settle(index);
         if (empty_.size() > kEmptyKept && empty_.contains(index)) {
             space_.Discard(index * kRegionBytes, kRegionBytes);
+            regions_[index].provisioned = false;
         }
         return Status();
     });

@@ -54,6 +54,7 @@ class Allocator {
     };
     struct Region {
         bool known = false;          // its row has been read
+        bool provisioned = false;    // surely: it was this run, or has used blocks
         bool full = false;           // without maps: whether all blocks are used, or none
         std::unique_ptr<Maps> maps;  // null if busy = used = all or none
     };

@@ -317,6 +317,7 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, const Stretches& stretches, ui
 
 Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block) {
     ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
+    uint64_t settled = 0;
     uint64_t visited = 0;
     while (begin_block < end_block) {
         const ChunkIndex index{begin_block / kChunkBlocks};
@@ -329,11 +330,12 @@ Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block) {
             co_await Answerable();
         }
         if (!Find(index)) {
-            if (index >= nothing_from && index < nothing_to) continue;
+            if (index >= nothing_from && index < nothing_to && settled == settled_) continue;
             const Loaded loaded = co_await Load(index);
             if (loaded.error != 0) co_return loaded.error;
             nothing_from = GroupEnd(index);
             nothing_to = loaded.next;
+            settled = loaded.settled;
         }
         Chunk* chunk = TryLock(index, MaskOf(first, end));
         Errno error = 0;

@@ -145,6 +145,7 @@ void Head::Unpin(HeadCommit& commit) {
         commit.chunks.clear();
         return;
     }
+    ++settled_;
     for (Chunk* chunk : commit.chunks) --chunk->pins;
     commit.chunks.clear();
     lane_.cache.Shrink();

@@ -74,6 +74,7 @@ Task<MappedVolume::Loaded> MappedVolume::Load(ChunkIndex index) {
         if (!chunks_.contains(first.value + i)) absent |= uint64_t{1} << i;
     }
     const Line line = line_;
+    result.settled = settled_;
     co_await Hop(core_.loader());
     const std::unique_ptr<MetadataView> view = core_.metadata().View();
     Result<MapRows> rows = ReadMap(*view, line, first, ChunkIndex{first.value + kGroupChunks});
@@ -178,16 +179,18 @@ Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most
                                  std::vector<Allocation>* map) {
     if (!InRange(offset, length)) co_return EINVAL;
     ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
+    uint64_t settled = 0;
     const uint64_t end = offset + length;
     while (offset < end) {
         const ChunkIndex index{offset / kChunkBytes};
         const uint64_t stop = std::min(end, (index.value + 1) * kChunkBytes);
         Chunk* chunk = Find(index);
-        if (!chunk && (index < nothing_from || index >= nothing_to)) {
+        if (!chunk && (index < nothing_from || index >= nothing_to || settled != settled_)) {
             const Loaded loaded = co_await Load(index);
             if (loaded.error != 0) co_return loaded.error;
             nothing_from = GroupEnd(index);
             nothing_to = loaded.next;
+            settled = loaded.settled;
             chunk = Find(index);
             if (!chunk) continue;
         }

@@ -39,7 +39,8 @@ class MappedVolume : public Volume {
   protected:
     struct Loaded {
         Errno error = 0;
-        ChunkIndex next;  // from the group's end up to here nothing is stored
+        ChunkIndex next;  // from the group's end up to here nothing was stored
+        uint64_t settled = 0;  // settled_ at that time
     };
 
     bool InRange(uint64_t offset, uint64_t length) const {
@@ -57,6 +58,10 @@ class MappedVolume : public Volume {
     Core& core_;
     LaneState& lane_;
     std::atomic<uint64_t> size_;  // bytes
+    /// Grows whenever changed chunks may leave memory because they were committed. What a load says
+    /// of chunks that are not stored is true as long as this is as it was: until then, whatever is
+    /// not stored and not in memory is zeros.
+    uint64_t settled_ = 0;
 
   private:
     /// Appends what [offset, end) maps to, all in one chunk: pieces to read, zeros filled in.

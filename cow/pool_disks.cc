@@ -1,6 +1,8 @@
 // Commands on disks.
 #include <fmt/format.h>
 
+#include <set>
+
 #include "base/units.h"
 #include "cow/pool_impl.h"
 
@@ -237,20 +239,18 @@ Task<Status> PoolImpl::FinishShrink(DiskId id) {
 
 void PoolImpl::BuildDelete(DiskId id, CommitContext& context) {
     Catalog& catalog = context.catalog;
-    // One job for each branch a view was on, at the highest: it looks at all that lies below.
-    std::map<BranchId, Generation> tops;
-    const DiskRecord head = catalog.disk(id).record;
-    tops[head.branch] = head.generation;
+    // One job for each branch that loses its views, above all of them: with nothing live above, the
+    // job walks all that lies below. (Several views die at once here, so a row may be dead that was
+    // superseded below the topmost of them.)
+    std::set<BranchId> branches{catalog.disk(id).record.branch};
     while (!catalog.disk(id).snapshots.empty()) {
         const SnapshotId snapshot = catalog.disk(id).snapshots.begin()->second;
-        const SnapshotRecord& record = catalog.snapshot(snapshot);
-        Generation& top = tops[record.branch];
-        top = std::max(top, record.generation);
+        branches.insert(catalog.snapshot(snapshot).branch);
         catalog.RemoveSnapshot(snapshot, context.batch);
     }
     catalog.RemoveDisk(id, context.batch);
-    for (const auto& [branch, generation] : tops) {
-        catalog.AddJob({branch, generation}, context.batch);
+    for (const BranchId branch : branches) {
+        catalog.AddJob({branch, Generation{catalog.NextId()}}, context.batch);
     }
     context.noted = true;
 }

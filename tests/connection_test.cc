@@ -465,6 +465,7 @@ TEST_F(ConnectionTest, AScatteredReadHasABoundedNumberOfChunks) {
     });
     const Answer answer = client.Ask(wire::kCmdRead, 0, 32 * kMiB);
     EXPECT_EQ(answer.chunks.size(), 256u);
+    ASSERT_EQ(answer.data.size(), 32u * kMiB);
     EXPECT_TRUE(
         On([&] { return std::memcmp(volume_->data(), answer.data.data(), 32 * kMiB) == 0; }));
 }

@@ -211,7 +211,7 @@ TEST_F(EngineTest, ACloneLivesOnWithoutItsSource) {
     EXPECT_EQ(0, Write("d", kMiB, 4096, 'x'));
     EXPECT_EQ(3 * kMiB + 4096, Used());
     Close("d");
-    EXPECT_EQ(ErrorKind::kInvalid, Fails(pool().DeleteDisk("d", false, false)));
+    EXPECT_EQ(ErrorKind::kBusy, Fails(pool().DeleteDisk("d", false, false)));
     Ok(pool().DeleteDisk("d", true, false));
     Reclaim();
     EXPECT_EQ(3 * kMiB, Used());
@@ -239,6 +239,28 @@ TEST_F(EngineTest, DeletingTheRestoredSnapshotFreesWhatTheDiskOverwrites) {
     Reclaim();
     EXPECT_EQ(kMiB, Used());
     Expect("d", 0, kMiB, 'c');
+}
+
+TEST_F(EngineTest, DeletingADiskBesideACloneFreesWhatOnlyLowerSnapshotsHeld) {
+    Ok(pool().CreateDisk("d", 64 * kMiB));
+    const auto touch = [&](uint64_t chunks, char fill) {
+        for (uint64_t c = 0; c < chunks; ++c) EXPECT_EQ(0, Write("d", c * kChunkBytes, 4096, fill));
+    };
+    touch(200, 'a');
+    Ok(pool().CreateSnapshots({"d@s1"}));
+    touch(100, 'b');
+    Ok(pool().CreateSnapshots({"d@s2"}));
+    touch(100, 'c');
+    Ok(pool().CreateSnapshots({"d@s3"}));
+    Ok(pool().CloneSnapshot("d@s3", "c"));
+    Close("d");
+    Ok(pool().RestoreSnapshot("d@s1", std::nullopt, false));
+    Ok(pool().DeleteDisk("d", true, false));
+    Reclaim();
+    EXPECT_EQ(200 * kBlockBytes, Used());
+    CheckClean();
+    Expect("c", 0, 4096, 'c');
+    Expect("c", 150 * kChunkBytes, 4096, 'a');
 }
 
 TEST_F(EngineTest, TrimAndZeroesGiveSpaceBackAndReadAsZeros) {
