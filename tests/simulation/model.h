@@ -1,5 +1,5 @@
-// Model: what a disk may legally contain, sector by sector, however requests and crashes interleave.
-// Not an engine: it never decides, it only knows what would be wrong.
+// Model: what a disk may legally contain, sector by sector, however requests and crashes
+// interleave. Not an engine: it never decides, it only knows what would be wrong.
 //
 // Each sector has the states it was ever given and not yet lost, each with the time from which it
 // was possible and the time at which a later, answered write replaced it. A read may show what was
@@ -74,8 +74,8 @@ class Sector {
             if (states_[i].ended != kForever) continue;
             for (const Edit& change : in_flight_) {
                 Content content = change.Apply(states_[i].content);
-                const bool known = std::any_of(
-                    states_.begin(), states_.end(), [&](const State& state) {
+                const bool known =
+                    std::any_of(states_.begin(), states_.end(), [&](const State& state) {
                         return state.ended == kForever && state.content == content;
                     });
                 if (!known) states_.push_back({content, now, kForever, false});

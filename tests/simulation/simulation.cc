@@ -12,7 +12,7 @@ namespace varve::simulation {
 namespace {
 
 constexpr uint64_t kDisksMax = 4;
-constexpr uint64_t kSnapshotsMax = 6;  // of one disk
+constexpr uint64_t kSnapshotsMax = 6;                                       // of one disk
 constexpr uint64_t kSizes[] = {64 << 10, 200 << 10, 300 << 10, 528 << 10};  // up to 3 chunks
 
 struct Snapshot {
@@ -29,7 +29,9 @@ struct Disk {
 class Buffer {
   public:
     Buffer(size_t bytes, bool aligned)
-        : memory_(cow::AllocateAligned(bytes + 8)), bytes_(bytes), shift_(aligned ? 0 : 8) {}
+        : memory_(cow::AllocateAligned(bytes + 8)), bytes_(bytes), shift_(aligned ? 0 : 8) {
+        std::memset(span().data(), '?', bytes_);
+    }
     std::span<std::byte> span() { return {memory_.get() + shift_, bytes_}; }
     std::string text() { return {reinterpret_cast<char*>(memory_.get()) + shift_, bytes_}; }
     void Fill(const std::string& text) { std::memcpy(span().data(), text.data(), bytes_); }
@@ -241,7 +243,8 @@ class Runner {
         // others.
         std::string text;
         const std::string tag = fmt::format("{}#{}#", disk, ++sequence_);
-        while (text.size() < length) text += fmt::format("{:-<31}|", tag + std::to_string(text.size()));
+        while (text.size() < length)
+            text += fmt::format("{:-<31}|", tag + std::to_string(text.size()));
         text.resize(length);
         return text;
     }
@@ -275,9 +278,9 @@ class Runner {
             const uint64_t base = s * kSectorBytes;
             const uint64_t from = std::max(base, range.offset);
             const uint64_t to = std::min(base + kSectorBytes, end);
-            Edit edit{began, from - base,
-                      data ? data->substr(from - range.offset, to - from)
-                           : std::string(to - from, 0)};
+            Edit edit{
+                began, from - base,
+                data ? data->substr(from - range.offset, to - from) : std::string(to - from, 0)};
             change.results.push_back(model.sectors()[s].Begin(began, edit));
             change.edits.push_back(std::move(edit));
         }
@@ -366,8 +369,7 @@ class Runner {
         const uint64_t end = range.offset + range.length;
         for (uint64_t s = (range.offset + kSectorBytes - 1) / kSectorBytes;
              (s + 1) * kSectorBytes <= end; ++s) {
-            const Content seen =
-                Normal(data.substr(s * kSectorBytes - range.offset, kSectorBytes));
+            const Content seen = Normal(data.substr(s * kSectorBytes - range.offset, kSectorBytes));
             if (!disk->model.sectors()[s].MayBe(seen, start, time_)) {
                 Explain({disk->model.sectors()[s].Possible(start, time_)}, seen, 0);
                 Violation(fmt::format("a read of {} sector {} shows what it never held", name, s));
@@ -423,7 +425,8 @@ class Runner {
         for (auto& [name, disk] : disks_) {
             if (disk.snapshots.empty() || scheduler_.Chance(0.5)) continue;
             auto victim = disk.snapshots.begin();
-            std::advance(victim, static_cast<std::ptrdiff_t>(scheduler_.Draw(disk.snapshots.size())));
+            std::advance(victim,
+                         static_cast<std::ptrdiff_t>(scheduler_.Draw(disk.snapshots.size())));
             const std::string snapshot = victim->first;
             Status s = co_await pool().DeleteSnapshot(name + "@" + snapshot, false);
             if (s.ok() && media_.power()) {
@@ -467,11 +470,21 @@ class Runner {
     void DrawFaults() {
         Faults& faults = media_.faults;
         switch (scheduler_.Draw(5)) {
-            case 0: faults.read_error = 0.05; return;
-            case 1: faults.write_error = 0.05; return;
-            case 2: faults.sync_error = 0.1; return;
-            case 3: faults.commit_error = 0.1; return;
-            default: faults.no_space = 0.5; return;
+            case 0:
+                faults.read_error = 0.05;
+                return;
+            case 1:
+                faults.write_error = 0.05;
+                return;
+            case 2:
+                faults.sync_error = 0.1;
+                return;
+            case 3:
+                faults.commit_error = 0.1;
+                return;
+            default:
+                faults.no_space = 0.5;
+                return;
         }
     }
 
@@ -490,11 +503,21 @@ class Runner {
             auto it = disks_.begin();
             std::advance(it, static_cast<std::ptrdiff_t>(scheduler_.Draw(disks_.size())));
             switch (scheduler_.Draw(5)) {
-                case 0: Restore(it->first, it->second); break;
-                case 1: Clone(it->first, it->second); break;
-                case 2: Resize(it->first, it->second); break;
-                case 3: DeleteDisk(it->first); break;
-                default: DeleteCounted(it->first, it->second); break;
+                case 0:
+                    Restore(it->first, it->second);
+                    break;
+                case 1:
+                    Clone(it->first, it->second);
+                    break;
+                case 2:
+                    Resize(it->first, it->second);
+                    break;
+                case 3:
+                    DeleteDisk(it->first);
+                    break;
+                default:
+                    DeleteCounted(it->first, it->second);
+                    break;
             }
         }
         media_.CutAfter(0);
@@ -510,9 +533,11 @@ class Runner {
 
     /// A snapshot's image, made certain by reading it.
     bool Know(const std::string& disk, const std::string& name, Snapshot& snapshot) {
-        const int64_t bad = Compare(snapshot.image, ReadAll(disk + "@" + name));
-        if (bad >= 0 && media_.power()) Violation("snapshot " + disk + "@" + name + " is wrong");
-        return bad < 0 && media_.power();
+        const std::string data = ReadAll(disk + "@" + name);
+        if (!media_.power()) return false;  // nothing was read
+        const int64_t bad = Compare(snapshot.image, data);
+        if (bad >= 0) Violation("snapshot " + disk + "@" + name + " is wrong");
+        return bad < 0;
     }
 
     void Restore(const std::string& name, Disk& disk) {
@@ -634,6 +659,8 @@ class Runner {
 
 }  // namespace
 
-SimulationResult Simulate(const SimulationOptions& options) { return Runner(options).Run(); }
+SimulationResult Simulate(const SimulationOptions& options) {
+    return Runner(options).Run();
+}
 
 }  // namespace varve::simulation

@@ -10,9 +10,9 @@ namespace varve::simulation {
 
 struct SimulationOptions {
     uint64_t seed = 1;
-    unsigned rounds = 12;       // each: clients at work, commands beside them, then quiet commands
-    double crash = 0.5;         // probability that a round ends in a power cut
-    bool faults = false;        // I/O errors, failed commits, no space
+    unsigned rounds = 12;  // each: clients at work, commands beside them, then quiet commands
+    double crash = 0.5;    // probability that a round ends in a power cut
+    bool faults = false;   // I/O errors, failed commits, no space
 };
 
 struct SimulationResult {

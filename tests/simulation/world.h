@@ -28,7 +28,8 @@ struct Faults {
 class Media {
   public:
     explicit Media(Scheduler& scheduler, uint64_t capacity)
-        : scheduler_(scheduler), capacity_(capacity),
+        : scheduler_(scheduler),
+          capacity_(capacity),
           metadata_(std::make_shared<std::map<std::string, std::string>>()) {}
 
     /// Counts an operation; the power may fail at it. False if the power is off.
@@ -273,7 +274,8 @@ class SimMetadata : public cow::MetadataStore {
             if (row == rows_->end()) return std::optional<std::string>();
             return std::optional<std::string>(row->second);
         }
-        std::unique_ptr<cow::Cursor> Range(std::string_view lower, std::string_view upper) override {
+        std::unique_ptr<cow::Cursor> Range(std::string_view lower,
+                                           std::string_view upper) override {
             return std::make_unique<RowsCursor>(rows_, lower, upper);
         }
 
@@ -288,8 +290,11 @@ class Machine {
   public:
     Machine(Scheduler& scheduler, Media& media, unsigned lanes, cow::PoolOptions options,
             uint32_t alignment)
-        : scheduler_(scheduler), home_(scheduler.NewLane()), loader_(scheduler.NewLane()),
-          space_(media), metadata_(media) {
+        : scheduler_(scheduler),
+          home_(scheduler.NewLane()),
+          loader_(scheduler.NewLane()),
+          space_(media),
+          metadata_(media) {
         environment_.home = &home_;
         environment_.loader = &loader_;
         environment_.space = &space_;
