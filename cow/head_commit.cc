@@ -77,7 +77,9 @@ void Head::MapStretches(Chunk& chunk, Generation generation, const Stretches& st
 
 void Head::GiveUp(const Stretches& stretches) {
     for (const Stretch& stretch : stretches) {
-        if (stretch.fresh) released_.push_back({stretch.place, stretch.count});
+        if (!stretch.fresh) continue;
+        released_.push_back({stretch.place, stretch.count});
+        changed_ = true;
     }
 }
 

@@ -116,8 +116,11 @@ Task<Result<bool>> Reclaimer::SweepNotes() {
     Result<std::vector<NotePlace>> places = ReadNotes(*view, kStepChunks);
     co_await Hop(core_.home());
     if (!places.ok()) co_return places.error();
-    const std::vector<NotePlace>& notes = places.value();
-    for (size_t i = 0; i < notes.size();) {
+    std::vector<NotePlace>& notes = places.value();
+    std::sort(notes.begin(), notes.end(), [](const NotePlace& a, const NotePlace& b) {
+        return std::pair(a.branch, a.generation) < std::pair(b.branch, b.generation);
+    });
+    for (size_t i = 0; i < notes.size() && !stopping_;) {
         // Those of one head's generation share a region.
         std::vector<ChunkIndex> chunks;
         const NotePlace first = notes[i];
