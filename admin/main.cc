@@ -1,32 +1,37 @@
-// varve: the command line for a running varved, and for a pool that no server has open.
-// Only the entry and the offline check: everything else is in cli.h, where tests reach it.
-#include <memory>
+// varve: the command line for a running varved. Only the entry: everything else is in cli.h, where
+// tests reach it.
+// The offline check is a program of its own, varve-check: a script that takes snapshots shall not
+// wait each time for the storage engine's library to be loaded (measured: 5 ms instead of 2).
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
 #include <string>
 #include <vector>
 
 #include "admin/cli.h"
-#include "cow/pool_directory.h"
 
 namespace {
 
-using varve::Result;
-using varve::cow::CheckReport;
-using varve::cow::PoolDirectory;
-
-Result<CheckReport> CheckOffline(const std::string& directory) {
-    varve::cow::PoolDirectoryOptions options;
-    options.path = directory;
-    options.create = false;
-    options.direct = false;  // the data is not read, so the page cache does no harm
-    Result<std::unique_ptr<PoolDirectory>> pool = PoolDirectory::Open(options);
-    if (!pool.ok()) return pool.error();
-    return varve::cow::CheckMetadata(pool.value()->metadata());
+/// Becomes the varve-check beside this program; returns only if that is impossible.
+varve::Error BecomeCheck(char** argv) {
+    std::error_code error;
+    const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
+    const std::string program = (self.parent_path() / "varve-check").string();
+    ::execv(program.c_str(), argv);
+    return varve::MakeError(varve::ErrorKind::kFailed,
+                            "cannot run " + program + ": " + std::strerror(errno) +
+                                "; install it in the directory of varve");
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
     // Without a program name there are no arguments either.
-    return varve::admin::RunCli(std::vector<std::string>(argv + (argc > 0), argv + argc),
-                                CheckOffline);
+    return varve::admin::RunCli(
+        std::vector<std::string>(argv + (argc > 0), argv + argc),
+        [argv](const std::string&) -> varve::Result<varve::cow::CheckReport> {
+            return BecomeCheck(argv);
+        });
 }
