@@ -11,8 +11,6 @@ namespace {
 constexpr char kFullRow = 'F';
 constexpr char kBitmapRow = 'B';  // followed by the bitmap: block i is bit i % 8 of byte i / 8
 constexpr uint64_t kRoomyBlocks = kRegionBlocks / 4;
-/// Rows read on the way to a lease before the data file is grown instead.
-constexpr uint64_t kKnowBeforeGrowing = 1024;
 /// Wholly free regions that stay provisioned: 256 MiB that need not be provisioned again soon.
 constexpr size_t kEmptyKept = 16;
 
@@ -38,12 +36,17 @@ Allocator::Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& poo
 
 Status Allocator::Know(uint64_t index) {
     if (index >= regions_.size()) return DamagedRegion(index);
-    Region& region = regions_[index];
-    if (region.known) return Status();
+    if (regions_[index].known) return Status();
     const Result<std::optional<std::string>> row = metadata_.View()->Get(RegionKey(index));
     if (!row.ok()) return row.error();
-    if (row.value()) {
-        const std::string& value = *row.value();
+    return Learn(index, row.value());
+}
+
+Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
+    Region& region = regions_[index];
+    if (region.known) return Status();
+    if (row) {
+        const std::string& value = *row;
         if (value.size() == 1 && value[0] == kFullRow) {
             region.full = true;
         } else if (value.size() == 1 + sizeof(Bits) && value[0] == kBitmapRow) {
@@ -55,17 +58,19 @@ Status Allocator::Know(uint64_t index) {
         }
     }
     region.known = true;
-    region.provisioned = row.value().has_value();
+    region.provisioned = row.has_value();
     if (index == 0) MapsOf(0).busy.set(0);  // the superblock
     Settle(index);
+    while (known_below_ < regions_.size() && regions_[known_below_].known) ++known_below_;
     return Status();
 }
 
-Status Allocator::KnowMore(uint64_t most) {
-    for (; most > 0 && known_below_ < regions_.size(); --most, ++known_below_) {
-        if (Status s = Know(known_below_); !s.ok()) return s;
+std::vector<uint64_t> Allocator::Unknown(uint64_t most) const {
+    std::vector<uint64_t> unknown;
+    for (uint64_t i = known_below_; i < regions_.size() && unknown.size() < most; ++i) {
+        if (!regions_[i].known) unknown.push_back(i);
     }
-    return Status();
+    return unknown;
 }
 
 Allocator::Maps& Allocator::MapsOf(uint64_t index) {
@@ -91,24 +96,28 @@ void Allocator::Settle(uint64_t index) {
             region.maps.reset();
         }
     }
-    roomy_.erase(index);
-    tight_.erase(index);
-    empty_.erase(index);
-    if (free >= kRoomyBlocks) {
-        roomy_.insert(index);
-    } else if (free > 0) {
+    for (auto* set : {&ready_, &bare_, &tight_, &empty_, &surplus_}) set->erase(index);
+    if (region.discarding || free == 0) return;
+    if (!region.provisioned) {
+        bare_.insert(index);
+    } else if (free < kRoomyBlocks) {
         tight_.insert(index);
+    } else {
+        ready_.insert(index);
+        if (free == kRegionBlocks) empty_.insert(index);
     }
-    if (free == kRegionBlocks) empty_.insert(index);
 }
 
-Result<uint64_t> Allocator::Grow() {
+Result<uint64_t> Allocator::NextRegion() const {
     const uint64_t index = regions_.size();
     if (capacity_max_ != 0 && (index + 1) * kRegionBytes > capacity_max_) {
         return MakeError(ErrorKind::kNoSpace, "the pool has reached its configured capacity");
     }
-    Status s = space_.Provision(index * kRegionBytes, kRegionBytes);
-    if (!s.ok()) return s.error();
+    return index;
+}
+
+void Allocator::AddRegion() {
+    const uint64_t index = regions_.size();
     regions_.emplace_back();
     regions_.back().known = true;
     regions_.back().provisioned = true;
@@ -116,7 +125,30 @@ Result<uint64_t> Allocator::Grow() {
     pool_.region_count = regions_.size();
     if (index == 0) MapsOf(0).busy.set(0);
     Settle(index);
-    return index;
+}
+
+std::optional<uint64_t> Allocator::FindBare() const {
+    if (bare_.empty()) return std::nullopt;
+    return *bare_.begin();
+}
+
+void Allocator::Provisioned(uint64_t region) {
+    regions_[region].provisioned = true;
+    Settle(region);
+}
+
+std::optional<uint64_t> Allocator::TakeSurplus() {
+    if (surplus_.empty()) return std::nullopt;
+    const uint64_t region = *surplus_.rbegin();
+    regions_[region].discarding = true;
+    regions_[region].provisioned = false;
+    Settle(region);
+    return region;
+}
+
+void Allocator::Discarded(uint64_t region) {
+    regions_[region].discarding = false;
+    Settle(region);
 }
 
 std::vector<Extent> Allocator::TakeAll(uint64_t index) {
@@ -136,37 +168,13 @@ std::vector<Extent> Allocator::TakeAll(uint64_t index) {
     return extents;
 }
 
-Result<std::vector<Extent>> Allocator::Lease() {
-    if (roomy_.empty()) {
-        if (Status s = KnowMore(kKnowBeforeGrowing); !s.ok()) return s.error();
-    }
-    if (roomy_.empty()) {
-        const Result<uint64_t> grown = Grow();
-        if (grown.ok()) return TakeAll(grown.value());
-        if (grown.error().kind != ErrorKind::kNoSpace) return grown.error();
-        while (roomy_.empty() && known_below_ < regions_.size()) {
-            if (Status s = KnowMore(kKnowBeforeGrowing); !s.ok()) return s.error();
-        }
-    }
-    for (const uint64_t index : roomy_) {
-        if (regions_[index].provisioned) return TakeAll(index);
-    }
-    Status no_space = MakeError(ErrorKind::kNoSpace, "the pool is full");
-    if (!roomy_.empty()) {
-        // Wholly free, and discarded by this run or, who knows, by an earlier one. If it was not,
-        // it may hold the very space that is missing: then it gives that back first.
-        const uint64_t index = *roomy_.begin();
-        no_space = space_.Provision(index * kRegionBytes, kRegionBytes);
-        if (!no_space.ok() && index > 0) {
-            space_.Discard(index * kRegionBytes, kRegionBytes);
-            no_space = space_.Provision(index * kRegionBytes, kRegionBytes);
-        }
-        if (no_space.ok()) {
-            regions_[index].provisioned = true;
-            return TakeAll(index);
-        }
-    }
-    if (tight_.empty()) return no_space.error();
+std::vector<Extent> Allocator::TakeReady() {
+    if (ready_.empty()) return {};
+    return TakeAll(*ready_.begin());
+}
+
+std::vector<Extent> Allocator::TakeTight() {
+    if (tight_.empty()) return {};
     return TakeAll(*tight_.begin());
 }
 
@@ -221,9 +229,8 @@ void Allocator::Release(const Extent& extent) {
             maps.busy.reset(bit);
         }
         Settle(index);
-        if (empty_.size() > kEmptyKept && empty_.contains(index)) {
-            space_.Discard(index * kRegionBytes, kRegionBytes);
-            regions_[index].provisioned = false;
+        if (empty_.size() - surplus_.size() > kEmptyKept && empty_.contains(index)) {
+            surplus_.insert(index);
         }
         return Status();
     });

@@ -9,12 +9,14 @@
 // MarkUsed: leased -> used. MarkFree: used -> resting. Release: leased or resting -> free.
 // After a crash there are only free and used.
 //
-// Belongs to the home executor; reads region rows when it meets them first, so opening a pool
-// costs the same at any size.
+// Belongs to the home executor. A region's row is read when the region is met first, so opening a
+// pool costs the same at any size. Which regions get space from the data file, and when, is decided
+// by leases.h; this only keeps the book.
 #pragma once
 
 #include <bitset>
 #include <memory>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -30,9 +32,33 @@ class Allocator {
     /// `pool` is the catalog's record: counts are kept there. `capacity_max`: bytes, 0 for none.
     Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& pool, uint64_t capacity_max);
 
-    /// Hands out the free blocks of one region, in order. Provisions the region if it is new.
-    /// kNoSpace if there is none anywhere.
-    Result<std::vector<Extent>> Lease();
+    // ---- leases. Extents are the free blocks of one region, in order; empty if there is none.
+    /// Of a region that is provisioned and at least a quarter free.
+    std::vector<Extent> TakeReady();
+    /// How many such regions there are.
+    size_t ready() const { return ready_.size(); }
+    /// Of a region that has less.
+    std::vector<Extent> TakeTight();
+    /// A wholly free region that has to be provisioned before it is ready.
+    std::optional<uint64_t> FindBare() const;
+    void Provisioned(uint64_t region);
+    /// The region that comes next if the data file grows. kNoSpace over `capacity_max`.
+    Result<uint64_t> NextRegion() const;
+    /// It was provisioned.
+    void AddRegion();
+
+    // ---- rows
+    bool all_known() const { return known_below_ == regions_.size(); }
+    /// At most `most` regions whose rows have not been read.
+    std::vector<uint64_t> Unknown(uint64_t most) const;
+    /// Takes in a region's row, as the store has it; nothing if it is known by now. kDamaged.
+    Status Learn(uint64_t region, const std::optional<std::string>& row);
+
+    // ---- wholly free regions beyond some that are kept for soon
+    bool any_surplus() const { return !surplus_.empty(); }
+    /// Takes one out of use, to be discarded.
+    std::optional<uint64_t> TakeSurplus();
+    void Discarded(uint64_t region);
 
     /// REQUIRES: leased (or, after a crash left them marked, used). Goes into the next Encode.
     Status MarkUsed(const Extent& extent);
@@ -55,16 +81,15 @@ class Allocator {
     struct Region {
         bool known = false;          // its row has been read
         bool provisioned = false;    // surely: it was this run, or has used blocks
+        bool discarding = false;     // between TakeSurplus and Discarded
         bool full = false;           // without maps: whether all blocks are used, or none
         std::unique_ptr<Maps> maps;  // null if busy = used = all or none
     };
 
     Status Know(uint64_t index);
-    Status KnowMore(uint64_t most);
     Maps& MapsOf(uint64_t index);
     void Settle(uint64_t index);
     std::vector<Extent> TakeAll(uint64_t index);
-    Result<uint64_t> Grow();
     /// Calls apply(region, first bit, end bit) for the part of `extent` in each region.
     template <typename F>
     Status ForEachPart(Extent extent, F&& apply);
@@ -74,10 +99,13 @@ class Allocator {
     PoolRecord& pool_;
     const uint64_t capacity_max_;
     std::vector<Region> regions_;
-    uint64_t known_below_ = 0;    // all regions below this one have been read
-    std::set<uint64_t> roomy_;    // known regions with at least a quarter free
-    std::set<uint64_t> tight_;    // known regions with less, but some
-    std::set<uint64_t> empty_;    // known regions of which every block is free
+    uint64_t known_below_ = 0;  // all regions below this one have been read
+    // Known regions, none of them discarding:
+    std::set<uint64_t> ready_;    // provisioned, at least a quarter free
+    std::set<uint64_t> bare_;     // not provisioned; wholly free
+    std::set<uint64_t> tight_;    // less than a quarter free, but some
+    std::set<uint64_t> empty_;    // those of ready_ that are wholly free
+    std::set<uint64_t> surplus_;  // those of empty_ that shall be discarded
     std::set<uint64_t> changed_;  // since the last Encode
 };
 

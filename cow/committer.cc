@@ -23,11 +23,12 @@ struct Committer::Request : Resumption {
     void await_resume() const noexcept {}
 };
 
-Committer::Committer(Core& core, Catalog& catalog, Allocator& allocator,
+Committer::Committer(Core& core, Catalog& catalog, Allocator& allocator, Leases& leases,
                      std::function<void()> wake_reclaimer)
     : core_(core),
       catalog_(catalog),
       allocator_(allocator),
+      leases_(leases),
       wake_reclaimer_(std::move(wake_reclaimer)),
       resting_(core.home()),
       idle_(core.home()) {}
@@ -80,11 +81,17 @@ Task<void> Committer::Rest(std::vector<Extent> freed) {
         co_await lane->epochs.Barrier();
     }
     co_await Hop(core_.home());
-    for (const Extent& extent : freed) {
-        allocator_.Release(extent);
-        released_blocks_ += extent.count;
-    }
+    leases_.Release(freed);
+    for (const Extent& extent : freed) released_blocks_ += extent.count;
     resting_.Leave();
+}
+
+Task<void> Committer::Settled() {
+    Change nothing = [](CommitContext&) { return Status(); };
+    const Status ignored = co_await Commit(std::move(nothing), core_.home());
+    (void)ignored;
+    std::vector<Extent> none;
+    co_await Rest(std::move(none));  // passes each lane behind those that came before
 }
 
 Task<void> Committer::Idle() {

@@ -11,9 +11,9 @@
 #include <functional>
 #include <vector>
 
-#include "cow/allocator.h"
 #include "cow/catalog.h"
 #include "cow/core.h"
+#include "cow/leases.h"
 
 namespace varve::cow {
 
@@ -33,13 +33,16 @@ using Change = std::function<Status(CommitContext&)>;
 class Committer {
   public:
     /// `wake_reclaimer` is called on home after commits that left work for it.
-    Committer(Core& core, Catalog& catalog, Allocator& allocator,
+    Committer(Core& core, Catalog& catalog, Allocator& allocator, Leases& leases,
               std::function<void()> wake_reclaimer);
 
     /// Runs on home; resumes on `resume_on` when `change` is durable, or with why it is not.
     Task<Status> Commit(Change change, Executor& resume_on);
 
-    /// Waits until no commit runs and all freed blocks have come to rest.
+    /// Waits until what was handed in before is committed and the blocks it freed are free.
+    Task<void> Settled();
+
+    /// Waits until no commit runs and all freed blocks are free.
     Task<void> Idle();
 
     uint64_t commits() const { return commits_; }
@@ -55,6 +58,7 @@ class Committer {
     Core& core_;
     Catalog& catalog_;
     Allocator& allocator_;
+    Leases& leases_;
     const std::function<void()> wake_reclaimer_;
     std::vector<Request*> queue_;
     bool running_ = false;

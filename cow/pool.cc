@@ -14,8 +14,9 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
       catalog_(std::move(catalog)),
       allocator_(core_.metadata(), *core_.environment.space, catalog_.mutable_pool(),
                  options.capacity_max),
+      leases_(core_, allocator_),
       reclaimer_(core_, catalog_, committer_),
-      committer_(core_, catalog_, allocator_, [this] { reclaimer_.Wake(); }),
+      committer_(core_, catalog_, allocator_, leases_, [this] { reclaimer_.Wake(); }),
       commands_(core_.home()),
       export_closed_(core_.home()),
       visit_ended_(core_.home()),
@@ -74,6 +75,7 @@ Task<Status> PoolImpl::Shutdown() {
         co_await DropHead(id);
     }
     co_await committer_.Idle();
+    co_await leases_.Idle();
     co_return result;
 }
 
@@ -91,7 +93,7 @@ Task<Status> PoolImpl::CommitHead(DiskId disk, HeadCommit& commit, Executor& lan
 
 Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& lane, bool urgent) {
     co_await Hop(core_.home());
-    Result<std::vector<Extent>> lease = allocator_.Lease();
+    Result<std::vector<Extent>> lease = co_await leases_.Take();
     if (!lease.ok() && lease.error().kind == ErrorKind::kNoSpace && urgent) {
         lease = co_await FindSpace(disk);
     }
@@ -110,15 +112,15 @@ Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk) {
     if (full_ && !changing && full_at_release_ == committer_.released_blocks()) co_return full;
     background_.Enter();
     co_await RecallLeases(for_disk);
-    Result<std::vector<Extent>> lease = allocator_.Lease();
+    Result<std::vector<Extent>> lease = co_await leases_.Take();
     if (!lease.ok()) {
         co_await CommitDirty();
-        co_await committer_.Idle();
-        lease = allocator_.Lease();
+        co_await committer_.Settled();
+        lease = co_await leases_.Take();
     }
-    while (!lease.ok() && co_await reclaimer_.WaitStep()) {
-        co_await committer_.Idle();
-        lease = allocator_.Lease();
+    while (!lease.ok() && !core_.closing && co_await reclaimer_.WaitStep()) {
+        co_await committer_.Settled();
+        lease = co_await leases_.Take();
     }
     full_ = !lease.ok();
     full_at_release_ = committer_.released_blocks();
@@ -144,7 +146,7 @@ Task<void> PoolImpl::RecallLeases(DiskId for_disk) {
         const std::vector<Extent> extents = head.TakeLease();
         co_await Hop(core_.home());
         EndVisit(id);
-        for (const Extent& extent : extents) allocator_.Release(extent);
+        leases_.Release(extents);
     }
 }
 

@@ -303,7 +303,7 @@ Task<void> PoolImpl::DropHead(DiskId id) {
     const std::vector<Extent> lease = head->TakeLease();
     head.reset();
     co_await Hop(core_.home());
-    for (const Extent& extent : lease) allocator_.Release(extent);
+    leases_.Release(lease);
 }
 
 }  // namespace varve::cow

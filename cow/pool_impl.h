@@ -101,8 +101,8 @@ class PoolImpl : public Pool, public HeadHost {
     Result<std::vector<Cut>> PlanCuts(const std::vector<std::string>& names);
     Task<bool> RunCuts(std::vector<Cut>& cuts);
     Task<void> CutOne(Cut& cut, bool hold, Join* frozen, Join* sealed);
-    Task<void> UnholdOne(Cut& cut);
-    Task<void> FinishOne(Cut& cut, Join* join);
+    Task<void> UnholdOne(DiskId id, Head& head);
+    Task<void> FinishOne(Cut cut);
     void BuildRestore(SnapshotId id, const std::optional<std::string>& keep_as,
                       CommitContext& context);
     Task<Result<SnapshotInfo>> InfoOf(SnapshotId id);
@@ -119,6 +119,7 @@ class PoolImpl : public Pool, public HeadHost {
     const PoolOptions options_;
     Catalog catalog_;
     Allocator allocator_;
+    Leases leases_;
     Reclaimer reclaimer_;
     Committer committer_;
     AsyncMutex commands_;

@@ -77,16 +77,21 @@ Task<void> PoolImpl::CutOne(Cut& cut, bool hold, Join* frozen, Join* sealed) {
     sealed->Done();
 }
 
-Task<void> PoolImpl::UnholdOne(Cut& cut) {
-    co_await Hop(cut.head->executor());
-    cut.head->Unhold();
+Task<void> PoolImpl::UnholdOne(DiskId id, Head& head) {
+    ++disks_.at(id).visitors;
+    co_await Hop(head.executor());
+    head.Unhold();
+    co_await Hop(core_.home());
+    EndVisit(id);
 }
 
-Task<void> PoolImpl::FinishOne(Cut& cut, Join* join) {
+/// Nobody waits for it: whatever the next command asks of the head comes behind it on the lane.
+Task<void> PoolImpl::FinishOne(Cut cut) {
+    ++disks_.at(cut.disk).visitors;
     co_await Hop(cut.head->executor());
     cut.head->FinishCut(cut.commit);
     co_await Hop(core_.home());
-    join->Done();
+    EndVisit(cut.disk);
 }
 
 /// Freezes and seals all cuts. With several disks no write is answered by any of them between the
@@ -99,7 +104,7 @@ Task<bool> PoolImpl::RunCuts(std::vector<Cut>& cuts) {
     for (Cut& cut : cuts) Spawn(CutOne(cut, hold, &frozen, &sealed));
     if (hold) {
         co_await frozen;
-        for (Cut& cut : cuts) Spawn(UnholdOne(cut));
+        for (const Cut& cut : cuts) Spawn(UnholdOne(cut.disk, *cut.head));
     }
     co_await sealed;
     for (const Cut& cut : cuts) {
@@ -141,9 +146,7 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
         };
         result = co_await Commit(std::move(change));
     }
-    Join finished(static_cast<uint32_t>(cuts.size()));
-    for (Cut& cut : cuts) Spawn(FinishOne(cut, &finished));
-    co_await finished;
+    for (Cut& cut : cuts) Spawn(FinishOne(std::move(cut)));
     co_return result;
 }
 

@@ -70,7 +70,8 @@ class [[nodiscard]] Transfer : BlockIo {
     std::coroutine_handle<> handle_;
 };
 
-/// Where the data file's space comes from. Calls may block; one executor (home) only.
+/// Where the data file's space comes from. Calls may block; any thread, but one Provision() at a
+/// time, and a stretch is not provisioned and discarded at once.
 class SpaceStore {
   public:
     virtual ~SpaceStore() = default;
