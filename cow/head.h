@@ -152,6 +152,7 @@ class Head : public MappedVolume {
     Task<Errno> SyncData();
     void Unpin(HeadCommit& commit);
     void RequestRound();
+    std::vector<Chunk*> TakeDirty();
 
     HeadHost& host_;
     const DiskId disk_;
@@ -174,8 +175,8 @@ class Head : public MappedVolume {
     Errno refill_error_ = 0;
     WaitList refilled_;
 
-    std::vector<Chunk*> dirty_;   // changed in the present generation, not encoded
-    std::vector<Chunk*> sealed_;  // changed in the sealed generation, not encoded
+    std::vector<Chunk*> dirty_;     // changed in the present generation, not encoded
+    std::vector<Chunk*> sealed_;    // changed in the sealed generation, not encoded
     std::vector<Chunk*> stranded_;  // their commit failed; stay in memory until the end
     std::vector<Extent> released_;
     std::atomic<bool> changed_ = false;
@@ -186,6 +187,7 @@ class Head : public MappedVolume {
     uint64_t rounds_wanted_ = 0;
     uint64_t rounds_started_ = 0;
     uint64_t rounds_done_ = 0;
+    uint64_t flushes_ = 0;  // the last round that a flush waits for
     WaitList round_done_;
     const uint64_t dirty_soft_, dirty_hard_;  // chunks: start a round, make writers wait
 };

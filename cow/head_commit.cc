@@ -126,6 +126,9 @@ void Head::Encode(Chunk& chunk, HeadCommit& commit) const {
 }
 
 Task<void> Head::EncodeAll(HeadCommit& commit) {
+    // Rows in the order of their keys: the store takes them twice as fast.
+    std::sort(commit.chunks.begin(), commit.chunks.end(),
+              [](const Chunk* a, const Chunk* b) { return a->index < b->index; });
     for (size_t i = 0; i < commit.chunks.size(); ++i) {
         if (i % kEncodeTogether == kEncodeTogether - 1) co_await Hop(lane_.executor);
         Encode(*commit.chunks[i], commit);
@@ -153,13 +156,24 @@ void Head::Unpin(HeadCommit& commit) {
     lane_.cache.Shrink();
 }
 
+/// What the next round is for: all changes if a flush waits for it, else some of the oldest, so
+/// that a flush or a snapshot that comes during the round need not wait long for its end.
+std::vector<Chunk*> Head::TakeDirty() {
+    const size_t most = 2 * dirty_soft_;
+    if (flushes_ >= rounds_started_ || dirty_.size() <= most) return std::exchange(dirty_, {});
+    const auto end = dirty_.begin() + static_cast<std::ptrdiff_t>(most);
+    std::vector<Chunk*> oldest(dirty_.begin(), end);
+    dirty_.erase(dirty_.begin(), end);
+    return oldest;
+}
+
 Task<void> Head::Round() {
     HeadCommit commit;
     commit.branch = branch_;
     commit.generation = generation_;
-    commit.chunks = std::exchange(dirty_, {});
+    commit.chunks = TakeDirty();
     commit.released = std::exchange(released_, {});
-    changed_ = false;
+    changed_ = !dirty_.empty();
     co_await EncodeAll(commit);
     // Data before metadata: what the rows name must be durable before the rows can be.
     const Errno error = co_await SyncData();
@@ -196,6 +210,7 @@ Task<Errno> Head::Flush() {
     if (!dirty() && !round_active_ && !cut_) co_return 0;
     const uint64_t mine = rounds_started_ + 1;  // a round that runs already may have missed some
     RequestRound();
+    flushes_ = mine;
     while (rounds_done_ < mine && !core_.failed) co_await round_done_.Wait();
     co_return core_.failed ? EIO : 0;
 }

@@ -39,7 +39,7 @@ class MappedVolume : public Volume {
   protected:
     struct Loaded {
         Errno error = 0;
-        ChunkIndex next;  // from the group's end up to here nothing was stored
+        ChunkIndex next;       // from the group's end up to here nothing was stored
         uint64_t settled = 0;  // settled_ at that time
     };
 

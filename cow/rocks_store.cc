@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <rocksdb/cache.h>
 #include <rocksdb/db.h>
+#include <rocksdb/slice_transform.h>
 #include <rocksdb/table.h>
 #include <rocksdb/utilities/table_properties_collectors.h>
 
@@ -15,6 +16,8 @@
 
 namespace varve::cow {
 namespace {
+
+constexpr size_t kHintBytes = 9;  // of a key: its letter and first number
 
 std::string OneLine(std::string text) {
     for (char& c : text) {
@@ -183,6 +186,15 @@ rocksdb::Options MakeOptions(const RocksOptions& given, rocksdb::WALRecoveryMode
     table.cache_index_and_filter_blocks = true;
     table.pin_l0_filter_and_index_blocks_in_cache = true;
     options.table_factory.reset(rocksdb::NewBlockBasedTableFactory(table));
+
+    // Rows of a batch come in the order of their keys, so each one's place in the memtable is
+    // beside that of the one before: measured, 3.6 us for a map row and its mark instead of 5.1.
+    options.memtable_insert_with_hint_prefix_extractor.reset(
+        rocksdb::NewFixedPrefixTransform(kHintBytes));
+    options.allow_concurrent_memtable_write = false;
+
+    // Preallocating a log made one commit of each 30,000 rows wait for 15 ms on tmpfs.
+    options.allow_fallocate = false;
 
     // Threads: one that flushes, one that compacts, none that prints statistics.
     options.max_background_jobs = 2;

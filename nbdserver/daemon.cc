@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "base/log.h"
+#include "base/priority.h"
 #include "base/units.h"
 
 namespace varve::nbdserver {
@@ -38,6 +39,11 @@ T RunOn(Executor& executor, Task<T> task) {
     std::future<T> future = result->get_future();
     Spawn(RunInto(executor, std::move(task), std::move(result)));
     return future.get();
+}
+
+Task<bool> Prefer() {
+    PreferThisThread();
+    co_return true;
 }
 
 Task<bool> Destroy(std::unique_ptr<cow::Pool> pool) {
@@ -181,6 +187,9 @@ void Daemon::AnnounceReady(const Options& options) {
 }
 
 Status Daemon::Run() {
+    // Only now: all other threads have been started.
+    PreferThisThread();
+    RunOn(*home_, Prefer());
     loops_->Enter();
     Spawn(CommitNowAndThen(commit_interval_ms_));
     control_->Run();

@@ -465,6 +465,9 @@ class Runner {
         media_.faults = Faults{};
         media_.CutAfter(0);
         for (const uint64_t id : exports) Close(id);
+        if (!options_.faults || !media_.power()) return;
+        // A round that nobody waited for may have met the fault.
+        if (machine_->Do(pool().GetStatus()).value().failed) failed_ = true;
     }
 
     void DrawFaults() {
