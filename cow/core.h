@@ -71,6 +71,7 @@ struct Core {
 
     Executor& home() { return *environment.home; }
     Executor& loader() { return *environment.loader; }
+    Executor& auditor() { return *environment.auditor; }
     MetadataStore& metadata() { return *environment.metadata; }
 
     /// Set when data or metadata could not be made durable: from then on nobody knows what the

@@ -200,7 +200,7 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
 
 Task<Result<CheckReport>> PoolImpl::Check() {
     co_await CommitDirty();
-    co_await Hop(core_.loader());
+    co_await Hop(core_.auditor());
     Result<CheckReport> report = CheckMetadata(core_.metadata());
     co_await Hop(core_.home());
     co_return report;

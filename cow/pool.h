@@ -25,9 +25,10 @@ struct Lane {
 
 /// What the engine runs on. All of it outlives the pool.
 struct Environment {
-    Executor* home = nullptr;    // one thread; may block; catalog, allocator and commits live here
-    Executor* loader = nullptr;  // may block, may be several threads: map rows are read here
-    std::vector<Lane> lanes;     // at least one
+    Executor* home = nullptr;     // one thread; may block; catalog, allocator and commits live here
+    Executor* loader = nullptr;   // may block, may be several threads: map rows are read here
+    Executor* auditor = nullptr;  // may block for long: checks, and figures that need many rows
+    std::vector<Lane> lanes;      // at least one
     SpaceStore* space = nullptr;
     MetadataStore* metadata = nullptr;
     std::function<int64_t()> now_ms;  // wall clock, milliseconds since 1970
@@ -113,6 +114,9 @@ class Pool {
     /// becomes a new pool. Runs on home. kDamaged or kInvalid (other version) with a message.
     static Task<Result<std::unique_ptr<Pool>>> Open(Environment environment, PoolOptions options);
 
+    /// Shutdown will follow: long work ends early, to be taken up at the next start; a writer that
+    /// waits for space gets ENOSPC. From any thread.
+    virtual void PrepareShutdown() = 0;
     /// Commits everything, stops background work, waits for all volumes. Exports must be closed.
     virtual Task<Status> Shutdown() = 0;
 

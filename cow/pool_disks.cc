@@ -139,6 +139,7 @@ Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
     const Result<SnapshotId> id = catalog_.FindSnapshot(snapshot);
     if (!id.ok()) co_return id.error();
     Status s = CheckNewName(name);
+    if (s.ok()) s = CheckDepth(id.value());
     if (!s.ok()) co_return s;
     if (catalog_.disks().size() >= options_.disks_max) co_return TooManyDisks(options_.disks_max);
     Change change = [&](CommitContext& context) {
@@ -167,6 +168,18 @@ Task<Status> PoolImpl::Settle(Head& head) {
 }
 
 Task<Status> PoolImpl::ResizeDisk(std::string name, uint64_t size, bool shrink, bool disconnect) {
+    std::optional<DiskId> shrunk;
+    Status s = co_await ResizeLocked(std::move(name), size, shrink, disconnect, &shrunk);
+    if (!s.ok() || !shrunk) co_return s;
+    // The disk is fenced and busy; other commands may run meanwhile.
+    background_.Enter();
+    s = co_await FinishShrink(*shrunk);
+    background_.Leave();
+    co_return s;
+}
+
+Task<Status> PoolImpl::ResizeLocked(std::string name, uint64_t size, bool shrink, bool disconnect,
+                                    std::optional<DiskId>* shrunk) {
     co_await commands_.Lock();
     const CommandLock lock(commands_);
     const Result<DiskId> id = FindIdle(name);
@@ -180,7 +193,11 @@ Task<Status> PoolImpl::ResizeDisk(std::string name, uint64_t size, bool shrink, 
                                         "the new end: say --shrink if that is meant",
                                         name, FormatSize(old_size)));
     }
-    if (size < old_size) co_return co_await ShrinkDisk(id.value(), size, disconnect);
+    if (size < old_size) {
+        s = co_await ShrinkDisk(id.value(), size, disconnect);
+        if (s.ok()) *shrunk = id.value();
+        co_return s;
+    }
     Change change = [&](CommitContext& context) {
         DiskRecord record = context.catalog.disk(id.value()).record;
         record.size = size;
@@ -191,8 +208,8 @@ Task<Status> PoolImpl::ResizeDisk(std::string name, uint64_t size, bool shrink, 
     co_return co_await Commit(std::move(change));
 }
 
-/// Done is done with the first commit; what follows unmaps what nobody can reach any more, and is
-/// taken up again at the next start if it was interrupted.
+/// Done is done with this commit; what FinishShrink does then unmaps what nobody can reach any
+/// more, and is taken up again at the next start if it was interrupted.
 Task<Status> PoolImpl::ShrinkDisk(DiskId id, uint64_t size, bool disconnect) {
     Status s = co_await FenceDisk(id, disconnect);
     if (!s.ok()) co_return s;
@@ -213,7 +230,7 @@ Task<Status> PoolImpl::ShrinkDisk(DiskId id, uint64_t size, bool disconnect) {
         co_return s;
     }
     disk.busy = true;
-    co_return co_await FinishShrink(id);
+    co_return s;
 }
 
 Task<Status> PoolImpl::FinishShrink(DiskId id) {

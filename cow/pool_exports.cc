@@ -39,6 +39,14 @@ Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
     OpenSnapshot& open = snapshots_[id.value()];
     if (open.fenced) co_return fenced;
     if (!open.volume) {
+        if (core_.failed) {
+            // It may be one whose commit failed: then its last rows were never stored.
+            snapshots_.erase(id.value());
+            co_return MakeError(ErrorKind::kIo,
+                                fmt::format("the pool has failed: {}; '{}' can be opened after a "
+                                            "restart of the server",
+                                            core_.failure(), name));
+        }
         const SnapshotRecord& record = catalog_.snapshot(id.value());
         open.volume = std::make_unique<MappedVolume>(
             core_, LaneFor(record.disk),

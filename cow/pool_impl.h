@@ -21,6 +21,7 @@ class PoolImpl : public Pool, public HeadHost {
     /// Makes the heads and starts the background work.
     void Start();
 
+    void PrepareShutdown() override { core_.closing = true; }
     Task<Status> Shutdown() override;
 
     Task<Status> CreateDisk(std::string name, uint64_t size) override;
@@ -91,6 +92,8 @@ class PoolImpl : public Pool, public HeadHost {
     Status CheckNewName(std::string_view name) const;
     DiskInfo InfoOf(DiskId id) const;
     Task<Status> Settle(Head& head);
+    Task<Status> ResizeLocked(std::string name, uint64_t size, bool shrink, bool disconnect,
+                              std::optional<DiskId>* shrunk);
     Task<Status> ShrinkDisk(DiskId id, uint64_t size, bool disconnect);
     Task<Status> FinishShrink(DiskId id);
     void BuildDelete(DiskId id, CommitContext& context);
@@ -98,6 +101,7 @@ class PoolImpl : public Pool, public HeadHost {
 
     // pool_snapshots.cc
     Status CheckNewSnapshot(DiskId disk, std::string_view name) const;
+    Status CheckDepth(SnapshotId id) const;
     Result<std::vector<Cut>> PlanCuts(const std::vector<std::string>& names);
     Task<bool> RunCuts(std::vector<Cut>& cuts);
     Task<void> CutOne(Cut& cut, bool hold, Join* frozen, Join* sealed);

@@ -6,6 +6,15 @@
 #include "cow/pool_impl.h"
 
 namespace varve::cow {
+namespace {
+
+constexpr size_t kCandidatesTogether = 4096;
+
+/// Branches a lookup may have to visit. A chain that long takes as many restores or clones, each of
+/// a snapshot that was taken after the one before.
+constexpr size_t kDepthMax = 256;
+
+}  // namespace
 
 /// One disk's part of a snapshot command.
 struct PoolImpl::Cut {
@@ -164,12 +173,17 @@ Task<Result<uint64_t>> PoolImpl::UniqueBytes(SnapshotId id) {
     Line below = history.StretchesBelow(record.branch, Generation{record.generation.value - 1});
     below.front().to = record.generation;
     CandidateScan scan(std::move(below), history.StretchesAbove(record.branch, record.generation));
-    co_await Hop(core_.loader());
+    co_await Hop(core_.auditor());
     std::vector<ChunkIndex> chunks;
     Status s;
-    while (s.ok() && !scan.done()) s = scan.Next(*view, 4096, chunks);
-    std::sort(chunks.begin(), chunks.end());
-    chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
+    for (size_t sorted = 0; s.ok() && !scan.done();) {
+        s = scan.Next(*view, kCandidatesTogether, chunks);
+        // A chunk comes up once for each generation that touched it: memory is for chunks only.
+        if (!scan.done() && chunks.size() < 2 * sorted + kCandidatesTogether) continue;
+        std::sort(chunks.begin(), chunks.end());
+        chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
+        sorted = chunks.size();
+    }
     uint64_t blocks = 0;
     Sweeper sweep_with(*view, with), sweep_without(*view, without);
     for (const ChunkIndex chunk : chunks) {
@@ -226,6 +240,17 @@ Task<Result<SnapshotInfo>> PoolImpl::ShowSnapshot(std::string name) {
 }
 
 // ---- changing
+
+Status PoolImpl::CheckDepth(SnapshotId id) const {
+    const SnapshotRecord& record = catalog_.snapshot(id);
+    const size_t depth = catalog_.history().LineOf(record.branch, record.generation).size();
+    if (depth < kDepthMax) return Status();
+    return MakeError(ErrorKind::kLimit,
+                     fmt::format("disk '{}' is the end of a chain of {} restores and clones, which "
+                                 "is the limit; copy the snapshot into a new disk, for instance "
+                                 "with nbdcopy",
+                                 catalog_.disk(record.disk).record.name, depth));
+}
 
 Task<Status> PoolImpl::RenameSnapshot(std::string name, std::string to) {
     co_await commands_.Lock();
@@ -305,8 +330,8 @@ Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::stri
     const DiskId id = catalog_.snapshot(found.value()).disk;
     const Result<DiskId> idle = FindIdle(catalog_.disk(id).record.name);
     if (!idle.ok()) co_return idle.error();
-    Status s;
-    if (keep_as) s = CheckNewSnapshot(id, *keep_as);
+    Status s = CheckDepth(found.value());
+    if (s.ok() && keep_as) s = CheckNewSnapshot(id, *keep_as);
     if (s.ok()) s = co_await FenceDisk(id, disconnect);
     if (!s.ok()) co_return s;
     Disk& disk = disks_.at(id);

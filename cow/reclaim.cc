@@ -209,16 +209,19 @@ Task<Status> Reclaimer::PruneBranches() {
         if (bare) leaves.push_back(id);
     }
     if (leaves.empty()) co_return Status();
+    co_await Hop(core_.loader());
+    std::erase_if(leaves, [this](BranchId id) {
+        return AnyRow(core_.metadata(), MapKey(id, ChunkIndex{0}, kHead)) ||
+               AnyRow(core_.metadata(), NoteKey(id, ChunkIndex{0}, kHead, 0));
+    });
+    co_await Hop(core_.home());
+    if (leaves.empty()) co_return Status();
+    // A bare branch stays bare, and nobody writes rows into it: they are still empty.
     bool pruned = false;
-    Change change = [this, &leaves, &pruned](CommitContext& context) {
+    Change change = [&leaves, &pruned](CommitContext& context) {
         if (!context.catalog.jobs().empty()) return Status();
-        for (const BranchId id : leaves) {
-            const bool empty = !AnyRow(core_.metadata(), MapKey(id, ChunkIndex{0}, kHead)) &&
-                               !AnyRow(core_.metadata(), NoteKey(id, ChunkIndex{0}, kHead, 0));
-            if (!empty) continue;
-            context.catalog.RemoveBranch(id, context.batch);
-            pruned = true;
-        }
+        for (const BranchId id : leaves) context.catalog.RemoveBranch(id, context.batch);
+        pruned = true;
         return Status();
     };
     Status s = co_await committer_.Commit(std::move(change), core_.home());

@@ -115,9 +115,11 @@ Status Daemon::OpenPool(const Options& options) {
 
     home_ = std::make_unique<Worker>("home", 1);
     loader_ = std::make_unique<Worker>("loader", kLoaderThreads);
+    auditor_ = std::make_unique<Worker>("auditor", 1);
     cow::Environment environment;
     environment.home = home_.get();
     environment.loader = loader_.get();
+    environment.auditor = auditor_.get();
     environment.lanes = plane_->lanes();
     environment.space = &directory_->space();
     environment.metadata = &directory_->metadata();
@@ -212,6 +214,7 @@ Task<void> Daemon::CommitNowAndThen(uint64_t interval_ms) {
 Task<void> Daemon::Stop() {
     Log(LogLevel::kInfo, "stopping");
     ::sd_notify(0, "STOPPING=1");
+    pool_->PrepareShutdown();
     commit_timer_->Cancel();
     server_->Close();
     admin_->Stop([this] {

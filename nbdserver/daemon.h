@@ -49,6 +49,7 @@ class Daemon {
     std::unique_ptr<cow::PoolDirectory> directory_;
     std::unique_ptr<Worker> home_;
     std::unique_ptr<Worker> loader_;
+    std::unique_ptr<Worker> auditor_;
     std::unique_ptr<DataPlane> plane_;
     std::unique_ptr<Control> control_;
     std::unique_ptr<cow::Pool> pool_;  // used and destroyed on home

@@ -1,10 +1,26 @@
 #include "nbdserver/data_plane.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <unistd.h>
+
+#include <cerrno>
 
 #include "base/check.h"
 
 namespace varve::nbdserver {
+namespace {
+
+/// An open file of its own for each lane. The system tells a lost write once to each open file that
+/// is synced: with one for all, a lane's sync could succeed because another's has just failed.
+int OpenAgain(int fd) {
+    const int flags = ::fcntl(fd, F_GETFL);
+    if (flags < 0) return -1;
+    const int kept = flags & (O_ACCMODE | O_DIRECT);
+    return ::open(fmt::format("/proc/self/fd/{}", fd).c_str(), kept | O_CLOEXEC);
+}
+
+}  // namespace
 
 Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, FileTraits traits,
                                                     const ConnectionLimits& limits) {
@@ -14,17 +30,21 @@ Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, Fi
         options.name = fmt::format("reactor{}", i);
         Result<std::unique_ptr<Reactor>> reactor = Reactor::Start(options);
         if (!reactor.ok()) return reactor.error();
-        Lane lane;
+        Lane& lane = plane->lanes_.emplace_back();
         lane.reactor = std::move(reactor.value());
-        lane.store = std::make_unique<RingStore>(*lane.reactor, fd, traits);
+        lane.fd = OpenAgain(fd);
+        if (lane.fd < 0) return SystemError(errno, "cannot open the data file again");
+        lane.store = std::make_unique<RingStore>(*lane.reactor, lane.fd, traits);
         lane.host = std::make_unique<ConnectionHost>(*lane.reactor, limits);
-        plane->lanes_.push_back(std::move(lane));
     }
     return plane;
 }
 
 DataPlane::~DataPlane() {
-    for (const Lane& lane : lanes_) lane.reactor->Stop();
+    for (const Lane& lane : lanes_) {
+        lane.reactor->Stop();
+        if (lane.fd >= 0) ::close(lane.fd);
+    }
 }
 
 std::vector<cow::Lane> DataPlane::lanes() const {

@@ -33,6 +33,7 @@ class DataPlane {
   private:
     struct Lane {
         std::unique_ptr<Reactor> reactor;
+        int fd = -1;  // the data file's
         std::unique_ptr<RingStore> store;
         std::unique_ptr<ConnectionHost> host;
     };

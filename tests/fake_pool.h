@@ -36,6 +36,7 @@ class FakePool : public cow::Pool {
     void SetReclaimSteps(uint64_t steps) { reclaim_steps_ = steps; }
 
     // ---- cow::Pool
+    void PrepareShutdown() override {}
     Task<Status> Shutdown() override { co_return Status(); }
 
     Task<Status> CreateDisk(std::string name, uint64_t size) override {

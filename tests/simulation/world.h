@@ -293,10 +293,12 @@ class Machine {
         : scheduler_(scheduler),
           home_(scheduler.NewLane()),
           loader_(scheduler.NewLane()),
+          auditor_(scheduler.NewLane()),
           space_(media),
           metadata_(media) {
         environment_.home = &home_;
         environment_.loader = &loader_;
+        environment_.auditor = &auditor_;
         environment_.space = &space_;
         environment_.metadata = &metadata_;
         environment_.now_ms = [] { return int64_t{1'000'000}; };
@@ -338,6 +340,7 @@ class Machine {
     Scheduler& scheduler_;
     Executor& home_;
     Executor& loader_;
+    Executor& auditor_;
     SimSpace space_;
     SimMetadata metadata_;
     std::vector<std::unique_ptr<SimBlockStore>> stores_;
