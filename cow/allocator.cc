@@ -58,8 +58,8 @@ Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
         }
     }
     region.known = true;
-    region.provisioned = row.has_value();
-    if (index == 0) MapsOf(0).busy.set(0);  // the superblock
+    region.provisioned = row.has_value() || index == 0;
+    if (index == 0) MapsOf(0).busy.set(0);  // the superblock: never wholly free, so never discarded
     Settle(index);
     while (known_below_ < regions_.size() && regions_[known_below_].known) ++known_below_;
     return Status();

@@ -87,6 +87,7 @@ class Media {
 
     Scheduler& scheduler() { return scheduler_; }
     Faults faults;
+    std::set<uint64_t> held;  // stretches of the data file that take space, by offset
     std::shared_ptr<const std::map<std::string, std::string>> metadata() const { return metadata_; }
     void SetMetadata(std::shared_ptr<const std::map<std::string, std::string>> rows) {
         metadata_ = std::move(rows);
@@ -199,16 +200,20 @@ class SimBlockStore : public cow::BlockStore {
     const uint32_t alignment_;
 };
 
+/// A file system of media.capacity() bytes with nothing but the data file on it. Like the real one
+/// it refuses a stretch that the file holds already if there would be no room for another copy.
 class SimSpace : public cow::SpaceStore {
   public:
     explicit SimSpace(Media& media) : media_(media) {}
     Status Provision(uint64_t offset, uint64_t length) override {
-        if (offset + length <= media_.capacity() && !media_.Fails(media_.faults.no_space)) {
-            return Status();
+        const bool room = (media_.held.size() + 1) * length <= media_.capacity();
+        if (!room || offset + length > media_.capacity() || media_.Fails(media_.faults.no_space)) {
+            return MakeError(ErrorKind::kNoSpace, "the simulated device is full");
         }
-        return MakeError(ErrorKind::kNoSpace, "the simulated device is full");
+        media_.held.insert(offset);
+        return Status();
     }
-    void Discard(uint64_t, uint64_t) override {}
+    void Discard(uint64_t offset, uint64_t) override { media_.held.erase(offset); }
     uint64_t Capacity(uint64_t) override { return media_.capacity(); }
 
   private:

@@ -1,0 +1,138 @@
+// The engine when something is scarce: memory for the map, space, branches, a device that works.
+#include "tests/engine_fixture.h"
+
+namespace varve {
+namespace {
+
+using namespace simulation;  // NOLINT
+using cow::kChunkBytes;
+
+class ScarceTest : public EngineTest {
+  protected:
+    void Restart(cow::PoolOptions options = {}) {
+        Stop();
+        Start(options);
+    }
+    Errno Zeroes(const std::string& name, uint64_t offset, uint64_t length) {
+        cow::Volume& v = Volume(name);
+        return Await(scheduler, v.executor(), v.WriteZeroes(offset, length, false));
+    }
+    /// Goes through the disk's map and commits changes, so that whatever may leave memory does.
+    Task<void> Press(cow::Volume* volume, bool* done) {
+        co_await Hop(volume->executor());
+        std::vector<std::byte> block(4096);
+        const std::span<std::byte> memory(block);
+        for (uint64_t offset = 0; offset < volume->size(); offset += 64 * kChunkBytes) {
+            const Errno flushed = co_await volume->Flush();
+            const Errno read = co_await volume->Read(offset, memory, nullptr);
+            EXPECT_EQ(0, flushed + read);
+        }
+        *done = true;
+    }
+    Task<void> ZeroAll(cow::Volume* volume, bool* done) {
+        co_await Hop(volume->executor());
+        const Errno error = co_await volume->WriteZeroes(0, volume->size(), false);
+        EXPECT_EQ(0, error);
+        *done = true;
+    }
+};
+
+// What a load says of chunks that are not stored must not be believed once a change of one of them
+// was committed and has left memory.
+TEST_F(ScarceTest, ZeroesReachWhatIsCommittedAndEvictedWhileTheyRun) {
+    cow::PoolOptions options;
+    options.map_cache_bytes = 4096;
+    Restart(options);
+    constexpr uint64_t kSize = 1024 * kMiB;
+    for (int round = 0; round < 40; ++round) {
+        const std::string name = "d" + std::to_string(round);
+        Ok(pool().CreateDisk(name, kSize));
+        const uint64_t offset = (2000 + scheduler.Draw(2000)) * kChunkBytes;
+        ASSERT_EQ(0, Write(name, offset, 4096, 'x'));
+        bool zeroed = false, pressed = false;
+        Spawn(ZeroAll(&Volume(name), &zeroed));
+        Spawn(Press(&Volume(name), &pressed));
+        ASSERT_TRUE(scheduler.RunUntil([&] { return zeroed && pressed; }));
+        Expect(name, offset, 4096, 0);
+        Close(name);
+        Ok(pool().DeleteDisk(name, false, false));
+    }
+}
+
+TEST_F(ScarceTest, AFullFileSystemServesWhatTheDataFileHoldsAlready) {
+    for (int life = 0; life < 3; ++life) {
+        Ok(pool().CreateDisk("d", 128 * kMiB));
+        uint64_t written = 0;
+        while (Write("d", written, kMiB, 'w') == 0) written += kMiB;
+        EXPECT_GE(written, 60 * kMiB) << "in life " << life;
+        Close("d");
+        Ok(pool().DeleteDisk("d", false, false));
+        Reclaim();
+        // Nothing says now that the data file still holds all of it.
+        Restart();
+    }
+}
+
+TEST_F(ScarceTest, AWriterThatWaitsForSpaceGivesUpWhenThePoolCloses) {
+    Ok(pool().CreateDisk("d", 128 * kMiB));
+    uint64_t written = 0;
+    while (Write("d", written, kMiB, 'w') == 0) written += kMiB;
+    pool().PrepareShutdown();
+    EXPECT_EQ(ENOSPC, Write("d", written, kMiB, 'w'));
+    Expect("d", 0, kMiB, 'w');
+}
+
+TEST_F(ScarceTest, AChainOfRestoresHasAnEndThatSaysSo) {
+    Ok(pool().CreateDisk("d", kMiB));
+    uint64_t restores = 0;
+    for (;; ++restores) {
+        ASSERT_LT(restores, 1000U);
+        ASSERT_EQ(0, Write("d", restores % 200 * 4096, 4096, 'r'));
+        Close("d");
+        const std::string name = "d@s" + std::to_string(restores);
+        std::vector<std::string> names{name};
+        Ok(pool().CreateSnapshots(std::move(names)));
+        const Status s = machine->Do(pool().RestoreSnapshot(name, std::nullopt, false));
+        if (s.ok()) continue;
+        EXPECT_EQ(ErrorKind::kLimit, s.error().kind) << s.error().message;
+        EXPECT_EQ(ErrorKind::kLimit, Fails(pool().CloneSnapshot(name, "c")));
+        break;
+    }
+    EXPECT_EQ(255U, restores);
+    Expect("d", 0, 200 * 4096, 'r');
+    // Deleting what the chain went through does not shorten it, but loses nothing either.
+    for (uint64_t i = 0; i < restores; i += 2) {
+        Ok(pool().DeleteSnapshot("d@s" + std::to_string(i), false));
+    }
+    Reclaim();
+    Expect("d", 0, 200 * 4096, 'r');
+}
+
+TEST_F(ScarceTest, ASnapshotWhoseCommitFailedIsNotServed) {
+    Ok(pool().CreateDisk("d", kMiB));
+    ASSERT_EQ(0, Write("d", 0, 4096, 'a'));
+    std::vector<std::string> first{"d@good"};
+    Ok(pool().CreateSnapshots(std::move(first)));
+    Expect("d@good", 0, 4096, 'a');
+    ASSERT_EQ(0, Write("d", 0, 4096, 'b'));
+    media.faults.commit_error = 1;
+    std::vector<std::string> second{"d@bad"};
+    EXPECT_EQ(ErrorKind::kIo, Fails(pool().CreateSnapshots(std::move(second))));
+    media.faults = Faults{};
+    const auto opened = machine->Do(pool().OpenExport("d@bad"));
+    ASSERT_FALSE(opened.ok());
+    EXPECT_NE(std::string::npos, opened.error().message.find("restart"));
+    Expect("d@good", 0, 4096, 'a');  // whoever reads goes on
+    Expect("d", 0, 4096, 'b');
+    for (const auto& [name, e] : exports) Detach(e);
+    exports.clear();
+    EXPECT_FALSE(machine->Stop().ok());
+    media.Cut();
+    media.Restore();
+    machine.reset();
+    Start();
+    Expect("d@good", 0, 4096, 'a');
+}
+
+}  // namespace
+}  // namespace varve
