@@ -8,13 +8,19 @@
 
 namespace varve::cow {
 
-/// Appends `v` in groups of seven bits, low group first, high bit set on all but the last.
+inline constexpr size_t kVarintBytesMax = 10;
+
+/// Writes `v` in groups of seven bits, low group first, high bit set on all but the last. Returns
+/// the end. REQUIRES: room for kVarintBytesMax.
+inline char* PutVarint(char* out, uint64_t v) {
+    for (; v >= 0x80; v >>= 7) *out++ = static_cast<char>(v | 0x80);
+    *out++ = static_cast<char>(v);
+    return out;
+}
+
 inline void AppendVarint(std::string& out, uint64_t v) {
-    while (v >= 0x80) {
-        out.push_back(static_cast<char>(v | 0x80));
-        v >>= 7;
-    }
-    out.push_back(static_cast<char>(v));
+    char bytes[kVarintBytesMax];
+    out.append(bytes, PutVarint(bytes, v));
 }
 
 inline void AppendString(std::string& out, std::string_view text) {

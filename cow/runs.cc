@@ -8,6 +8,8 @@ namespace varve::cow {
 namespace {
 
 constexpr uint8_t kRowFormat = 1;
+/// Format, count; for each run first, count, place (48 bits), age.
+constexpr size_t kRowBytesMax = 2 + kChunkBlocks * (2 + 7 + kVarintBytesMax);
 
 /// The first run that ends after `block`.
 template <typename R>
@@ -92,32 +94,41 @@ uint64_t MappedBlocks(const Runs& runs) {
 
 Runs Subtract(const Runs& runs, const Runs& other) {
     Runs result;
+    auto theirs = other.begin();
     for (const Run& run : runs) {
-        uint32_t at = static_cast<uint32_t>(run.first);
-        const uint32_t end = static_cast<uint32_t>(run.end());
-        while (at < end) {
-            const Piece theirs = PieceAt(other, at, end);
-            const Run mine = Slice(run, at, at + theirs.count);
-            if (!theirs.mapped || theirs.place != mine.place) result.push_back(mine);
-            at += theirs.count;
+        const auto end = static_cast<uint32_t>(run.end());
+        for (auto at = static_cast<uint32_t>(run.first); at < end;) {
+            while (theirs != other.end() && theirs->end() <= at) ++theirs;
+            if (theirs == other.end() || theirs->first >= end) {
+                result.push_back(Slice(run, at, end));
+                break;
+            }
+            const uint32_t begin = std::max(at, static_cast<uint32_t>(theirs->first));
+            if (begin > at) result.push_back(Slice(run, at, begin));
+            const uint32_t stop = std::min(end, static_cast<uint32_t>(theirs->end()));
+            const bool same =
+                theirs->place + begin - theirs->first == run.place + begin - run.first;
+            if (!same) result.push_back(Slice(run, begin, stop));
+            at = stop;
         }
     }
     return result;
 }
 
 std::string EncodeRuns(const Runs& runs, Generation generation) {
-    std::string out;
-    out.reserve(2 + runs.size() * 8);
-    out.push_back(static_cast<char>(kRowFormat));
-    out.push_back(static_cast<char>(runs.size()));
+    char bytes[kRowBytesMax];  // no string grows byte by byte: half of what encoding cost
+    char* out = bytes;
+    *out++ = static_cast<char>(kRowFormat);
+    *out++ = static_cast<char>(runs.size());
+    VARVE_CHECK(runs.size() <= kChunkBlocks);
     for (const Run& run : runs) {
         VARVE_CHECK(run.birth <= generation);
-        out.push_back(static_cast<char>(run.first));
-        out.push_back(static_cast<char>(run.count));
-        AppendVarint(out, run.place);
-        AppendVarint(out, generation.value - run.birth.value);
+        *out++ = static_cast<char>(run.first);
+        *out++ = static_cast<char>(run.count);
+        out = PutVarint(out, run.place);
+        out = PutVarint(out, generation.value - run.birth.value);
     }
-    return out;
+    return {bytes, out};
 }
 
 std::optional<Runs> DecodeRuns(std::string_view value, Generation generation) {
