@@ -13,8 +13,8 @@ namespace varve::internal {
 }
 }  // namespace varve::internal
 
-#define VARVE_CHECK(condition)                                                  \
-    do {                                                                        \
-        if (!(condition)) [[unlikely]]                                          \
-            ::varve::internal::CheckFailed(__FILE__, __LINE__, #condition);     \
+#define VARVE_CHECK(condition)                                              \
+    do {                                                                    \
+        if (!(condition)) [[unlikely]]                                      \
+            ::varve::internal::CheckFailed(__FILE__, __LINE__, #condition); \
     } while (false)

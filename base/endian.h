@@ -11,9 +11,15 @@ namespace varve {
 
 static_assert(std::endian::native == std::endian::little, "byte swaps below assume it");
 
-constexpr uint16_t Swap(uint16_t v) { return __builtin_bswap16(v); }
-constexpr uint32_t Swap(uint32_t v) { return __builtin_bswap32(v); }
-constexpr uint64_t Swap(uint64_t v) { return __builtin_bswap64(v); }
+constexpr uint16_t Swap(uint16_t v) {
+    return __builtin_bswap16(v);
+}
+constexpr uint32_t Swap(uint32_t v) {
+    return __builtin_bswap32(v);
+}
+constexpr uint64_t Swap(uint64_t v) {
+    return __builtin_bswap64(v);
+}
 
 /// Reads a big-endian T at `from`; any alignment.
 template <typename T>

@@ -15,18 +15,16 @@ struct Id {
     friend constexpr auto operator<=>(Id, Id) = default;
 };
 
-using BlockIndex = Id<struct BlockTag>;         // a 4 KiB block of the pool's data file
-using ChunkIndex = Id<struct ChunkTag>;         // 64 consecutive blocks of a disk
-using Generation = Id<struct GenerationTag>;    // pool-wide, only grows; 0 is "before all"
-using BranchId = Id<struct BranchTag>;          // one line of history
-using DiskId = Id<struct DiskTag>;              // survives renames and restores
-using SnapshotId = Id<struct SnapshotTag>;      // survives renames
+using BlockIndex = Id<struct BlockTag>;       // a 4 KiB block of the pool's data file
+using ChunkIndex = Id<struct ChunkTag>;       // 64 consecutive blocks of a disk
+using Generation = Id<struct GenerationTag>;  // pool-wide, only grows; 0 is "before all"
+using BranchId = Id<struct BranchTag>;        // one line of history
+using DiskId = Id<struct DiskTag>;            // survives renames and restores
+using SnapshotId = Id<struct SnapshotTag>;    // survives renames
 
 }  // namespace varve
 
 template <typename Tag>
 struct std::hash<varve::Id<Tag>> {
-    size_t operator()(varve::Id<Tag> id) const noexcept {
-        return std::hash<uint64_t>()(id.value);
-    }
+    size_t operator()(varve::Id<Tag> id) const noexcept { return std::hash<uint64_t>()(id.value); }
 };

@@ -44,8 +44,9 @@ Result<LogLevel> ParseLogLevel(std::string_view text) {
          {LogLevel::kDebug, LogLevel::kInfo, LogLevel::kWarning, LogLevel::kError}) {
         if (text == LevelName(level)) return level;
     }
-    return MakeError(ErrorKind::kInvalid,
-                     fmt::format("'{}' is not a log level; use debug, info, warning or error", text));
+    return MakeError(
+        ErrorKind::kInvalid,
+        fmt::format("'{}' is not a log level; use debug, info, warning or error", text));
 }
 
 Result<LogFormat> ParseLogFormat(std::string_view text) {

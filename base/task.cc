@@ -35,7 +35,9 @@ struct FreeFrames {
 
 thread_local FreeFrames free_frames;
 
-size_t ClassOf(size_t bytes) { return (bytes - 1) / kClassBytes; }
+size_t ClassOf(size_t bytes) {
+    return (bytes - 1) / kClassBytes;
+}
 
 }  // namespace
 

@@ -17,4 +17,7 @@ Result<uint64_t> ParseSize(std::string_view text);
 /// "10.0 GiB" for people; not parseable.
 std::string FormatSize(uint64_t bytes);
 
+/// "1 snapshot", "2 snapshots".
+std::string FormatCount(uint64_t count, std::string_view thing);
+
 }  // namespace varve

@@ -281,11 +281,10 @@ Task<Status> PoolImpl::DeleteDisk(std::string name, bool snapshots, bool disconn
     std::vector<SnapshotId> doomed;
     for (const auto& [unused, snapshot] : catalog_.disk(id).snapshots) doomed.push_back(snapshot);
     if (!doomed.empty() && !snapshots) {
-        co_return MakeError(
-            ErrorKind::kBusy,
-            fmt::format("disk '{}' has {} snapshots; say --snapshots to delete them "
-                        "with it",
-                        name, doomed.size()));
+        co_return MakeError(ErrorKind::kBusy,
+                            fmt::format("disk '{}' has {}; say --snapshots to delete them "
+                                        "with it",
+                                        name, FormatCount(doomed.size(), "snapshot")));
     }
     Status s = co_await FenceDisk(id, disconnect);
     if (!s.ok()) co_return s;

@@ -1,6 +1,7 @@
 // What clients are attached to, and how commands keep them away.
 #include <fmt/format.h>
 
+#include "base/units.h"
 #include "cow/pool_impl.h"
 
 namespace varve::cow {
@@ -104,10 +105,11 @@ void PoolImpl::Disconnect(DiskId disk, SnapshotId snapshot) {
 Task<Status> PoolImpl::FenceDisk(DiskId id, bool disconnect) {
     Disk& disk = disks_.at(id);
     if (disk.clients > 0 && !disconnect) {
-        co_return MakeError(ErrorKind::kBusy,
-                            fmt::format("disk '{}' has {} clients attached; detach them, or say "
-                                        "--disconnect to cut them off",
-                                        catalog_.disk(id).record.name, disk.clients));
+        co_return MakeError(
+            ErrorKind::kBusy,
+            fmt::format("disk '{}' has {} attached; detach them, or say "
+                        "--disconnect to cut them off",
+                        catalog_.disk(id).record.name, FormatCount(disk.clients, "client")));
     }
     disk.fenced = true;
     if (disk.clients > 0) Disconnect(id, SnapshotId{});
@@ -120,9 +122,9 @@ Task<Status> PoolImpl::FenceSnapshot(SnapshotId id, bool disconnect) {
     if (open.clients > 0 && !disconnect) {
         co_return MakeError(
             ErrorKind::kBusy,
-            fmt::format("snapshot '{}' has {} clients attached; detach them, or say "
+            fmt::format("snapshot '{}' has {} attached; detach them, or say "
                         "--disconnect to cut them off",
-                        catalog_.snapshot(id).name, open.clients));
+                        catalog_.snapshot(id).name, FormatCount(open.clients, "client")));
     }
     open.fenced = true;
     if (open.clients > 0) Disconnect(DiskId{}, id);

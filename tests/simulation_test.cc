@@ -30,17 +30,20 @@ void RunSeeds(bool faults, uint64_t count) {
         requests += result.requests;
         snapshots += result.snapshots;
     }
-    std::printf("seeds %llu to %llu: %llu requests, %llu snapshots, %llu crashes, %llu operations\n",
-                static_cast<unsigned long long>(first), static_cast<unsigned long long>(end - 1),
-                static_cast<unsigned long long>(requests),
-                static_cast<unsigned long long>(snapshots),
-                static_cast<unsigned long long>(crashes),
-                static_cast<unsigned long long>(operations));
+    std::printf(
+        "seeds %llu to %llu: %llu requests, %llu snapshots, %llu crashes, %llu operations\n",
+        static_cast<unsigned long long>(first), static_cast<unsigned long long>(end - 1),
+        static_cast<unsigned long long>(requests), static_cast<unsigned long long>(snapshots),
+        static_cast<unsigned long long>(crashes), static_cast<unsigned long long>(operations));
 }
 
-TEST(SimulationTest, PowerCutsLoseNothingAndMixNothing) { RunSeeds(false, 60); }
+TEST(SimulationTest, PowerCutsLoseNothingAndMixNothing) {
+    RunSeeds(false, 60);
+}
 
-TEST(SimulationTest, FaultyDevicesLoseNothingEither) { RunSeeds(true, 60); }
+TEST(SimulationTest, FaultyDevicesLoseNothingEither) {
+    RunSeeds(true, 60);
+}
 
 }  // namespace
 }  // namespace varve::simulation
