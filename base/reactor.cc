@@ -422,6 +422,7 @@ void Reactor::State::LendMore() {
 void Reactor::State::StartReceive(ReceiveOp& op) {
     io_uring_sqe* sqe = Begin(op, Op::Kind::kReceive);
     io_uring_prep_recv(sqe, op.fd_, nullptr, op.most_, 0);
+    if (op.idle_) sqe->ioprio |= IORING_RECVSEND_POLL_FIRST;
     sqe->flags |= IOSQE_BUFFER_SELECT;
     sqe->buf_group = kBufferGroup;
     io_uring_sqe_set_data(sqe, static_cast<Op*>(&op));
@@ -463,10 +464,11 @@ void Reactor::DataSync(Op& op, int fd) {
     io_uring_sqe_set_data(sqe, &op);
 }
 
-void Reactor::Receive(ReceiveOp& op, int fd, uint32_t most) {
+void Reactor::Receive(ReceiveOp& op, int fd, uint32_t most, bool idle) {
     VARVE_CHECK(state_->lent > 0);
     op.fd_ = fd;
     op.most_ = most;
+    op.idle_ = idle;
     state_->StartReceive(op);
 }
 

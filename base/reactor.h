@@ -52,6 +52,7 @@ struct ReceiveOp : Op {
     friend class Reactor;
     int fd_ = -1;
     uint32_t most_ = 0;
+    bool idle_ = false;
 };
 
 /// See Reactor::StartTimer.
@@ -120,7 +121,8 @@ class Reactor : public Executor {
     /// chosen only when data is there: who waits for data holds no memory. If result > 0, the
     /// bytes are at Received(op) until ReturnReceived(op), which the caller owes, soon: inside
     /// `done` at best. result 0: the peer has sent its last byte.
-    void Receive(ReceiveOp& op, int fd, uint32_t most);
+    /// `idle`: nothing is expected to be there already, so the system need not look first.
+    void Receive(ReceiveOp& op, int fd, uint32_t most, bool idle = false);
     std::span<const std::byte> Received(const ReceiveOp& op) const;
     void ReturnReceived(ReceiveOp& op);
 

@@ -375,7 +375,7 @@ void Connection::Receive() {
         most = kReceiveBytesWhenScarce;
     }
     expect_large_ = false;
-    shared_.reactor.Receive(receive_op_, fd_, most);
+    shared_.reactor.Receive(receive_op_, fd_, most, requests_ <= 1);
 }
 
 void Connection::OnReceived(int32_t result) {
