@@ -95,6 +95,7 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
     Session(std::shared_ptr<Impl> service, Socket socket)
         : service_(std::move(service)),
           socket_(std::move(socket)),
+          peer_(DescribePeer(socket_.native_handle())),
           lines_(service_->options_.line_bytes_max) {}
 
     void Open();
@@ -120,6 +121,7 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
 
     const std::shared_ptr<Impl> service_;
     Socket socket_;
+    const std::string peer_;  // for the log
     Sessions::iterator place_;
     LineSplitter lines_;
     std::array<char, 16384> input_;
@@ -237,7 +239,7 @@ bool Service::Impl::Session::StartRequest(Request& request) {
 void Service::Impl::Session::OnResult(const Command& command, Result<Reply> result) {
     running_ = false;
     if (result.ok() && IsChange(command) && service_->options_.log) {
-        service_->options_.log(Describe(command));
+        service_->options_.log(Describe(command) + " by " + peer_);
     }
     if (!closed_) {
         const Request& request = message_.requests[next_];

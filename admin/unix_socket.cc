@@ -160,4 +160,11 @@ Result<OwnedFd> ConnectUnix(const std::string& path) {
                      fmt::format("cannot connect to '{}': {}", path, std::strerror(error)));
 }
 
+std::string DescribePeer(int fd) {
+    ucred peer{};
+    socklen_t length = sizeof peer;
+    if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0) return "somebody";
+    return fmt::format("uid {}, pid {}", peer.uid, peer.pid);
+}
+
 }  // namespace varve::admin

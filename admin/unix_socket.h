@@ -49,4 +49,7 @@ Result<ListeningSocket> ListenUnix(const std::string& path, unsigned mode);
 /// listens on it, else kIo (permissions).
 Result<OwnedFd> ConnectUnix(const std::string& path);
 
+/// Who connected the unix socket `fd`, as the kernel knows it: "uid 1000, pid 4711".
+std::string DescribePeer(int fd);
+
 }  // namespace varve::admin

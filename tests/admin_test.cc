@@ -646,7 +646,7 @@ TEST(Service, AHundredClientsAtOnceAreServed) {
     EXPECT_EQ(good, 100);
 }
 
-TEST(Service, LogsChangesThatWereCarriedOut) {
+TEST(Service, LogsChangesThatWereCarriedOutAndByWhom) {
     std::vector<std::string> lines;
     ServiceOptions options;
     options.log = [&](const std::string& line) { lines.push_back(line); };
@@ -658,8 +658,9 @@ TEST(Service, LogsChangesThatWereCarriedOut) {
         client.Ask(Call("disk.list"));
         client.Ask(Call("snapshot.create", R"({"snapshots":["d@s"]})"));
     }
-    EXPECT_EQ(lines, (Strings{R"(disk.create {"name":"d","size":4096})",
-                              R"(snapshot.create {"snapshots":["d@s"]})"}));
+    const std::string peer = fmt::format(" by uid {}, pid {}", ::getuid(), ::getpid());
+    EXPECT_EQ(lines, (Strings{R"(disk.create {"name":"d","size":4096})" + peer,
+                              R"(snapshot.create {"snapshots":["d@s"]})" + peer}));
 }
 
 // ---- the socket's file, start and stop
