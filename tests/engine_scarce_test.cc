@@ -1,4 +1,5 @@
 // The engine when something is scarce: memory for the map, space, branches, a device that works.
+#include "cow/format.h"
 #include "tests/engine_fixture.h"
 
 namespace varve {
@@ -132,6 +133,27 @@ TEST_F(ScarceTest, ASnapshotWhoseCommitFailedIsNotServed) {
     machine.reset();
     Start();
     Expect("d@good", 0, 4096, 'a');
+}
+
+TEST_F(ScarceTest, APoolOfAnotherVersionIsRefusedAndLeftAlone) {
+    Ok(pool().CreateDisk("d", kMiB));
+    ASSERT_TRUE(machine->Stop().ok());
+    const auto before = media.metadata();
+    std::string row = before->at(cow::PoolKey());
+    row[0] = 2;
+    cow::Batch batch;
+    batch.Put(cow::PoolKey(), row);
+    ASSERT_TRUE(machine->metadata().Commit(batch).ok());
+    const auto foreign = media.metadata();
+    machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{}, 512);
+    const Status s = machine->Start();
+    ASSERT_FALSE(s.ok());
+    EXPECT_EQ(ErrorKind::kInvalid, s.error().kind);
+    EXPECT_NE(std::string::npos, s.error().message.find("version 2")) << s.error().message;
+    EXPECT_EQ(*foreign, *media.metadata());
+    machine.reset();
+    media.SetMetadata(before);
+    Start();
 }
 
 }  // namespace
