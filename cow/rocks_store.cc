@@ -3,15 +3,19 @@
 #include <fmt/format.h>
 #include <rocksdb/cache.h>
 #include <rocksdb/db.h>
+#include <rocksdb/env.h>
 #include <rocksdb/slice_transform.h>
 #include <rocksdb/table.h>
 #include <rocksdb/utilities/table_properties_collectors.h>
 
+#include <cstdarg>
+#include <cstdio>
 #include <filesystem>
 #include <mutex>
 #include <optional>
 #include <utility>
 
+#include "base/log.h"
 #include "cow/rocks_log.h"
 
 namespace varve::cow {
@@ -49,6 +53,21 @@ rocksdb::Slice ToSlice(std::string_view text) {
 std::string_view ToView(const rocksdb::Slice& slice) {
     return {slice.data(), slice.size()};
 }
+
+/// What RocksDB says of its own accord, for --log-level debug. Its own log file would lie on the
+/// metadata's file system: where that is full, its writer meets an assertion at the second line.
+class Messages : public rocksdb::Logger {
+  public:
+    Messages() : rocksdb::Logger(rocksdb::InfoLogLevel::WARN_LEVEL) {}
+
+    void LogHeader(const char*, va_list) override {}  // all its settings
+    using rocksdb::Logger::Logv;
+    void Logv(const char* format, va_list values) override {
+        char text[1024];
+        std::vsnprintf(text, sizeof text, format, values);
+        Log(LogLevel::kDebug, "RocksDB: " + OneLine(text));
+    }
+};
 
 /// A RocksDB snapshot, held by a view and by its cursors.
 class Pinned {
@@ -213,8 +232,7 @@ rocksdb::Options MakeOptions(const RocksOptions& given, rocksdb::WALRecoveryMode
     options.max_bgerror_resume_count = 0;        // nothing is retried that may lie
 
     options.info_log_level = rocksdb::InfoLogLevel::WARN_LEVEL;
-    options.keep_log_file_num = 2;
-    options.max_log_file_size = 1 << 20;
+    options.info_log = std::make_shared<Messages>();
     options.max_manifest_file_size = 16 << 20;
     return options;
 }

@@ -75,6 +75,12 @@ class RocksStoreTest : public testing::Test {
     std::unique_ptr<MetadataStore> store_;
 };
 
+// On a full file system, the second line of such a log meets an assertion of RocksDB's.
+TEST_F(RocksStoreTest, KeepsNoLogFileOfItsOwn) {
+    FillAndClose();
+    EXPECT_FALSE(fs::exists(path_ / "LOG"));
+}
+
 TEST_F(RocksStoreTest, AbsentStoreIsNotMadeUnlessAsked) {
     const Status status = Open(false);
     ASSERT_FALSE(status.ok());
