@@ -24,13 +24,19 @@ class Gone(Exception):
 
 
 class Client:
-    """One connection to one export. Requests may be pipelined: send() several, then receive()."""
+    """One connection to one export. Requests may be pipelined: send() several, then receive().
+
+    `path` is that of a unix socket, or (host, port).
+    """
 
     def __init__(self, path, export):
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(120)
+        family = socket.AF_INET if isinstance(path, tuple) else socket.AF_UNIX
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        self.sock.settimeout(120)
         try:
-            self._sock.connect(path)
+            self.sock.connect(path)
+            if family == socket.AF_INET:
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             raise Gone(str(error)) from error
         self._cookie = 0
@@ -55,7 +61,7 @@ class Client:
 
     def _put(self, data):
         try:
-            self._sock.sendall(data)
+            self.sock.sendall(data)
         except OSError as error:
             raise Gone(str(error)) from error
 
@@ -64,7 +70,7 @@ class Client:
         view, have = memoryview(buffer), 0
         while have < count:
             try:
-                got = self._sock.recv_into(view[have:])
+                got = self.sock.recv_into(view[have:])
             except socket.timeout:
                 raise
             except OSError as error:
@@ -112,7 +118,7 @@ class Client:
             self.send(DISC)
         except Gone:
             pass
-        self._sock.close()
+        self.sock.close()
 
 
 def read_all(path, export, offset=0, length=None):
