@@ -112,11 +112,18 @@ struct ConnectionHost::Shared {
     void ReturnBatch(SendBatch* batch) { batch->next = std::exchange(unused_batches, batch); }
 
     void WakeStarved();
+    void Hold(uint64_t more) {
+        bytes += more;
+        if (bytes > peak.load(std::memory_order_relaxed)) {
+            peak.store(bytes, std::memory_order_relaxed);
+        }
+    }
 
     Reactor& reactor;
     const ConnectionLimits limits;
     BufferPool pool;
-    uint64_t bytes = 0;  // in flight
+    uint64_t bytes = 0;              // in flight
+    std::atomic<uint64_t> peak = 0;  // of `bytes`, since somebody asked
     Request* unused_requests = nullptr;
     unsigned unused_request_count = 0;
     SendBatch* unused_batches = nullptr;
@@ -270,6 +277,10 @@ uint64_t ConnectionHost::bytes_in_flight() const {
     return shared_->bytes;
 }
 
+uint64_t ConnectionHost::TakePeak() {
+    return shared_->peak.exchange(0, std::memory_order_relaxed);
+}
+
 void End(Connection* connection) {
     connection->Drop();
 }
@@ -406,7 +417,7 @@ void Connection::Stash(std::span<const std::byte> bytes) {
     if (!stash_) return Drop();
     std::memcpy(stash_.data(), bytes.data(), bytes.size());
     stashed_ = stash_.span();
-    shared_.bytes += stash_.size();
+    shared_.Hold(stash_.size());
 }
 
 /// Goes on with what had been received when a limit was met.
@@ -480,7 +491,7 @@ bool Connection::Accept(const std::byte* header) {
     request->connection = this;
     ++requests_;
     bytes_ += request->charge;
-    shared_.bytes += request->charge + kRequestBytes;
+    shared_.Hold(request->charge + kRequestBytes);
     const bool payload = request->type == wire::kCmdRead || request->type == wire::kCmdWrite;
     if (payload && request->charge) {
         request->payload = shared_.pool.Take(request->length);

@@ -80,6 +80,9 @@ class ConnectionHost {
     uint64_t connections() const;
     uint64_t bytes_in_flight() const;  // memory that requests hold, for tests and status
 
+    /// The most of it since the last call in which some was added. Any thread.
+    uint64_t TakePeak();
+
   private:
     friend class Connection;
     struct Shared;

@@ -207,6 +207,7 @@ Task<void> Daemon::CommitNowAndThen(uint64_t interval_ms) {
         Task<void> committing = pool_->CommitDirty();
         co_await committing;
         co_await Hop(*control_);
+        plane_->ReturnMemory();
     }
     loops_->Leave();
 }

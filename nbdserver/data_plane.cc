@@ -2,13 +2,21 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <malloc.h>
+
 #include <unistd.h>
+#include <algorithm>
 
 #include <cerrno>
 
 #include "base/check.h"
 
 namespace varve::nbdserver {
+namespace {
+
+constexpr uint64_t kLargeLoadBytes = 64 << 20;
+
+}  // namespace
 namespace {
 
 /// An open file of its own for each lane. The system tells a lost write once to each open file that
@@ -59,6 +67,18 @@ ConnectionHost& DataPlane::HostOf(Executor& reactor) const {
     }
     VARVE_CHECK(false);
     __builtin_unreachable();
+}
+
+void DataPlane::ReturnMemory() {
+    uint64_t held = 0;
+    for (const Lane& lane : lanes_) held += lane.host->TakePeak();
+    // Small pieces that live on keep the large ones around them from leaving by themselves:
+    // 200 MiB stayed after clients that did not read. Not while a load goes on: it takes time.
+    if (load_bytes_ >= kLargeLoadBytes && held < load_bytes_ / 8) {
+        malloc_trim(0);
+        load_bytes_ = 0;
+    }
+    load_bytes_ = std::max(load_bytes_, held);
 }
 
 }  // namespace varve::nbdserver

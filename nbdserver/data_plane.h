@@ -30,6 +30,10 @@ class DataPlane {
     /// The host on `reactor`, one of the lanes' executors. Any thread.
     ConnectionHost& HostOf(Executor& reactor) const;
 
+    /// To be called every second or so, by one thread: after a large load, gives back to the system
+    /// what the allocator keeps of it.
+    void ReturnMemory();
+
   private:
     struct Lane {
         std::unique_ptr<Reactor> reactor;
@@ -41,6 +45,7 @@ class DataPlane {
     DataPlane() = default;
 
     std::vector<Lane> lanes_;
+    uint64_t load_bytes_ = 0;  // most that clients held since memory was last returned
 };
 
 }  // namespace varve::nbdserver
