@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -13,6 +14,9 @@ namespace varve::nbdserver {
 namespace {
 
 constexpr uint64_t kShortagePauseMs = 100;
+// Who negotiates longer than this goes when others wait to begin: those who stall must not keep
+// everybody out for the whole time that a slow but honest client is given.
+constexpr uint64_t kPatienceMs = 1000;
 constexpr size_t kReadBytes = 4096;
 
 LookupError ToLookupError(const Error& error) {
@@ -94,7 +98,10 @@ Task<void> Server::Closed() {
 
 Task<void> Server::Accept(std::shared_ptr<Acceptor> acceptor) {
     while (!closing_) {
-        while (!closing_ && handshakes_.size() >= limits_.negotiating_max) co_await room_.Wait();
+        while (!closing_ && handshakes_.size() >= limits_.negotiating_max) {
+            crowded_ = true;
+            co_await room_.Wait();
+        }
         Task<bool> waiting = acceptor->socket.WaitReadable();
         const bool readable = co_await waiting;
         if (!readable) break;
@@ -102,6 +109,7 @@ Task<void> Server::Accept(std::shared_ptr<Acceptor> acceptor) {
         while (!closing_ && handshakes_.size() < limits_.negotiating_max &&
                AcceptOne(acceptor->socket, &shortage)) {
         }
+        if (handshakes_.size() < limits_.negotiating_max) crowded_ = false;
         if (shortage == 0) continue;
         const std::string what = fmt::format("cannot accept on {}", acceptor->listener.uri);
         Log(LogLevel::kWarning,
@@ -143,8 +151,15 @@ bool Server::AcceptOne(const ControlSocket& socket, Errno* shortage) {
 }
 
 Task<void> Server::WatchDeadline(std::shared_ptr<Handshake> handshake) {
-    Task<bool> wait = handshake->deadline.Wait(limits_.negotiation_ms_max);
-    const bool expired = co_await wait;
+    uint64_t left_ms = limits_.negotiation_ms_max;
+    bool expired = true;
+    while (expired && left_ms > 0) {
+        const uint64_t step_ms = std::min(left_ms, kPatienceMs);
+        Task<bool> wait = handshake->deadline.Wait(step_ms);
+        expired = co_await wait;
+        left_ms -= step_ms;
+        if (crowded_) break;
+    }
     if (expired) {
         Log(LogLevel::kDebug, fmt::format("{} took too long to negotiate", handshake->address));
         handshake->socket.Cancel();

@@ -23,9 +23,9 @@ namespace varve::nbdserver {
 
 struct ServerLimits {
     NegotiationLimits negotiation;
-    uint64_t negotiation_ms_max = 10'000;
-    uint64_t negotiating_max = 100;     // more wait in the listeners' backlogs
-    uint64_t connections_max = 10'000;  // negotiating or attached; more are closed at once
+    uint64_t negotiation_ms_max = 10'000;  // 1 s while all places are taken
+    uint64_t negotiating_max = 100;        // more wait in the listeners' backlogs
+    uint64_t connections_max = 10'000;     // negotiating or attached; more are closed at once
 };
 
 /// Lives on the control thread: all methods are called there.
@@ -72,9 +72,10 @@ class Server {
     std::set<std::shared_ptr<Handshake>> handshakes_;
     uint64_t connections_ = 0;
     bool closing_ = false;
-    bool full_ = false;  // reported already
-    WaitList room_;      // a negotiation ended
-    Gate gate_;          // accept loops, connections and their deadlines
+    bool full_ = false;     // reported already
+    bool crowded_ = false;  // all places to negotiate are taken, and others may wait for them
+    WaitList room_;         // a negotiation ended
+    Gate gate_;             // accept loops, connections and their deadlines
 };
 
 }  // namespace varve::nbdserver
