@@ -105,21 +105,22 @@ class Bench:
 
     # ---- verification
 
-    def verify(self, server, candidates, legal=Blocks.after_crash, check=True):
-        """The one of `candidates` that the server serves, with what was found in it."""
+    def verify(self, server, candidates, legal=Blocks.after_crash, failed=False):
+        """The one of `candidates` that the server serves, with what was found in it. `failed`: the
+        pool has failed, and refuses some things."""
         errors = []
         admin = server.admin()
         for number, world in enumerate(candidates):
             try:
                 # Its copy: a comparison that fails half-way must leave nothing behind.
                 trial = world.copy() if len(candidates) > 1 else world
-                self.count("blocks compared", trial.verify(server, admin, legal))
+                self.count("blocks compared", trial.verify(server, admin, legal, failed))
                 break
             except Wrong as wrong:
                 errors.append(("done: " if number else "not done: ") + str(wrong))
         else:
             raise Wrong("; ".join(errors))
-        if check:
+        if not failed:
             check_clean(admin)
         admin.close()
         return trial

@@ -155,7 +155,7 @@ def still_right(bench, server, load):
         return blocks.now(block) + blocks.after_crash(block)
 
     worlds = [world.copy() for world in load.candidates()]
-    bench.verify(server, worlds, legal if failure else Blocks.now, check=not failure)
+    bench.verify(server, worlds, legal if failure else Blocks.now, failed=bool(failure))
     if failure:
         bench.count("pools that failed")
     else:
