@@ -192,9 +192,8 @@ std::optional<NoteRecord> DecodeNote(std::string_view value) {
         const uint64_t place = in.Varint();
         run.place = place;
         run.birth.value = in.Varint();
-        const bool sound =
-            run.count > 0 && run.end() <= kChunkBlocks && place > 0 && place < (uint64_t{1} << 48);
-        if (!sound) return std::nullopt;
+        const bool sound = run.count > 0 && run.end() <= kChunkBlocks;
+        if (!sound || !ArePlaces(place, run.count)) return std::nullopt;
         runs.push_back(run);
     }
     if (!in.Finished()) return std::nullopt;

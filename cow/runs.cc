@@ -147,9 +147,7 @@ std::optional<Runs> DecodeRuns(std::string_view value, Generation generation) {
         if (!in.ok() || blocks == 0 || first < at || first + blocks > kChunkBlocks) {
             return std::nullopt;
         }
-        if (place == 0 || place >= (uint64_t{1} << 48) || age >= generation.value) {
-            return std::nullopt;
-        }
+        if (!ArePlaces(place, blocks) || age >= generation.value) return std::nullopt;
         Run run;
         run.place = place;
         run.first = first;

@@ -36,6 +36,13 @@ struct Run {
 };
 static_assert(sizeof(Run) == 16);
 
+/// Whether `count` places from `place` on can be a run's: all fit its bits, none is block 0, which
+/// is the superblock. `count` is a chunk's at most.
+inline bool ArePlaces(uint64_t place, uint64_t count) {
+    constexpr uint64_t kPlaces = uint64_t{1} << 48;
+    return place > 0 && place < kPlaces && count <= kPlaces - place;
+}
+
 /// The whole state of a chunk: runs in the order of `first`, not overlapping. No run: zeros.
 using Runs = std::vector<Run>;
 

@@ -6,6 +6,8 @@
 #include <array>
 #include <random>
 
+#include "cow/format.h"
+
 namespace varve::cow {
 namespace {
 
@@ -112,6 +114,24 @@ TEST_P(RunsTest, WhatIsEncodedIsDecoded) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Seeds, RunsTest, testing::Range<uint64_t>(1, 21));
+
+TEST(RunsTest, PlacesBeyondTheirBitsAreNoRow) {
+    const Generation generation{9};
+    const uint64_t last = (uint64_t{1} << 48) - 1;
+    for (const uint64_t count : {1, 2, 64}) {
+        cow::Run run;
+        run.place = last;
+        run.first = 0;
+        run.count = count;
+        run.birth = generation;
+        // Its second block would be at place 0, the superblock.
+        EXPECT_EQ(DecodeRuns(EncodeRuns({run}, generation), generation).has_value(), count == 1);
+        EXPECT_EQ(DecodeNote(EncodeNote({run})).has_value(), count == 1);
+        run.place = last - count + 1;
+        EXPECT_TRUE(DecodeRuns(EncodeRuns({run}, generation), generation).has_value());
+        EXPECT_TRUE(DecodeNote(EncodeNote({run})).has_value());
+    }
+}
 
 }  // namespace
 }  // namespace varve::cow
