@@ -1,0 +1,110 @@
+// Fuzz target: any bytes of a client against the Negotiator. What it says does not depend on how
+// the bytes were cut; every answer is well-formed; only a granted lookup opens an export.
+// Input: size of the pieces, whether the server is stopping, then the client's bytes.
+#include "nbdserver/negotiation.h"
+
+#include <map>
+
+#include "nbdserver/wire.h"
+#include "tests/fuzz/fuzz.h"
+
+namespace varve::nbdserver {
+namespace {
+
+using Step = Negotiator::Step;
+
+const std::map<std::string, ExportDescription> kExports = {
+    {"", {"disk0", 1 << 20, false}},
+    {"disk0", {"disk0", 1 << 20, false}},
+    {"disk0@a", {"disk0@a", 1 << 19, true}},
+};
+
+/// A whole negotiation, as far as the bytes go.
+struct Played {
+    Step step = Step::kInput;
+    std::string output;
+    std::string export_name;
+    std::string behind;  // the client's bytes that are not negotiation's
+    bool structured = false;
+    bool allocation = false;
+};
+
+Step AnswerLookup(Negotiator& negotiator, bool shutdown) {
+    VARVE_CHECK(!shutdown);
+    const auto found = kExports.find(negotiator.lookup_name());
+    if (found != kExports.end()) return negotiator.AnswerLookup(found->second);
+    const size_t kind = negotiator.lookup_name().size() % 3;
+    constexpr LookupError kErrors[] = {LookupError::kUnknown, LookupError::kBusy,
+                                       LookupError::kFailed};
+    return negotiator.AnswerLookup(kErrors[kind]);
+}
+
+Played Play(std::string_view bytes, size_t piece, bool shutdown) {
+    Negotiator negotiator;
+    Played played;
+    if (shutdown) negotiator.Shutdown();
+    played.output = negotiator.TakeOutput();
+    bool opened = false;
+    while (!bytes.empty() && negotiator.step() == Step::kInput) {
+        Step step = negotiator.Feed(bytes.substr(0, piece));
+        bytes.remove_prefix(std::min(bytes.size(), piece));
+        while (step == Step::kList || step == Step::kLookup) {
+            opened = false;
+            if (step == Step::kList) {
+                VARVE_CHECK(!shutdown);
+                step = negotiator.AnswerList({"disk0", "disk0@a"});
+                continue;
+            }
+            opened = negotiator.opens() && kExports.count(negotiator.lookup_name());
+            step = AnswerLookup(negotiator, shutdown);
+        }
+        played.output += negotiator.TakeOutput();
+    }
+    played.step = negotiator.step();
+    if (played.step != Step::kDone) return played;
+    VARVE_CHECK(opened);
+    NegotiationResult result = negotiator.TakeResult();
+    played.export_name = result.export_name;
+    played.structured = result.structured_replies;
+    played.allocation = result.base_allocation;
+    played.behind = result.leftover + std::string(bytes);
+    return played;
+}
+
+/// The greeting, replies to options, and perhaps what answers EXPORT_NAME.
+void VerifyOutput(const Played& played) {
+    std::string_view rest = played.output;
+    VARVE_CHECK(rest.size() >= sizeof(wire::Greeting));
+    rest.remove_prefix(sizeof(wire::Greeting));
+    while (rest.size() >= sizeof(wire::OptionReply) &&
+           LoadBig<uint64_t>(rest.data()) == wire::kOptionReplyMagic) {
+        const auto length = LoadBig<uint32_t>(rest.data() + 16);
+        rest.remove_prefix(sizeof(wire::OptionReply));
+        VARVE_CHECK(length <= rest.size());
+        rest.remove_prefix(length);
+    }
+    if (rest.empty()) return;
+    VARVE_CHECK(played.step == Step::kDone);
+    VARVE_CHECK(rest.size() == 10 || rest.size() == 134);
+}
+
+}  // namespace
+}  // namespace varve::nbdserver
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    using namespace varve::nbdserver;  // NOLINT: a function of C's
+    varve::fuzz::Input input(data, size);
+    const size_t piece = 1 + input.Byte();
+    const bool shutdown = input.Byte() % 8 == 7;
+    const std::string_view bytes = input.rest();
+    const Played whole = Play(bytes, std::string_view::npos, shutdown);
+    const Played cut = Play(bytes, piece, shutdown);
+    VerifyOutput(whole);
+    VARVE_CHECK(whole.step == cut.step);
+    VARVE_CHECK(whole.output == cut.output);
+    VARVE_CHECK(whole.export_name == cut.export_name);
+    VARVE_CHECK(whole.behind == cut.behind);
+    VARVE_CHECK(whole.structured == cut.structured && whole.allocation == cut.allocation);
+    VARVE_CHECK(whole.structured || !whole.allocation);
+    return 0;
+}

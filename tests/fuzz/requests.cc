@@ -1,0 +1,253 @@
+// Fuzz target: any bytes behind negotiation, over a socket pair, into a real connection on a real
+// reactor. Each request that a plain reading of the protocol finds in the bytes is answered once,
+// in the form that was negotiated; what follows a refused request is still understood.
+// Input: a byte of options, then items - the first byte of each says what it is: a well-formed
+// header of few bytes, or as many raw bytes as the second says.
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <future>
+#include <map>
+#include <memory>
+
+#include "nbdserver/connection.h"
+#include "nbdserver/wire.h"
+#include "tests/fake_volume.h"
+#include "tests/fuzz/fuzz.h"
+#include "tests/run_on.h"
+
+namespace varve::nbdserver {
+namespace {
+
+constexpr uint64_t kSize = 256 << 10;
+constexpr uint32_t kPayloadMax = 16 << 10;
+constexpr uint32_t kSkippedMax = 4 * kPayloadMax;  // of a refused WRITE
+constexpr size_t kStreamMax = 64 << 10;  // sent before anything is read: the socket must hold it
+
+/// One server for all inputs: a reactor for each would cost a thread and a ring.
+struct Server {
+    std::unique_ptr<Reactor> reactor;
+    std::unique_ptr<FakeVolume> volume;
+    std::unique_ptr<ConnectionHost> host;
+
+    Server() {
+        Result<std::unique_ptr<Reactor>> started = Reactor::Start({});
+        VARVE_CHECK(started.ok());
+        reactor = std::move(started.value());
+        volume = std::make_unique<FakeVolume>(*reactor, kSize);
+        ConnectionLimits limits;
+        limits.payload_max = kPayloadMax;
+        limits.requests_max = 8;  // so that inputs of a few hundred bytes meet the limits
+        limits.bytes_max = 64 << 10;
+        host = std::make_unique<ConnectionHost>(*reactor, limits);
+    }
+};
+
+/// Turns the input into a client's stream: mutations of raw bytes alone would hardly ever keep
+/// the magic number and the lengths right.
+std::string MakeStream(fuzz::Input input) {
+    std::string stream;
+    while (!input.empty() && stream.size() < kStreamMax) {
+        const uint8_t kind = input.Byte();
+        if (kind >= 0xf0) {
+            stream += input.Bytes(input.Byte());
+            continue;
+        }
+        wire::Request request;
+        request.type = kind % 10;
+        request.flags = input.Byte() % 64;
+        request.cookie = stream.size();
+        request.offset = input.Number(2) * (kind & 0x20 ? 1 : 512);
+        request.length = static_cast<uint32_t>(input.Number(2)) % (kPayloadMax + 100);
+        if (kind & 0x40) request.length = static_cast<uint32_t>(request.length / 4096 * 4096);
+        stream.append(reinterpret_cast<const char*>(&request), sizeof request);
+        if (request.type != wire::kCmdWrite) continue;
+        stream.append(request.length, static_cast<char>(kind));
+    }
+    stream.resize(std::min(stream.size(), kStreamMax));
+    return stream;
+}
+
+struct Asked {
+    uint16_t type = 0;
+    uint64_t offset = 0;
+    uint32_t length = 0;
+    uint16_t flags = 0;
+    uint64_t answers = 0;
+};
+
+/// The requests in a stream, by cookie, as the protocol tells to read it.
+struct Reading {
+    std::map<uint64_t, std::vector<Asked>> asked;
+    uint64_t requests = 0;
+    bool broken = false;  // the server may hang up without answering
+};
+
+Reading Read(std::string_view stream) {
+    Reading reading;
+    while (stream.size() >= sizeof(wire::Request)) {
+        wire::Request header;
+        std::memcpy(static_cast<void*>(&header), stream.data(), sizeof header);
+        stream.remove_prefix(sizeof header);
+        if (header.magic != wire::kRequestMagic) reading.broken = true;
+        if (reading.broken || header.type == wire::kCmdDisconnect) return reading;
+        const uint32_t payload = header.type == wire::kCmdWrite ? uint32_t{header.length} : 0;
+        // A payload far over the limit is not skipped, and one cut off is a request cut off.
+        if (payload > kSkippedMax || payload > stream.size()) reading.broken = true;
+        stream.remove_prefix(std::min<size_t>(payload, stream.size()));
+        ++reading.requests;
+        reading.asked[header.cookie].push_back(
+            {header.type, header.offset, header.length, header.flags});
+        if (reading.broken) return reading;
+    }
+    return reading;
+}
+
+std::string ReceiveAll(int fd) {
+    std::string bytes;
+    static char buffer[256 << 10];
+    for (;;) {
+        const ssize_t n = recv(fd, buffer, sizeof buffer, 0);
+        if (n <= 0) return bytes;
+        bytes.append(buffer, static_cast<size_t>(n));
+    }
+}
+
+/// The answers of a connection, one behind the other.
+class Answers {
+  public:
+    Answers(std::string bytes, Reading& reading, bool structured)
+        : bytes_(std::move(bytes)), rest_(bytes_), reading_(reading), structured_(structured) {}
+
+    /// How many there are. Half an answer at the end is allowed if the server hung up.
+    uint64_t Verify() {
+        uint64_t count = 0;
+        while (!rest_.empty()) {
+            if (!Has(4)) return count;
+            const auto magic = LoadBig<uint32_t>(rest_.data());
+            const bool chunk = magic == wire::kStructuredReplyMagic;
+            VARVE_CHECK(chunk ? structured_ : magic == wire::kSimpleReplyMagic);
+            if (!(chunk ? TakeChunk() : TakeSimple())) return count;
+            if (last_) ++count;
+        }
+        return count;
+    }
+
+  private:
+    bool Has(size_t bytes) {
+        VARVE_CHECK(rest_.size() >= bytes || reading_.broken);
+        return rest_.size() >= bytes;
+    }
+
+    /// The request that an answer is for: the first with its cookie and form that has none.
+    Asked& Find(uint64_t cookie, bool chunks) {
+        const auto found = reading_.asked.find(cookie);
+        VARVE_CHECK(found != reading_.asked.end());
+        for (Asked& asked : found->second) {
+            const bool in_chunks = structured_ && (asked.type == wire::kCmdRead ||
+                                                   asked.type == wire::kCmdBlockStatus);
+            if (!asked.answers && in_chunks == chunks) return asked;
+        }
+        VARVE_CHECK(!"an answer that nobody asked for");
+        std::abort();
+    }
+
+    bool TakeSimple() {
+        if (!Has(sizeof(wire::SimpleReply))) return false;
+        const auto error = LoadBig<uint32_t>(rest_.data() + 4);
+        Asked& asked = Find(LoadBig<uint64_t>(rest_.data() + 8), false);
+        ++asked.answers;
+        rest_.remove_prefix(sizeof(wire::SimpleReply));
+        last_ = true;
+        const bool fits = asked.offset <= kSize && asked.length <= kSize - asked.offset;
+        VARVE_CHECK(error || fits || asked.type == wire::kCmdFlush);
+        if (error || asked.type != wire::kCmdRead) return true;
+        if (!Has(asked.length)) return false;
+        rest_.remove_prefix(asked.length);
+        return true;
+    }
+
+    bool TakeChunk() {
+        if (!Has(sizeof(wire::Chunk))) return false;
+        const auto flags = LoadBig<uint16_t>(rest_.data() + 4);
+        const auto type = LoadBig<uint16_t>(rest_.data() + 6);
+        const auto length = LoadBig<uint32_t>(rest_.data() + 16);
+        Asked& asked = Find(LoadBig<uint64_t>(rest_.data() + 8), true);
+        if (!Has(sizeof(wire::Chunk) + length)) return false;
+        const std::string_view body = rest_.substr(sizeof(wire::Chunk), length);
+        rest_.remove_prefix(sizeof(wire::Chunk) + length);
+        last_ = flags & wire::kChunkDone;
+        if (last_) ++asked.answers;
+        const bool read = type == wire::kChunkOffsetData || type == wire::kChunkOffsetHole;
+        if (read) {
+            const uint64_t bytes = type == wire::kChunkOffsetData
+                                       ? body.size() - 8
+                                       : LoadBig<uint32_t>(body.data() + 8);
+            VARVE_CHECK(LoadBig<uint64_t>(body.data()) == asked.offset + read_);
+            read_ += bytes;
+            VARVE_CHECK(!last_ || read_ == asked.length);
+            VARVE_CHECK(last_ || !(asked.flags & wire::kFlagDf));
+        }
+        if (type == wire::kChunkBlockStatus) {
+            VARVE_CHECK(length >= 12 && length % 8 == 4);
+            VARVE_CHECK(asked.type == wire::kCmdBlockStatus);
+        }
+        if (last_) read_ = 0;
+        return true;
+    }
+
+    const std::string bytes_;
+    std::string_view rest_;
+    Reading& reading_;
+    const bool structured_;
+    bool last_ = false;
+    uint64_t read_ = 0;  // bytes of the READ whose chunks are coming
+};
+
+void Try(Server& server, uint8_t choice, const std::string& stream) {
+    TransmissionOptions options;
+    options.structured_replies = choice & 1;
+    options.base_allocation = choice & 2;
+    options.base_allocation_id = 77;
+    const size_t early = choice & 4 ? stream.size() / 2 : 0;  // arrived during negotiation
+    const auto* bytes = reinterpret_cast<const std::byte*>(stream.data());
+    options.received.assign(bytes, bytes + early);
+
+    int fds[2];
+    VARVE_CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) == 0);
+    const int room = 1 << 20;
+    setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+    // The server may hang up in the middle: then the rest is not taken, which is no finding.
+    const std::string_view late = std::string_view(stream).substr(early);
+    if (!late.empty()) {
+        VARVE_CHECK(send(fds[1], late.data(), late.size(), MSG_NOSIGNAL | MSG_DONTWAIT) ==
+                    static_cast<ssize_t>(late.size()));
+    }
+    shutdown(fds[1], SHUT_WR);
+
+    std::promise<void> ended;
+    RunOn(*server.reactor, [&] {
+        server.volume->read_only_export = choice & 8;
+        server.host->Start(fds[0], std::move(options), *server.volume,
+                           [&ended] { ended.set_value(); });
+    });
+    Reading reading = Read(stream);
+    Answers answers(ReceiveAll(fds[1]), reading, choice & 1);
+    const uint64_t count = answers.Verify();
+    VARVE_CHECK(reading.broken ? count <= reading.requests : count == reading.requests);
+    ended.get_future().wait();
+    close(fds[1]);
+    const uint64_t held = RunOn(*server.reactor, [&] { return server.host->bytes_in_flight(); });
+    VARVE_CHECK(held == 0);
+}
+
+}  // namespace
+}  // namespace varve::nbdserver
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    static varve::nbdserver::Server server;
+    varve::fuzz::Input input(data, size);
+    const uint8_t choice = input.Byte();
+    varve::nbdserver::Try(server, choice, varve::nbdserver::MakeStream(input));
+    return 0;
+}
