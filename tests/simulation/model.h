@@ -51,12 +51,12 @@ class Sector {
         bool overwritten = false;  // durably: no crash can bring it back
     };
 
-    std::vector<Content> Possible(Time from, Time to) const {
-        std::vector<Content> contents;
+    std::vector<State> Possible(Time from, Time to) const {
+        std::vector<State> states;
         for (const State& state : states_) {
-            if (state.ended > from && state.began <= to) contents.push_back(state.content);
+            if (state.ended > from && state.began <= to) states.push_back(state);
         }
-        return contents;
+        return states;
     }
     bool MayBe(const Content& content, Time from, Time to) const {
         for (const State& state : states_) {
@@ -121,8 +121,35 @@ class Sector {
     bool overlapped_ = false;
 };
 
-/// The contents each sector of an image may have; one where it is known.
-using Image = std::vector<std::vector<Content>>;
+/// What each sector of an image may hold, and from when to when; one state where it is known.
+using Image = std::vector<std::vector<Sector::State>>;
+
+/// The moments at which a cut may have been taken: those at which all that was seen of it, on all
+/// its disks, was possible at once. A state is possible from its `began` on, before its `ended`.
+class Moments {
+  public:
+    Moments(Time from, Time to) : from_(from), possible_(to - from + 1, true) {}
+
+    /// One of these states was seen.
+    void Restrict(const std::vector<const Sector::State*>& seen) {
+        const Time end = from_ + possible_.size();
+        const auto always = [&](const Sector::State* s) {
+            return s->began <= from_ && s->ended >= end;
+        };
+        if (std::any_of(seen.begin(), seen.end(), always)) return;
+        for (Time t = from_; t < end; ++t) {
+            const auto then = [t](const Sector::State* s) { return s->began <= t && t < s->ended; };
+            if (std::none_of(seen.begin(), seen.end(), then)) possible_[t - from_] = false;
+        }
+    }
+    bool none() const {
+        return std::none_of(possible_.begin(), possible_.end(), [](bool p) { return p; });
+    }
+
+  private:
+    const Time from_;
+    std::vector<bool> possible_;
+};
 
 class ModelDisk {
   public:
@@ -148,11 +175,11 @@ class ModelDisk {
     Image Remains() const {
         Image image;
         for (const Sector& sector : sectors_) {
-            std::vector<Content> contents;
+            std::vector<Sector::State> states;
             for (const Sector::State& state : sector.states()) {
-                if (!state.overwritten) contents.push_back(state.content);
+                if (!state.overwritten) states.push_back(state);
             }
-            image.push_back(std::move(contents));
+            image.push_back(std::move(states));
         }
         return image;
     }
@@ -160,7 +187,7 @@ class ModelDisk {
         sectors_.assign(known.size(), Sector());
         for (size_t i = 0; i < known.size(); ++i) {
             VARVE_CHECK(known[i].size() == 1);
-            sectors_[i].Settle(known[i][0], now);
+            sectors_[i].Settle(known[i][0].content, now);
         }
     }
 
@@ -168,17 +195,22 @@ class ModelDisk {
     std::vector<Sector> sectors_;
 };
 
-/// The first sector of `data` that `image` forbids, or -1. Narrows `image` to what was seen.
-inline int64_t Compare(Image& image, const std::string& data) {
+/// The first sector of `data` that `image` forbids, or -1. Narrows `image` to what was seen, and
+/// `moments`, if any, to when that was possible.
+inline int64_t Compare(Image& image, const std::string& data, Moments* moments = nullptr) {
     if (data.size() != image.size() * kSectorBytes) return 0;
+    std::vector<Content> contents;
+    std::vector<std::vector<const Sector::State*>> matching(image.size());
     for (size_t i = 0; i < image.size(); ++i) {
-        const Content seen = Normal(data.substr(i * kSectorBytes, kSectorBytes));
-        if (std::find(image[i].begin(), image[i].end(), seen) == image[i].end()) {
-            return static_cast<int64_t>(i);
+        contents.push_back(Normal(data.substr(i * kSectorBytes, kSectorBytes)));
+        for (const Sector::State& state : image[i]) {
+            if (state.content == contents[i]) matching[i].push_back(&state);
         }
+        if (matching[i].empty()) return static_cast<int64_t>(i);
     }
     for (size_t i = 0; i < image.size(); ++i) {
-        image[i] = {Normal(data.substr(i * kSectorBytes, kSectorBytes))};
+        if (moments) moments->Restrict(matching[i]);
+        image[i] = {Sector::State{std::move(contents[i])}};
     }
     return -1;
 }

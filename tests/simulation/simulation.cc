@@ -15,8 +15,14 @@ constexpr uint64_t kDisksMax = 4;
 constexpr uint64_t kSnapshotsMax = 6;                                       // of one disk
 constexpr uint64_t kSizes[] = {64 << 10, 200 << 10, 300 << 10, 528 << 10};  // up to 3 chunks
 
+constexpr uint64_t kCaches[] = {256, 4096, 1 << 20};
+constexpr uint64_t kRoomy = 256 << 20;
+/// One region of the allocator: disks take it from each other, and what is freed is soon reused.
+constexpr uint64_t kTight = 16 << 20;
+
 struct Snapshot {
     Image image;
+    std::shared_ptr<Moments> moments;  // of its cut, which other disks may share
 };
 
 struct Disk {
@@ -44,19 +50,23 @@ class Buffer {
 class Runner {
   public:
     explicit Runner(const SimulationOptions& options)
-        : options_(options), scheduler_(options.seed), media_(scheduler_, 256 << 20) {}
+        : options_(options),
+          scheduler_(options.seed),
+          tight_(scheduler_.Chance(0.5)),
+          media_(scheduler_, tight_ ? kTight : kRoomy) {}
 
     SimulationResult Run() {
-        lanes_ = 1 + static_cast<unsigned>(scheduler_.Draw(3));
+        lanes_ = 1 + static_cast<unsigned>(scheduler_.Draw(4));
         alignment_ = scheduler_.Chance(0.5) ? 512 : 4096;
         if (alignment_ == 4096) alignment_ = scheduler_.Chance(0.5) ? 4096 : 512;
-        pool_options_.map_cache_bytes = scheduler_.Chance(0.5) ? 4096 : 1 << 20;
+        pool_options_.map_cache_bytes = kCaches[scheduler_.Draw(3)];
         Open();
         for (unsigned round = 0; round < options_.rounds && Fine(); ++round) {
             if (disks_.size() < 2) CreateDisk();
             BusyRound();
             if (Fine() && media_.power() && !failed_) QuietCommands();
-            if (Fine() && (!media_.power() || failed_ || scheduler_.Chance(0.3))) Reopen();
+            const bool must = !media_.power() || failed_ || reopen_;
+            if (Fine() && (must || scheduler_.Chance(0.3))) Reopen();
             if (Fine()) VerifyAll();
         }
         if (Fine()) {
@@ -77,6 +87,21 @@ class Runner {
     void Do(const Status& s) {
         if (!s.ok() && media_.power() && !failed_) Violation("refused: " + s.error().message);
     }
+    /// What was promised just now holds from now on: a good moment for the power to fail.
+    void Answered() {
+        if (cut_at_answer_ > 0 && --cut_at_answer_ == 0) media_.Cut();
+    }
+    void DrawCut(uint64_t operations, uint64_t answers) {
+        if (scheduler_.Chance(0.5)) {
+            media_.CutAfter(1 + scheduler_.Draw(operations));
+        } else {
+            cut_at_answer_ = 1 + scheduler_.Draw(answers);
+        }
+    }
+    void CancelCut() {
+        media_.CutAfter(0);
+        cut_at_answer_ = 0;
+    }
     Time Now() { return ++time_; }
     std::string NewName(char letter) { return fmt::format("{}{}", letter, ++names_); }
     cow::Pool& pool() { return machine_->pool(); }
@@ -84,7 +109,7 @@ class Runner {
     // ---- life and death
 
     void Open() {
-        failed_ = false;
+        failed_ = reopen_ = false;
         machine_ = std::make_unique<Machine>(scheduler_, media_, lanes_, pool_options_, alignment_);
         const Status s = machine_->Start();
         if (!s.ok()) Violation("does not open: " + s.error().message);
@@ -120,10 +145,15 @@ class Runner {
             SettleDisk(name, disk, crashed);
         }
         if (there.size() != disks_.size()) Violation("a disk came back from the dead");
+        if (begun_there_ > 0 && begun_lost_ > 0) Violation("a cut is there in part");
         uncertain_disks_.clear();
         uncertain_image_.reset();
         uncertain_snapshots_.clear();
         uncertain_name_.clear();
+        begun_there_ = begun_lost_ = 0;
+        // What a shrink cut off must not come back, even if a crash met it.
+        const auto shrunk = disks_.find(std::exchange(grow_, {}));
+        if (Fine() && shrunk != disks_.end()) ResizeTo(shrunk->first, shrunk->second, kSizes[3]);
     }
 
     void SettleDisk(const std::string& name, Disk& disk, bool crashed) {
@@ -143,12 +173,14 @@ class Runner {
         auto list = machine_->Do(pool().ListSnapshots(name));
         if (!list.ok()) return Violation("list: " + list.error().message);
         for (const auto& info : list.value()) there.insert(info.name);
-        for (auto& [key, snapshot] : uncertain_snapshots_) {
+        for (auto& [key, uncertain] : uncertain_snapshots_) {
             if (key.first != name) continue;
             if (there.contains(key.second)) {
-                disk.snapshots.emplace(key.second, snapshot);
+                disk.snapshots.emplace(key.second, uncertain.snapshot);
+                if (uncertain.begun) ++begun_there_;
             } else {
                 disk.snapshots.erase(key.second);
+                if (uncertain.begun) ++begun_lost_;
             }
         }
         for (const auto& [snapshot, unused] : disk.snapshots) {
@@ -183,7 +215,10 @@ class Runner {
         for (auto& [snapshot, state] : disk.snapshots) {
             const std::string full = name + "@" + snapshot;
             const std::string data = ReadAll(full);
-            const int64_t bad = Compare(state.image, data);
+            const int64_t bad = Compare(state.image, data, state.moments.get());
+            if (bad < 0 && state.moments->none()) {
+                return Violation(fmt::format("{} and its cut were never like this at once", full));
+            }
             if (bad >= 0) {
                 Explain(state.image, data, static_cast<size_t>(bad));
                 return Violation(fmt::format("snapshot {} sector {} is wrong", full, bad));
@@ -197,8 +232,8 @@ class Runner {
         };
         std::fprintf(stderr, "  seen:    %s\n",
                      shown(Normal(data.substr(sector * kSectorBytes, kSectorBytes))).c_str());
-        for (const Content& content : image[sector]) {
-            std::fprintf(stderr, "  allowed: %s\n", shown(content).c_str());
+        for (const Sector::State& state : image[sector]) {
+            std::fprintf(stderr, "  allowed: %s\n", shown(state.content).c_str());
         }
     }
 
@@ -297,7 +332,8 @@ class Runner {
     void Judge(Errno error, const char* what) {
         if (error == 0 || !media_.power()) return;
         const bool faulty = options_.faults && (error == EIO || error == ENOSPC);
-        if (!faulty) return Violation(fmt::format("{} fails with {}", what, error));
+        const bool full = tight_ && error == ENOSPC;
+        if (!faulty && !full) return Violation(fmt::format("{} fails with {}", what, error));
     }
 
     Task<void> Client(std::string name, Disk* disk, cow::Volume* volume, unsigned requests) {
@@ -317,7 +353,9 @@ class Runner {
                 Judge(error, "write");
                 if (kind < 10 && error == 0) co_await FlushOnce(disk, volume);  // FUA
             } else if (kind < 60) {
-                co_await ReadOnce(name, disk, volume, range);
+                const Range whole{0, disk->model.size()};
+                const Range read = scheduler_.Chance(0.2) ? whole : range;
+                co_await ReadOnce(name, disk, volume, read);
             } else if (kind < 75) {
                 co_await TrimOnce(disk, volume, range);
             } else if (kind < 90) {
@@ -352,6 +390,7 @@ class Runner {
         if (error == 0) disk->model.Flushed(start);
         if (error != 0) failed_ = true;
         Judge(error, "flush");
+        if (error == 0) Answered();
     }
 
     Task<void> ReadOnce(std::string name, Disk* disk, cow::Volume* volume, Range range) {
@@ -383,7 +422,7 @@ class Runner {
         co_await Hop(machine_->home());
         for (unsigned i = 0; i < count && media_.power() && Fine() && !failed_; ++i) {
             const uint64_t kind = scheduler_.Draw(100);
-            if (kind < 60) {
+            if (kind < 50) {
                 co_await TakeSnapshots();
             } else if (kind < 90) {
                 co_await DeleteSnapshot();
@@ -397,9 +436,9 @@ class Runner {
     Task<void> TakeSnapshots() {
         std::vector<std::string> names;
         std::vector<std::pair<std::string, std::string>> keys;
-        const bool several = scheduler_.Chance(0.4);
+        const bool several = scheduler_.Chance(0.6);
         for (auto& [name, disk] : disks_) {
-            if (disk.snapshots.size() >= kSnapshotsMax || scheduler_.Chance(0.4)) continue;
+            if (disk.snapshots.size() >= kSnapshotsMax || scheduler_.Chance(0.3)) continue;
             keys.emplace_back(name, NewName('s'));
             names.push_back(name + "@" + keys.back().second);
             if (!several) break;
@@ -407,18 +446,20 @@ class Runner {
         if (names.empty()) co_return;
         const Time start = Now();
         Status s = co_await pool().CreateSnapshots(names);
+        const auto moments = std::make_shared<Moments>(start, time_);
         for (const auto& [name, snapshot] : keys) {
             Disk& disk = disks_.at(name);
-            Snapshot taken{disk.model.Cut(start, time_)};
+            Snapshot taken{disk.model.Cut(start, time_), moments};
             if (s.ok() && media_.power()) {
                 disk.snapshots.emplace(snapshot, std::move(taken));
                 ++result_.snapshots;
             } else {
-                uncertain_snapshots_.emplace(std::pair(name, snapshot), std::move(taken));
+                uncertain_snapshots_[{name, snapshot}] = {std::move(taken), true};
             }
         }
         if (!s.ok() && options_.faults) failed_ = true;
         Do(s);
+        if (s.ok()) Answered();
     }
 
     Task<void> DeleteSnapshot() {
@@ -432,11 +473,11 @@ class Runner {
             if (s.ok() && media_.power()) {
                 disk.snapshots.erase(snapshot);
             } else {
-                uncertain_snapshots_.emplace(std::pair(name, snapshot),
-                                             disk.snapshots.at(snapshot));
+                uncertain_snapshots_[{name, snapshot}] = {disk.snapshots.at(snapshot), false};
                 if (options_.faults) failed_ = true;
             }
             Do(s);
+            if (s.ok()) Answered();
             co_return;
         }
     }
@@ -446,9 +487,9 @@ class Runner {
     void BusyRound() {
         std::vector<uint64_t> exports;
         clients_ = 1;
-        if (scheduler_.Chance(options_.crash)) media_.CutAfter(1 + scheduler_.Draw(400));
+        if (scheduler_.Chance(options_.crash)) DrawCut(400, 12);
         if (options_.faults && scheduler_.Chance(0.7)) DrawFaults();
-        const unsigned commands = static_cast<unsigned>(scheduler_.Draw(8));
+        const unsigned commands = static_cast<unsigned>(scheduler_.Draw(10));
         for (auto& [name, disk] : disks_) {
             const uint64_t count = 1 + scheduler_.Draw(3);
             for (uint64_t i = 0; i < count; ++i) {
@@ -463,7 +504,7 @@ class Runner {
         Spawn(Commands(commands));
         if (!scheduler_.RunUntil([this] { return clients_ == 0; })) Violation("deadlock");
         media_.faults = Faults{};
-        media_.CutAfter(0);
+        CancelCut();
         for (const uint64_t id : exports) Close(id);
         if (!options_.faults || !media_.power()) return;
         // A round that nobody waited for may have met the fault.
@@ -501,11 +542,11 @@ class Runner {
     /// Commands that need their disks without clients.
     void QuietCommands() {
         const unsigned count = static_cast<unsigned>(scheduler_.Draw(4));
-        if (scheduler_.Chance(0.3)) media_.CutAfter(1 + scheduler_.Draw(30));
-        for (unsigned i = 0; i < count && media_.power() && Fine(); ++i) {
+        if (scheduler_.Chance(0.3)) DrawCut(30, 3);
+        for (unsigned i = 0; i < count && media_.power() && Fine() && !reopen_; ++i) {
             auto it = disks_.begin();
             std::advance(it, static_cast<std::ptrdiff_t>(scheduler_.Draw(disks_.size())));
-            switch (scheduler_.Draw(5)) {
+            switch (scheduler_.Draw(7)) {
                 case 0:
                     Restore(it->first, it->second);
                     break;
@@ -513,17 +554,22 @@ class Runner {
                     Clone(it->first, it->second);
                     break;
                 case 2:
+                case 5:
                     Resize(it->first, it->second);
                     break;
                 case 3:
                     DeleteDisk(it->first);
                     break;
+                case 4:
+                    DeleteAndClose(it->first, it->second);
+                    break;
                 default:
                     DeleteCounted(it->first, it->second);
                     break;
             }
+            Answered();
         }
-        media_.CutAfter(0);
+        CancelCut();
     }
 
     Snapshot* DrawSnapshot(Disk& disk, std::string* name) {
@@ -538,7 +584,7 @@ class Runner {
     bool Know(const std::string& disk, const std::string& name, Snapshot& snapshot) {
         const std::string data = ReadAll(disk + "@" + name);
         if (!media_.power()) return false;  // nothing was read
-        const int64_t bad = Compare(snapshot.image, data);
+        const int64_t bad = Compare(snapshot.image, data, snapshot.moments.get());
         if (bad >= 0) Violation("snapshot " + disk + "@" + name + " is wrong");
         return bad < 0;
     }
@@ -549,7 +595,8 @@ class Runner {
         if (!snapshot || !Know(name, from, *snapshot)) return;
         std::optional<std::string> keep;
         if (scheduler_.Chance(0.5) && disk.snapshots.size() < kSnapshotsMax) keep = NewName('k');
-        const Snapshot kept{disk.model.Cut(time_, time_)};
+        const auto moments = std::make_shared<Moments>(time_, time_);
+        const Snapshot kept{disk.model.Cut(time_, time_), moments};
         const Image image = snapshot->image;
         const Status s = machine_->Do(pool().RestoreSnapshot(name + "@" + from, keep, false));
         if (s.ok() && media_.power()) {
@@ -558,7 +605,7 @@ class Runner {
         } else {
             uncertain_name_ = name;
             uncertain_image_ = image;
-            if (keep) uncertain_snapshots_.emplace(std::pair(name, *keep), kept);
+            if (keep) uncertain_snapshots_[{name, *keep}] = {kept, true};
         }
         Do(s);
     }
@@ -581,9 +628,22 @@ class Runner {
     }
 
     void Resize(const std::string& name, Disk& disk) {
+        const uint64_t before = disk.model.size();
         const uint64_t size = kSizes[scheduler_.Draw(4)];
+        if (size < before && scheduler_.Chance(0.6)) {
+            // The new size, what it unmaps, the end of it: three commits.
+            Quiet();
+            media_.CutAfter(1 + scheduler_.Draw(3));
+        }
+        ResizeTo(name, disk, size);
+        if (size >= before) return;
+        if (media_.power() && scheduler_.Chance(0.5)) ResizeTo(name, disk, before);
+        if (!media_.power()) grow_ = name;
+    }
+
+    void ResizeTo(const std::string& name, Disk& disk, uint64_t size) {
         Image resized = disk.model.Cut(time_, time_);
-        resized.resize(size / kSectorBytes, {Content()});
+        resized.resize(size / kSectorBytes, {Sector::State()});
         const Status s = machine_->Do(pool().ResizeDisk(name, size, true, false));
         if (s.ok() && media_.power()) {
             disk.model.Resize(size);
@@ -591,7 +651,7 @@ class Runner {
             uncertain_name_ = name;
             // Before the crash nothing was under way, but what was not flushed may be lost.
             Image remains = disk.model.Remains();
-            remains.resize(size / kSectorBytes, {Content()});
+            remains.resize(size / kSectorBytes, {Sector::State()});
             uncertain_image_ = remains;
         }
         Do(s);
@@ -626,9 +686,23 @@ class Runner {
                                       before.value().used - after.value().used));
             }
         } else {
-            uncertain_snapshots_.emplace(std::pair(name, victim), disk.snapshots.at(victim));
+            uncertain_snapshots_[{name, victim}] = {disk.snapshots.at(victim), false};
         }
         Do(s);
+    }
+
+    /// The pool is closed before the deletion has given anything back.
+    void DeleteAndClose(const std::string& name, Disk& disk) {
+        std::string victim;
+        if (!DrawSnapshot(disk, &victim)) return;
+        const Status s = machine_->Do(pool().DeleteSnapshot(name + "@" + victim, false));
+        if (s.ok() && media_.power()) {
+            disk.snapshots.erase(victim);
+        } else {
+            uncertain_snapshots_[{name, victim}] = {disk.snapshots.at(victim), false};
+        }
+        Do(s);
+        reopen_ = true;
     }
     bool Quiet() {
         bool done = false;
@@ -639,6 +713,7 @@ class Runner {
 
     const SimulationOptions options_;
     Scheduler scheduler_;
+    const bool tight_;
     Media media_;
     cow::PoolOptions pool_options_;
     unsigned lanes_ = 1;
@@ -650,12 +725,20 @@ class Runner {
     uint64_t names_ = 0;
     uint64_t sequence_ = 0;
     uint64_t clients_ = 0;
-    bool failed_ = false;  // the pool refuses writes: only a restart helps
+    bool failed_ = false;         // the pool refuses writes: only a restart helps
+    bool reopen_ = false;         // at once
+    uint64_t cut_at_answer_ = 0;  // the power fails when so many more were given; 0: no
 
     // What a command that the crash met may have done or not.
     std::set<std::string> uncertain_disks_;
     std::unique_ptr<Disk> uncertain_disk_;
-    std::map<std::pair<std::string, std::string>, Snapshot> uncertain_snapshots_;
+    struct Uncertain {
+        Snapshot snapshot;
+        bool begun;  // else its deletion
+    };
+    std::map<std::pair<std::string, std::string>, Uncertain> uncertain_snapshots_;
+    uint64_t begun_there_ = 0, begun_lost_ = 0;
+    std::string grow_;  // a disk whose shrinking a crash met
     std::string uncertain_name_;
     std::optional<Image> uncertain_image_;
 };

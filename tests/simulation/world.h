@@ -74,6 +74,19 @@ class Media {
         if (scheduler_.Chance(0.5)) durable_[sector] = std::move(content);
     }
     uint64_t write_order() const { return write_order_; }
+    /// A sync fails, as on Linux: of what was to be synced, some will never be, whatever later
+    /// syncs say. Those under way fail with it.
+    void FailSync(uint64_t order) {
+        ++failed_syncs_;
+        for (auto it = unsynced_.begin(); it != unsynced_.end();) {
+            auto& states = it->second;
+            std::erase_if(states, [&](const State& state) {
+                return state.order <= order && scheduler_.Chance(0.5);
+            });
+            it = states.empty() ? unsynced_.erase(it) : std::next(it);
+        }
+    }
+    uint64_t failed_syncs() const { return failed_syncs_; }
     void SyncUpTo(uint64_t order) {
         for (auto it = unsynced_.begin(); it != unsynced_.end();) {
             auto& states = it->second;
@@ -106,6 +119,7 @@ class Media {
     uint64_t operations_ = 0;
     uint64_t cut_at_ = 0;
     uint64_t write_order_ = 0;
+    uint64_t failed_syncs_ = 0;
     std::unordered_map<uint64_t, std::string> current_, durable_;
     std::map<uint64_t, std::vector<State>> unsynced_;
     std::shared_ptr<const std::map<std::string, std::string>> metadata_;
@@ -121,26 +135,30 @@ class SimBlockStore : public cow::BlockStore {
 
     void Submit(cow::BlockIo& io) override {
         VARVE_CHECK(io.offset % alignment_ == 0);
-        const uint64_t order = media_.write_order();
-        const bool was_on = media_.Tick();
+        const Start start{media_.write_order(), media_.failed_syncs(), media_.Tick()};
         cow::BlockIo* op = &io;
-        media_.scheduler().Later([this, op, order, was_on] { Complete(*op, order, was_on); });
+        media_.scheduler().Later([this, op, start] { Complete(*op, start); });
     }
 
   private:
     struct Completion : Runnable {
         cow::BlockIo* io;
     };
+    struct Start {  // how things were when a transfer was submitted
+        uint64_t order;
+        uint64_t failed_syncs;
+        bool was_on;
+    };
 
-    void Complete(cow::BlockIo& io, uint64_t order, bool was_on) {
+    void Complete(cow::BlockIo& io, const Start& start) {
         const bool on = media_.Tick();
         io.error = on ? 0 : EIO;
-        if (was_on && !on && io.kind == cow::BlockIo::Kind::kWrite) {
+        if (start.was_on && !on && io.kind == cow::BlockIo::Kind::kWrite) {
             ForEachSector(io, [this](uint64_t sector, std::byte* memory) {
                 media_.TearSector(sector, Text(memory));
             });
         }
-        if (on) Perform(io, order);
+        if (on) Perform(io, start);
         auto* completion = new Completion;
         completion->io = &io;
         completion->run = [](Runnable* self) {
@@ -151,7 +169,7 @@ class SimBlockStore : public cow::BlockStore {
         executor_.Post(completion);
     }
 
-    void Perform(cow::BlockIo& io, uint64_t order) {
+    void Perform(cow::BlockIo& io, const Start& start) {
         const Faults& faults = media_.faults;
         switch (io.kind) {
             case cow::BlockIo::Kind::kRead:
@@ -170,10 +188,13 @@ class SimBlockStore : public cow::BlockStore {
                 });
                 return;
             case cow::BlockIo::Kind::kSync:
-                if (media_.Fails(faults.sync_error)) {
+                if (media_.failed_syncs() != start.failed_syncs) {
                     io.error = EIO;
+                } else if (media_.Fails(faults.sync_error)) {
+                    io.error = EIO;
+                    media_.FailSync(start.order);
                 } else {
-                    media_.SyncUpTo(order);
+                    media_.SyncUpTo(start.order);
                 }
                 return;
         }
@@ -297,7 +318,7 @@ class Machine {
             uint32_t alignment)
         : scheduler_(scheduler),
           home_(scheduler.NewLane()),
-          loader_(scheduler.NewLane()),
+          loader_(scheduler.NewLane(true)),
           auditor_(scheduler.NewLane()),
           space_(media),
           metadata_(media) {
