@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cow/mutants.h"
+
 namespace varve::cow {
 namespace {
 
@@ -216,7 +218,7 @@ Status Allocator::MarkFree(const Extent& extent) {
     pool_.used_blocks -= extent.count;
     return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
         for (uint64_t bit = first; bit < end; ++bit) MapsOf(index).used.reset(bit);
-        changed_.insert(index);
+        if (!Mutated(Mutant::kFreedBitNotStored)) changed_.insert(index);
         return Status();
     });
 }

@@ -1,5 +1,7 @@
 #include "cow/committer.h"
 
+#include "cow/mutants.h"
+
 namespace varve::cow {
 
 struct Committer::Request : Resumption {
@@ -54,8 +56,11 @@ Task<void> Committer::Run() {
             if (result.ok()) request->status = request->change(context);
         }
         if (result.ok() && !core_.failed) {
-            allocator_.Encode(batch);
             catalog_.PutPool(batch);
+            if (Mutated(Mutant::kBitsAfterRows)) {
+                result = core_.metadata().Commit(std::exchange(batch, {}));
+            }
+            allocator_.Encode(batch);
             result = core_.metadata().Commit(batch);
             if (!result.ok()) core_.Fail("a metadata commit failed: " + result.error().message);
             ++commits_;
@@ -78,7 +83,7 @@ Task<void> Committer::Rest(std::vector<Extent> freed) {
     resting_.Enter();
     for (const auto& lane : core_.lanes) {
         co_await Hop(lane->executor);
-        co_await lane->epochs.Barrier();
+        if (!Mutated(Mutant::kReusedDuringRead)) co_await lane->epochs.Barrier();
     }
     co_await Hop(core_.home());
     leases_.Release(freed);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cow/mutants.h"
 #include "cow/runs.h"
 
 namespace varve::cow {
@@ -74,14 +75,15 @@ void Head::Rebase(Place place) {
     VARVE_CHECK(!dirty() && !cut_ && writers_[0] + writers_[1] == 0);
     branch_ = place.line.front().branch;
     generation_ = place.generation;
-    Reset(std::move(place.line), place.size);
+    if (!Mutated(Mutant::kRestoreKeepsMap)) Reset(std::move(place.line), place.size);
 }
 
 // ---- locks
 
 Chunk* Head::TryLock(ChunkIndex index, uint64_t mask) {
     Chunk* chunk = Find(index);
-    if (!chunk || (chunk->locked & mask) != 0) return nullptr;
+    if (!chunk) return nullptr;
+    if ((chunk->locked & mask) != 0 && !Mutated(Mutant::kNoRangeLock)) return nullptr;
     chunk->locked |= mask;
     ++chunk->pins;
     return chunk;
@@ -171,7 +173,8 @@ Extent Head::Allocate(uint64_t most) {
 void Head::Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& stretches) {
     while (first < end) {
         const Piece piece = PieceAt(chunk.runs, first, end);
-        if (piece.mapped && piece.birth == generation_) {
+        const bool ours = piece.birth == generation_ || Mutated(Mutant::kHeldBlockOverwritten);
+        if (piece.mapped && ours) {
             stretches.push_back({first, piece.count, piece.place, false});
             first += piece.count;
             continue;
@@ -277,12 +280,13 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
             auto* memory = const_cast<std::byte*>(&buffer[from - offset]);
             AppendPiece(pieces, stretch.place * kBlockBytes + (from - begin), memory, to - from);
         }
+        if (Mutated(Mutant::kMappedBeforeWritten)) MapStretches(*chunk, generation, stretches);
         error = co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
     } else {
         error = co_await WriteDetour(*chunk, stretches, offset, buffer);
     }
-    if (error == 0) {
-        unsynced_ = true;
+    if (error == 0 || Mutated(Mutant::kFailedWriteMapped)) {
+        unsynced_ |= stretches.front().fresh || !Mutated(Mutant::kInPlaceWriteNotSynced);
         MapStretches(*chunk, generation, stretches);
     } else {
         GiveUp(stretches);
@@ -301,7 +305,7 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, const Stretches& stretches, ui
     const auto keep = [&](uint32_t block) {
         std::byte* memory = detour.get() + (block - blocks.first) * kBlockBytes;
         const Piece piece = PieceAt(chunk.runs, block, block + 1);
-        if (piece.mapped) {
+        if (piece.mapped && !Mutated(Mutant::kPartOfBlockLosesRest)) {
             AppendPiece(old, piece.place * kBlockBytes, memory, kBlockBytes);
         } else {
             std::memset(memory, 0, kBlockBytes);
@@ -416,7 +420,7 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate) {
     const uint64_t end = offset + length;
     const uint64_t first_whole = (offset + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
     const uint64_t last_whole = end / kBlockBytes * kBlockBytes;
-    if (offset < first_whole) {
+    if (offset < first_whole && !Mutated(Mutant::kZeroesMissTheEdges)) {
         error = co_await ZeroPart(offset, std::min(first_whole, end) - offset);
     }
     if (error == 0 && first_whole < last_whole) {

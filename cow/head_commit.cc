@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cow/head.h"
+#include "cow/mutants.h"
 #include "cow/runs.h"
 
 namespace varve::cow {
@@ -69,7 +70,7 @@ void Head::MapStretches(Chunk& chunk, Generation generation, const Stretches& st
         run.first = stretch.first;
         run.count = stretch.count;
         run.birth = generation;
-        if (sealed) Map(*sealed, run, nullptr);
+        if (sealed && !Mutated(Mutant::kLateWriteMissesSeal)) Map(*sealed, run, nullptr);
         Map(chunk.runs, run, nullptr);
     }
     if (prepared) lane_.cache.Recharge(chunk);
@@ -111,7 +112,8 @@ void Head::Encode(Chunk& chunk, HeadCommit& commit) const {
     row.chunk = chunk.index;
     row.added = Subtract(state, pending.base);
     row.dropped = Subtract(pending.base, state);
-    if (!row.added.empty() || !row.dropped.empty()) {
+    const bool lost = Mutated(Mutant::kTrimNotDurable) && row.added.empty();
+    if ((!row.added.empty() || !row.dropped.empty()) && !lost) {
         row.value = EncodeRuns(state, commit.generation);
         row.previous = chunk.row;
         commit.rows.push_back(std::move(row));
@@ -138,7 +140,10 @@ Task<void> Head::EncodeAll(HeadCommit& commit) {
 Task<Errno> Head::SyncData() {
     if (!unsynced_) co_return 0;
     unsynced_ = false;  // what completes from now on is for the next sync
+    if (Mutated(Mutant::kNeverSynced)) co_return 0;
     const Errno error = co_await Transfer(lane_.blocks, BlockIo::Kind::kSync, 0, nullptr, 0);
+    if (Mutated(Mutant::kWritesDuringSyncForgotten)) unsynced_ = false;
+    if (Mutated(Mutant::kFailedSyncIgnored)) co_return 0;
     if (error != 0) core_.Fail(SystemError(error, "syncing the data file failed").message);
     co_return error;
 }
@@ -175,18 +180,21 @@ Task<void> Head::Round() {
     commit.released = std::exchange(released_, {});
     changed_ = !dirty_.empty();
     co_await EncodeAll(commit);
+    if (Mutated(Mutant::kReusedBeforeCommit)) ReuseDropped(commit, &lease_, &lease_blocks_);
     // Data before metadata: what the rows name must be durable before the rows can be.
-    const Errno error = co_await SyncData();
+    Errno error = 0;
+    if (!Mutated(Mutant::kRowsBeforeData)) error = co_await SyncData();
     if (error == 0 && !commit.empty()) {
         const varve::Status s = co_await host_.CommitHead(disk_, commit, lane_.executor);
         VARVE_CHECK(s.ok() || core_.failed);
     }
+    if (Mutated(Mutant::kRowsBeforeData)) error = co_await SyncData();
     Unpin(commit);
 }
 
 Task<void> Head::Rounds() {
     while (rounds_wanted_ > rounds_started_) {
-        while (cut_) co_await round_done_.Wait();
+        while (cut_ && !Mutated(Mutant::kRoundDuringCut)) co_await round_done_.Wait();
         ++rounds_started_;
         round_active_ = true;
         if (!core_.failed) co_await Round();
@@ -208,9 +216,12 @@ void Head::RequestRound() {
 Task<Errno> Head::Flush() {
     if (core_.failed) co_return EIO;
     if (!dirty() && !round_active_ && !cut_) co_return 0;
-    const uint64_t mine = rounds_started_ + 1;  // a round that runs already may have missed some
+    const bool join = Mutated(Mutant::kFlushJoinsRunningRound) && round_active_;
+    // A round that runs already may have missed some.
+    const uint64_t mine = rounds_started_ + (join ? 0 : 1);
     RequestRound();
     flushes_ = mine;
+    if (Mutated(Mutant::kFlushAnsweredBeforeRound)) co_return 0;
     while (rounds_done_ < mine && !core_.failed) co_await round_done_.Wait();
     co_return core_.failed ? EIO : 0;
 }
@@ -241,7 +252,8 @@ void Head::Unhold() {
 
 Task<Errno> Head::Seal(HeadCommit* commit) {
     while (round_active_) co_await round_done_.Wait();
-    while (writers_[era_ ^ 1] != 0) co_await writers_gone_.Wait();
+    const bool drain = !Mutated(Mutant::kFreezeWithoutDraining);
+    while (writers_[era_ ^ 1] != 0 && drain) co_await writers_gone_.Wait();
     commit->branch = branch_;
     commit->generation = sealed_generation_;
     commit->chunks = std::exchange(sealed_, {});

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cow/mutants.h"
+
 namespace varve::cow {
 
 void History::AddBranch(BranchId id, BranchId parent, Generation fork) {
@@ -51,7 +53,7 @@ Line History::LineOf(BranchId id, Generation generation) const {
     while (id.value != 0) {
         const Branch& branch = Get(id);
         line.push_back({id, branch.fork, generation});
-        generation = branch.fork;
+        generation = Mutated(Mutant::kWrongVersionAtFork) ? kHead : branch.fork;
         id = branch.parent;
     }
     return line;

@@ -1,5 +1,7 @@
 #include "cow/map_commit.h"
 
+#include "cow/mutants.h"
+
 namespace varve::cow {
 namespace {
 
@@ -23,14 +25,14 @@ Status BuildRow(CommitContext& context, const HeadCommit& commit, const HeadComm
     }
     NoteRecord dropped;
     for (const Run& run : row.dropped) {
-        if (run.birth == commit.generation) {
+        if (run.birth == commit.generation || Mutated(Mutant::kHeadFreesHeldBlock)) {
             if (Status s = context.allocator.MarkFree(ExtentOf(run)); !s.ok()) return s;
-            context.freed.push_back(ExtentOf(run));
+            if (!Mutated(Mutant::kReusedBeforeCommit)) context.freed.push_back(ExtentOf(run));
         } else if (run.birth > snapshot_below) {
             dropped.push_back(run);
         }
     }
-    if (note || !dropped.empty()) {
+    if ((note || !dropped.empty()) && !Mutated(Mutant::kNoteForgotten)) {
         context.noted = true;
         const uint64_t number = context.catalog.NextId();
         context.batch.Put(NoteKey(at.branch, row.chunk, at.generation, number),

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/log.h"
+#include "cow/mutants.h"
 #include "cow/runs.h"
 
 namespace varve::cow {
@@ -91,7 +92,8 @@ Task<MappedVolume::Loaded> MappedVolume::Load(ChunkIndex index) {
     for (uint64_t i = 0; i < kGroupChunks; ++i) {
         const ChunkIndex here{first.value + i};
         const bool stored = row != rows.value().rows.end() && row->chunk == here;
-        if (absent >> i & 1) {
+        const bool stale = Mutated(Mutant::kStaleRowsLoaded) && !chunks_.contains(here.value);
+        if ((absent >> i & 1) || stale) {
             auto* chunk = new Chunk{.owner = this, .index = here};
             if (stored) {
                 chunk->runs = std::move(row->runs);

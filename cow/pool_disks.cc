@@ -4,6 +4,7 @@
 #include <set>
 
 #include "base/units.h"
+#include "cow/mutants.h"
 #include "cow/pool_impl.h"
 
 namespace varve::cow {
@@ -150,6 +151,7 @@ Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
         record.mapped_blocks = source.mapped_blocks;
         record.branch = context.catalog.AddBranch(source.branch, source.generation, context.batch);
         record.generation = Generation{context.catalog.NextId()};
+        if (Mutated(Mutant::kCloneKeepsGeneration)) record.generation = source.generation;
         record.created_ms = core_.environment.now_ms();
         AddHead(context.catalog.AddDisk(std::move(record), context.batch));
         return Status();
@@ -219,7 +221,7 @@ Task<Status> PoolImpl::ShrinkDisk(DiskId id, uint64_t size, bool disconnect) {
         Change change = [&](CommitContext& context) {
             DiskRecord record = context.catalog.disk(id).record;
             record.size = size;
-            record.trimming = true;
+            record.trimming = !Mutated(Mutant::kShrinkNotResumed);
             context.catalog.UpdateDisk(id, std::move(record), context.batch);
             return Status();
         };
@@ -238,7 +240,8 @@ Task<Status> PoolImpl::FinishShrink(DiskId id) {
     const uint64_t size = catalog_.disk(id).record.size;
     co_await Hop(disk.head->executor());
     disk.head->SetSize(size);
-    const Errno error = co_await disk.head->TrimFrom(size);
+    Errno error = 0;
+    if (!Mutated(Mutant::kShrinkKeepsData)) error = co_await disk.head->TrimFrom(size);
     co_await Hop(core_.home());
     Status s = co_await Settle(*disk.head);
     if (error != 0 && s.ok()) s = SystemError(error, "trimming a shrunk disk failed");

@@ -3,6 +3,7 @@
 
 #include <set>
 
+#include "cow/mutants.h"
 #include "cow/pool_impl.h"
 
 namespace varve::cow {
@@ -107,7 +108,7 @@ Task<void> PoolImpl::FinishOne(Cut cut) {
 /// first freeze and the last: so a write that was sent after the answer of another can be in the
 /// cut only if the other is.
 Task<bool> PoolImpl::RunCuts(std::vector<Cut>& cuts) {
-    const bool hold = cuts.size() > 1;
+    const bool hold = cuts.size() > 1 && !Mutated(Mutant::kCutWithoutHold);
     Join frozen(static_cast<uint32_t>(cuts.size()));
     Join sealed(static_cast<uint32_t>(cuts.size()));
     for (Cut& cut : cuts) Spawn(CutOne(cut, hold, &frozen, &sealed));
@@ -314,7 +315,9 @@ void PoolImpl::BuildRestore(SnapshotId id, const std::optional<std::string>& kee
         context.catalog.AddJob({disk.branch, disk.generation}, context.batch);
         context.noted = true;
     }
-    disk.branch = context.catalog.AddBranch(source.branch, source.generation, context.batch);
+    const bool keeps = Mutated(Mutant::kRestoreKeepsWrites) && disk.branch == source.branch;
+    const Generation fork = keeps ? disk.generation : source.generation;
+    disk.branch = context.catalog.AddBranch(source.branch, fork, context.batch);
     disk.generation = Generation{context.catalog.NextId()};
     disk.size = source.size;
     disk.mapped_blocks = source.mapped_blocks;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/log.h"
+#include "cow/mutants.h"
 
 namespace varve::cow {
 namespace {
@@ -152,7 +153,8 @@ Task<Status> Reclaimer::RunJob(uint64_t number, JobRecord job) {
         if (!s.ok()) co_return s;
         stepped_.WakeAll();
     }
-    if (!scan.done()) co_return Status();  // stopping; goes on after the next start
+    const bool resume = !Mutated(Mutant::kDeletionNotResumed);
+    if (!scan.done() && resume) co_return Status();  // stopping; goes on after the next start
     co_return co_await FinishJob(number);
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cow/format.h"
+#include "cow/mutants.h"
 #include "cow/runs.h"
 
 namespace varve::cow {
@@ -17,9 +18,10 @@ struct SegmentRows {
 
 /// Blocks of `candidate` that were born above `floor` and are in none of `kept`.
 Runs StillDead(Runs candidate, const std::vector<Runs>& kept, Generation floor) {
+    if (Mutated(Mutant::kSweepIgnoresFloor)) floor = Generation{0};
     std::erase_if(candidate, [floor](const Run& run) { return run.birth <= floor; });
     for (const Runs& runs : kept) {
-        if (candidate.empty()) break;
+        if (candidate.empty() || Mutated(Mutant::kSweepFreesVisible)) break;
         candidate = Subtract(candidate, runs);
     }
     return candidate;
@@ -44,7 +46,8 @@ Status Sweeper::Sweep(ChunkIndex chunk, SweepPlan& plan) {
     // From the tops down: a segment without rows passes the need on to the one below.
     for (size_t i = segments.size(); i-- > 0;) {
         const bool passes = state[i].needed && state[i].rows.empty() && segments[i].parent >= 0;
-        if (passes) state[static_cast<size_t>(segments[i].parent)].needed = true;
+        if (!passes || Mutated(Mutant::kSweepForgetsInherited)) continue;
+        state[static_cast<size_t>(segments[i].parent)].needed = true;
     }
     std::vector<Runs> kept, dead;
     for (SegmentRows& segment : state) {

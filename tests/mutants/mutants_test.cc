@@ -1,0 +1,146 @@
+// The mutants, and within how many seeds the simulation must find each of them.
+// VARVE_MUTANT=name hunts one; VARVE_SEEDS=n runs n seeds of each, to see how many find it.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+#include "tests/mutants/hunt.h"
+
+namespace varve::simulation {
+namespace {
+
+using cow::Mutant;
+
+/// Processes at a time.
+constexpr unsigned kTogether = 2;
+
+enum class Devices { kSound, kFaulty };
+
+struct Entry {
+    Mutant mutant;
+    const char* name;
+    const char* bug;
+    uint64_t seeds;  // within which it must be found
+    Devices devices = Devices::kSound;
+};
+
+constexpr Entry kEntries[] = {
+    // What was flushed survives
+    {Mutant::kFlushAnsweredBeforeRound, "flush-before-round",
+     "a flush is answered when its round begins", 20},
+    {Mutant::kFlushJoinsRunningRound, "flush-joins-round",
+     "a flush is answered by the round that runs already", 50},
+    {Mutant::kRowsBeforeData, "rows-before-data", "rows are committed before the data is synced",
+     20},
+    {Mutant::kNeverSynced, "never-synced", "the data file is not synced at all", 20},
+    {Mutant::kInPlaceWriteNotSynced, "in-place-not-synced",
+     "a flush after an overwrite in place does not sync", 20},
+    {Mutant::kWritesDuringSyncForgotten, "sync-forgets-writes",
+     "a write that ends during a sync counts as synced", 20},
+    {Mutant::kFailedSyncIgnored, "failed-sync-ignored",
+     "a flush is answered though its sync failed", 20, Devices::kFaulty},
+    {Mutant::kTrimNotDurable, "trim-not-durable", "a trim changes the map in memory only", 20},
+    {Mutant::kBitsAfterRows, "bits-after-rows",
+     "rows and allocator bits are committed one after the other", 20},
+    {Mutant::kFreedBitNotStored, "freed-bit-kept", "the bit of a freed block is not stored", 20},
+    // A disk holds what was written to it
+    {Mutant::kMappedBeforeWritten, "mapped-before-written",
+     "a block is mapped before its data is written", 20},
+    {Mutant::kFailedWriteMapped, "failed-write-mapped", "a block is mapped though its write failed",
+     20, Devices::kFaulty},
+    {Mutant::kNoRangeLock, "no-range-lock", "requests on the same block do not wait for each other",
+     20},
+    {Mutant::kPartOfBlockLosesRest, "rest-of-block-lost",
+     "writing a part of a block zeroes the rest", 20},
+    {Mutant::kZeroesMissTheEdges, "zeroes-miss-edges", "zeroes leave out the block at their start",
+     20},
+    {Mutant::kLastRunLost, "last-run-lost", "a row lacks the last of its runs", 20},
+    {Mutant::kStaleRowsLoaded, "stale-rows", "a load brings back rows that were replaced meanwhile",
+     50},
+    {Mutant::kReusedBeforeCommit, "reused-before-commit",
+     "a block is reused before the commit that forgets it", 20},
+    {Mutant::kReusedDuringRead, "reused-during-read", "a block is reused while it is being read",
+     50},
+    {Mutant::kShrinkKeepsData, "shrink-keeps-data",
+     "what is beyond a shrunk disk's end stays mapped", 20},
+    {Mutant::kShrinkNotResumed, "shrink-not-resumed",
+     "a shrink that a crash met is not finished later", 20},
+    // A snapshot is one moment and never changes
+    {Mutant::kHeldBlockOverwritten, "held-block-overwritten",
+     "a block that a snapshot holds is overwritten in place", 20},
+    {Mutant::kFreezeWithoutDraining, "freeze-without-draining",
+     "a snapshot does not wait for writes under way", 20},
+    {Mutant::kLateWriteMissesSeal, "late-write-misses-seal",
+     "a write that ends after the freeze is missing in the snapshot", 50},
+    {Mutant::kRoundDuringCut, "round-during-cut",
+     "rows of the new generation are committed before the snapshot", 20},
+    {Mutant::kCutWithoutHold, "cut-without-hold", "a cut across disks is taken one after the other",
+     50},
+    // Branches
+    {Mutant::kWrongVersionAtFork, "wrong-version-at-fork",
+     "a branch reads its parent's newest rows, not those at the fork", 20},
+    {Mutant::kRestoreKeepsWrites, "restore-keeps-writes",
+     "a restored disk keeps what the old head wrote", 20},
+    {Mutant::kRestoreKeepsMap, "restore-keeps-map", "a restored disk keeps its map in memory", 20},
+    {Mutant::kCloneKeepsGeneration, "clone-keeps-generation",
+     "a clone goes on in its snapshot's generation", 20},
+    // Deleting gives back what only the snapshot held
+    {Mutant::kHeadFreesHeldBlock, "head-frees-held-block",
+     "a head frees older blocks by itself when it drops them", 20},
+    {Mutant::kSweepFreesVisible, "sweep-frees-visible",
+     "a sweep frees blocks that are in rows it keeps", 20},
+    {Mutant::kSweepIgnoresFloor, "sweep-ignores-floor",
+     "a sweep frees blocks that the snapshot below sees", 20},
+    {Mutant::kSweepForgetsInherited, "sweep-forgets-inherited",
+     "a sweep drops rows that a later view inherits", 20},
+    {Mutant::kNoteForgotten, "note-forgotten", "a dropped older block leaves no note", 20},
+    {Mutant::kDeletionNotResumed, "deletion-not-resumed",
+     "a deletion that a restart met is not finished later", 20},
+};
+
+std::vector<Entry> Chosen() {
+    const char* name = std::getenv("VARVE_MUTANT");
+    std::vector<Entry> chosen;
+    for (const Entry& entry : kEntries) {
+        if (!name || entry.name == std::string_view(name)) chosen.push_back(entry);
+    }
+    return chosen;
+}
+
+TEST(MutantsTest, EveryMutantIsFound) {
+    const char* all = std::getenv("VARVE_SEEDS");
+    const std::vector<Entry> entries = Chosen();
+    ASSERT_FALSE(entries.empty()) << "no such mutant";
+    std::vector<Prey> prey;
+    for (const Entry& entry : entries) {
+        const uint64_t seeds = all ? std::strtoull(all, nullptr, 10) : entry.seeds;
+        prey.push_back({entry.mutant, entry.devices == Devices::kFaulty, 1, seeds});
+    }
+    const std::vector<Catch> catches = Hunt(prey, kTogether, all != nullptr);
+    for (size_t i = 0; i < entries.size(); ++i) {
+        const Catch& found = catches[i];
+        fmt::print("{:<24} found by {:>2} of {:>2} seeds, first {:>2}: {}\n", entries[i].name,
+                   found.found, found.seeds, found.seed, found.how);
+        EXPECT_NE(found.seed, 0) << entries[i].name << ": " << entries[i].bug
+                                 << "; not found by seeds 1 to " << prey[i].seeds;
+    }
+}
+
+/// The same seeds without a mutant, so that it is the mutants that are found.
+TEST(MutantsTest, WithoutMutantTheSameSeedsFindNothing) {
+    std::vector<Prey> prey(2);
+    for (const Entry& entry : kEntries) {
+        Prey& half = prey[entry.devices == Devices::kFaulty ? 1 : 0];
+        half.seeds = std::max(half.seeds, entry.seeds);
+    }
+    prey[1].faults = true;
+    for (const Catch& result : Hunt(prey, kTogether, true)) {
+        EXPECT_EQ(result.found, 0) << "seed " << result.seed << ": " << result.how;
+    }
+}
+
+}  // namespace
+}  // namespace varve::simulation
