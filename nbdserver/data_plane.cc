@@ -3,10 +3,9 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <malloc.h>
-
 #include <unistd.h>
-#include <algorithm>
 
+#include <algorithm>
 #include <cerrno>
 
 #include "base/check.h"
@@ -15,9 +14,6 @@ namespace varve::nbdserver {
 namespace {
 
 constexpr uint64_t kLargeLoadBytes = 64 << 20;
-
-}  // namespace
-namespace {
 
 /// An open file of its own for each lane. The system tells a lost write once to each open file that
 /// is synced: with one for all, a lane's sync could succeed because another's has just failed.
