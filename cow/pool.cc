@@ -118,7 +118,9 @@ Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk) {
         co_await committer_.Settled();
         lease = co_await leases_.Take();
     }
-    while (!lease.ok() && !core_.closing && co_await reclaimer_.WaitStep()) {
+    for (bool more = true; !lease.ok() && more && !core_.closing;) {
+        // Once more after the last step: what it freed may not have been there at the one before.
+        more = co_await reclaimer_.WaitStep();
         co_await committer_.Settled();
         lease = co_await leases_.Take();
     }

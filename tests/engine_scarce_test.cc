@@ -74,6 +74,27 @@ TEST_F(ScarceTest, AFullFileSystemServesWhatTheDataFileHoldsAlready) {
     }
 }
 
+TEST_F(ScarceTest, ADeletionMakesRoomForTheNextWriteInWhateverOrderThingsHappen) {
+    for (uint64_t seed = 1; seed <= 12; ++seed) {
+        SCOPED_TRACE("scheduler seed " + std::to_string(seed));
+        scheduler.random().seed(seed);
+        Ok(pool().CreateDisk("d", 128 * kMiB));
+        uint64_t written = 0;
+        while (Write("d", written, 4 * kMiB, 'w') == 0) written += 4 * kMiB;
+        std::vector<std::string> names{"d@s"};
+        Ok(pool().CreateSnapshots(std::move(names)));
+        cow::Volume& v = Volume("d");
+        ASSERT_EQ(0, Await(scheduler, v.executor(), v.Trim(0, 8 * kMiB)));
+        ASSERT_EQ(ENOSPC, Write("d", 0, 4 * kMiB, 'x'));
+        Ok(pool().DeleteSnapshot("d@s", false));
+        ASSERT_EQ(0, Write("d", 0, 4 * kMiB, 'x'));
+        Expect("d", 0, 4 * kMiB, 'x');
+        Close("d");
+        Ok(pool().DeleteDisk("d", false, false));
+        Reclaim();
+    }
+}
+
 TEST_F(ScarceTest, AWriterThatWaitsForSpaceGivesUpWhenThePoolCloses) {
     Ok(pool().CreateDisk("d", 128 * kMiB));
     uint64_t written = 0;
