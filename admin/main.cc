@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "admin/cli.h"
+#include "base/priority.h"
 
 namespace {
 
@@ -28,6 +29,8 @@ varve::Error BecomeCheck(char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    // Applications may be frozen while they wait for a snapshot.
+    varve::PreferThisThread();
     // Without a program name there are no arguments either.
     return varve::admin::RunCli(
         std::vector<std::string>(argv + (argc > 0), argv + argc),
