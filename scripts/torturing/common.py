@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from load import Load
 from pool_model import Blocks, Wrong
 from server import Server
 
@@ -67,6 +68,16 @@ class Bench:
         if status != (1 if failed else 0) or seconds > 2:
             raise Wrong(f"exit status {status} {seconds:.1f} s after SIGTERM; failed: {failed}")
         self.count("SIGTERM")
+
+    def load(self, server, world, steps):
+        """A load of `steps` steps that must all succeed."""
+        load = Load(server, world, self.source)
+        load.begin()
+        for _ in range(steps):
+            load.step()
+        load.end()
+        self.count_load(load)
+        return load
 
     def count(self, what, number=1):
         self.counts[what] += number

@@ -11,7 +11,6 @@ import os
 import shutil
 
 import nbd
-from load import Load
 from pool_model import BLOCK, Blocks, World, Wrong
 from server import Refused
 
@@ -37,12 +36,7 @@ def grow_pool(bench, server, kept):
     for life in range(4):
         server.must_start()
         world = bench.verify(server, [world], Blocks.now)
-        load = Load(server, world, bench.source)
-        load.begin()
-        for _ in range(60):
-            load.step()
-        load.end()
-        bench.count_load(load)
+        bench.load(server, world, 60)
         for name in world.disks:
             client = nbd.Client(server.nbd, name)
             client.flush()

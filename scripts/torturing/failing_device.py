@@ -56,6 +56,22 @@ def fill(place):
     return path
 
 
+def load_until_full(server, load, place):
+    """Some steps, then no room under the device, then more steps. Returns the ballast, if there."""
+    ballast = None
+    try:
+        load.begin()
+        for _ in range(5):
+            load.step()
+        ballast = fill(place)
+        for _ in range(30):
+            load.step()
+    except Ended as ended:
+        if not server.running():
+            raise Wrong(f"the server ended: {ended}") from ended
+    return ballast
+
+
 class Writes:
     """A pool whose data lie on a raw loop device; the metadata are elsewhere."""
 
@@ -76,17 +92,7 @@ class Writes:
         server.must_start()
         world = bench.verify(server, self.candidates, self.legal)
         load = Load(server, world, bench.source, may_fail=(errno.EIO, errno.ENOSPC))
-        ballast = None
-        try:
-            load.begin()
-            for _ in range(5):
-                load.step()
-            ballast = fill(self.place)
-            for _ in range(30):
-                load.step()
-        except Ended as ended:
-            if not server.running():
-                raise Wrong(f"the server ended: {ended}") from ended
+        ballast = load_until_full(server, load, self.place)
         failure = still_right(bench, server, load)
         load.end()
         if ballast:
@@ -94,12 +100,7 @@ class Writes:
         if failure:
             bench.terminate(server, failed=True)
         else:
-            mended = Load(server, load.world, bench.source)
-            mended.begin()
-            for _ in range(10):
-                mended.step()
-            mended.end()
-            bench.count_load(mended)
+            mended = bench.load(server, load.world, 10)
             server.kill9()
         bench.count_load(load)
         self.candidates = (load if failure else mended).candidates()
@@ -111,13 +112,7 @@ class Writes:
         bench, server = self.bench, self.server
         server.must_start()
         world = bench.verify(server, self.candidates, self.legal)
-        load = Load(server, world, bench.source)
-        load.begin()
-        for _ in range(10):
-            load.step()
-        load.end()
-        bench.count_load(load)
-        world = load.world
+        world = bench.load(server, world, 10).world
         used = os.stat(self.image).st_blocks * 512
         cut = bench.source.randrange(min(used, 48 * MIB)) // BLOCK * BLOCK
         rest = os.path.join(bench.work, "rest")
@@ -191,25 +186,18 @@ class Metadata:
         bench, server = self.bench, self.server
         server.must_start()
         world = bench.verify(server, self.candidates)
-        load = Load(server, world, bench.source, may_fail=(errno.EIO, errno.ENOSPC, errno.EPERM))  # EPERM: ext4 has gone read-only
-        ballast = None
-        try:
-            load.begin()
-            for _ in range(5):
-                load.step()
-            ballast = fill(self.place)
-            for _ in range(30):
-                load.step()
-        except Ended as ended:
-            if not server.running():
-                raise Wrong(f"the server ended: {ended}") from ended
+        # EPERM: ext4 has gone read-only.
+        may_fail = (errno.EIO, errno.ENOSPC, errno.EPERM)
+        load = Load(server, world, bench.source, may_fail=may_fail)
+        ballast = load_until_full(server, load, self.place)
         status = server.call("pool.status")
         if bench.source.random() < 0.5:
             server.kill9()
         else:
             bench.terminate(server, failed=status.get("failed"))
         load.end()
-        os.remove(ballast)
+        if ballast:
+            os.remove(ballast)
         run("umount", self.mounted)
         run("mount", self.device, self.mounted)
         bench.count_load(load)

@@ -169,10 +169,5 @@ def goes_on(bench, server, load):
         server.call("disk.delete", name="filler", snapshots=True, disconnect=True)
         load.world.others.clear()
     eventually("there is room", lambda: server.call("pool.status")["free"] > 8 * MIB)
-    load = Load(server, load.world, bench.source)
-    load.begin()
-    for _ in range(10):
-        load.step()
-    load.end()
-    bench.count_load(load)
+    bench.load(server, load.world, 10)
     bench.count("went on without a restart")

@@ -15,48 +15,15 @@ import struct
 import sys
 
 import nbd
-
-BLOCK = 4096
-
-
-def content(number):
-    """Block content number `number`; number 0 is zeros."""
-    return struct.pack("<Q", number) * (BLOCK // 8)
+from pool_model import BLOCK, Blocks, content
 
 
-class State:
-    """What each block may hold. Values are content numbers."""
+class State(Blocks):
+    """What each block may hold, kept from one life of the server to the next."""
 
-    def __init__(self, blocks):
+    def __init__(self, count):
+        super().__init__(count)
         self.next = 1
-        self.settled = [0] * blocks  # was flushed, or found after a crash
-        self.sent = {}  # block -> [content, answered] of each write since, in order
-
-    def started(self, first, count, number):
-        for block in range(first, first + count):
-            self.sent.setdefault(block, []).append([number, False])
-
-    def answered(self, first, count, number, durable):
-        for block in range(first, first + count):
-            writes = self.sent[block]
-            at = next(i for i in range(len(writes) - 1, -1, -1) if writes[i][0] == number)
-            writes[at][1] = True
-            if durable:
-                self._settle(block, at)
-
-    def flushed(self):
-        """A FLUSH was answered that was sent when every write so far had been answered."""
-        for block in list(self.sent):
-            self._settle(block, len(self.sent[block]) - 1)
-
-    def _settle(self, block, at):
-        self.settled[block] = self.sent[block][at][0]
-        del self.sent[block][: at + 1]
-        if not self.sent[block]:
-            del self.sent[block]
-
-    def allowed(self, block):
-        return [self.settled[block]] + [number for number, _ in self.sent.get(block, [])]
 
     def save(self, path):
         with open(path + ".new", "w") as out:
@@ -129,7 +96,7 @@ def check(options):
     for block in range(options.blocks):
         at = data[block * BLOCK : (block + 1) * BLOCK]
         number = struct.unpack_from("<Q", at)[0]
-        allowed = state.allowed(block)
+        allowed = state.after_crash(block)
         unflushed += len(allowed) > 1
         if at != content(number):
             print(f"block {block} holds parts of several writes, one of them {number}")

@@ -642,8 +642,6 @@ class Runner {
     }
 
     void ResizeTo(const std::string& name, Disk& disk, uint64_t size) {
-        Image resized = disk.model.Cut(time_, time_);
-        resized.resize(size / kSectorBytes, {Sector::State()});
         const Status s = machine_->Do(pool().ResizeDisk(name, size, true, false));
         if (s.ok() && media_.power()) {
             disk.model.Resize(size);
