@@ -193,6 +193,19 @@ Status Allocator::ForEachPart(Extent extent, F&& apply) {
     return Status();
 }
 
+Status Allocator::Claim(const Extent& extent) {
+    return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) -> Status {
+        Maps& maps = MapsOf(index);
+        for (uint64_t bit = first; bit < end; ++bit) {
+            if (maps.busy[bit]) return DamagedRegion(index);
+            maps.busy.set(bit);
+        }
+        regions_[index].provisioned = true;
+        Settle(index);
+        return Status();
+    });
+}
+
 Status Allocator::MarkUsed(const Extent& extent) {
     pool_.used_blocks += extent.count;
     return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {

@@ -60,7 +60,9 @@ class Allocator {
     std::optional<uint64_t> TakeSurplus();
     void Discarded(uint64_t region);
 
-    /// REQUIRES: leased (or, after a crash left them marked, used). Goes into the next Encode.
+    /// free -> leased, for blocks that were written before a crash. kDamaged if one is not free.
+    Status Claim(const Extent& extent);
+    /// REQUIRES: leased. Goes into the next Encode.
     Status MarkUsed(const Extent& extent);
     /// kDamaged if a block is not used: then nothing was changed and nothing may be freed.
     Status MarkFree(const Extent& extent);

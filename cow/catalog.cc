@@ -159,6 +159,19 @@ Result<SnapshotId> Catalog::FindSnapshot(std::string_view name) const {
                     parts.value().disk, parts.value().snapshot, parts.value().disk));
 }
 
+std::optional<Catalog::Owner> Catalog::OwnerOf(BranchId branch, Generation generation) const {
+    for (const auto& [id, disk] : disks_) {
+        if (disk.record.branch != branch) continue;
+        if (disk.record.generation == generation) return Owner{id, SnapshotId{}};
+        for (const auto& [name, snapshot] : disk.snapshots) {
+            const SnapshotRecord& record = snapshots_.at(snapshot);
+            const bool found = record.branch == branch && record.generation == generation;
+            if (found) return Owner{id, snapshot};
+        }
+    }
+    return std::nullopt;
+}
+
 DiskId Catalog::AddDisk(DiskRecord record, Batch& batch) {
     const DiskId id{NextId()};
     VARVE_CHECK(disk_names_.emplace(record.name, id).second);
@@ -206,6 +219,12 @@ void Catalog::RenameSnapshot(SnapshotId id, std::string to, Batch& batch) {
     names.erase(record.name);
     VARVE_CHECK(names.emplace(to, id).second);
     record.name = std::move(to);
+    batch.Put(SnapshotKey(id), Encode(record));
+}
+
+void Catalog::AddMapped(SnapshotId id, int64_t change, Batch& batch) {
+    SnapshotRecord& record = snapshots_.at(id);
+    record.mapped_blocks += static_cast<uint64_t>(change);
     batch.Put(SnapshotKey(id), Encode(record));
 }
 

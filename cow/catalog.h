@@ -39,6 +39,13 @@ class Catalog {
     Result<SnapshotId> FindSnapshot(std::string_view name) const;
     const Disk& disk(DiskId id) const { return disks_.at(id); }
     const SnapshotRecord& snapshot(SnapshotId id) const { return snapshots_.at(id); }
+    /// Who sees the end of that generation: the head that is writing it, or the snapshot it ended
+    /// with, of the disk that went on. Nothing if nobody does.
+    struct Owner {
+        DiskId disk;
+        SnapshotId snapshot;  // 0: the head
+    };
+    std::optional<Owner> OwnerOf(BranchId branch, Generation generation) const;
 
     // ---- changing
     uint64_t NextId() { return pool_.sequence++; }
@@ -50,6 +57,8 @@ class Catalog {
     void RemoveDisk(DiskId id, Batch& batch);
     SnapshotId AddSnapshot(SnapshotRecord record, Batch& batch);
     void RenameSnapshot(SnapshotId id, std::string to, Batch& batch);
+    /// Counts `change` more blocks as mapped.
+    void AddMapped(SnapshotId id, int64_t change, Batch& batch);
     void RemoveSnapshot(SnapshotId id, Batch& batch);
     BranchId AddBranch(BranchId parent, Generation fork, Batch& batch);
     void RemoveBranch(BranchId id, Batch& batch);

@@ -8,6 +8,7 @@
 
 #include "cow/allocator.h"
 #include "cow/catalog.h"
+#include "cow/journal.h"
 #include "cow/map_reader.h"
 #include "cow/pool.h"
 #include "cow/runs.h"
@@ -17,6 +18,7 @@ namespace {
 
 constexpr size_t kErrorsShown = 100;
 constexpr uint64_t kNoChunk = ~uint64_t{0};
+constexpr size_t kJournaledTogether = 1024;
 
 /// A branch's rows and notes, walked chunk by chunk.
 struct BranchWalk {
@@ -65,6 +67,8 @@ class Checker {
     uint64_t MappedAt(const std::vector<BranchWalk>& walks, BranchId id, Generation at) const;
     void Own(uint64_t chunk, const std::vector<Runs>& states, std::vector<Runs>& seen,
              BlockSet& owner);
+    Status CheckJournal();
+    void OwnJournaled(uint64_t chunk, const Runs& added, BlockSet& journaled);
     Status CheckTouched();
     void CheckCounts();
     int64_t CountAt(BranchId id, Generation at) const;
@@ -238,6 +242,47 @@ Status Checker::CheckFamily(const std::vector<BranchId>& branches) {
     }
 }
 
+/// The journal's blocks are owned, but not marked: whoever opens the pool folds it first.
+Status Checker::CheckJournal() {
+    const Result<std::vector<JournalPart>> parts = ReadJournal(view_);
+    if (!parts.ok() && parts.error().kind != ErrorKind::kDamaged) return parts.error();
+    if (!parts.ok()) Fault(parts.error().message);
+    if (!parts.ok() || parts.value().empty()) return Status();
+    BlockSet journaled(blocks_);
+    for (const JournalPart& part : parts.value()) {
+        if (!catalog_.OwnerOf(part.branch, part.generation)) {
+            Fault(fmt::format("there is a journal of branch {}, generation {}, which nobody sees",
+                              part.branch.value, part.generation.value));
+            continue;
+        }
+        const Line line = catalog_.history().LineOf(part.branch, part.generation);
+        for (size_t next = 0; next < part.changes.size();) {
+            const Result<std::vector<JournaledChunk>> chunks =
+                ApplyJournal(view_, line, part, next, kJournaledTogether, &next);
+            if (!chunks.ok()) return chunks.error();
+            for (const JournaledChunk& chunk : chunks.value()) {
+                OwnJournaled(chunk.index.value, Subtract(chunk.after, chunk.before), journaled);
+            }
+        }
+    }
+    return Status();
+}
+
+void Checker::OwnJournaled(uint64_t chunk, const Runs& added, BlockSet& journaled) {
+    for (const Run& run : added) {
+        for (uint64_t block = run.place; block < run.place + run.count; ++block) {
+            if (block >= blocks_) {
+                Fault(fmt::format("chunk {}: block {} lies beyond the data file", chunk, block));
+                continue;
+            }
+            const uint64_t owned = live_.word(block / 64) | dying_.word(block / 64);
+            if (!journaled.Insert(block) || (owned >> block % 64 & 1)) {
+                Fault(fmt::format("chunk {}: block {} has another owner too", chunk, block));
+            }
+        }
+    }
+}
+
 /// Touched marks and map rows must name the same; compared by count and sum of hashes.
 Status Checker::CheckTouched() {
     uint64_t marks = 0, hash = 0;
@@ -343,6 +388,7 @@ Result<CheckReport> Checker::Verify() {
     for (const auto& [root, branches] : families) {
         if (Status s = CheckFamily(branches); !s.ok()) return s.error();
     }
+    if (Status s = CheckJournal(); !s.ok()) return s.error();
     if (Status s = CheckTouched(); !s.ok()) return s.error();
     if (Status s = CheckRegions(); !s.ok()) return s.error();
     CheckCounts();

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -52,6 +53,8 @@ class ReadEpochs {
     WaitList drained_;
 };
 
+class Head;
+
 /// A lane with the engine's state on it. Belongs to the lane's executor.
 struct LaneState {
     LaneState(const Lane& lane, uint64_t cache_bytes)
@@ -61,6 +64,9 @@ struct LaneState {
     BlockStore& blocks;
     ReadEpochs epochs;
     ChunkCache cache;
+    /// Changed chunks whose rows are not written yet, and the heads that have any.
+    uint64_t unfolded = 0;
+    std::set<Head*> unfolded_heads;
 };
 
 struct Core {

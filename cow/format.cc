@@ -48,6 +48,9 @@ std::string JobKey(uint64_t number) {
 std::string NoteKey(BranchId branch, ChunkIndex chunk, Generation generation, uint64_t number) {
     return Key('W', branch.value, chunk.value, generation.value, number);
 }
+std::string JournalKey(BranchId branch, Generation generation, uint64_t number) {
+    return Key('L', branch.value, generation.value, number);
+}
 
 std::string PrefixEnd(std::string prefix) {
     while (!prefix.empty()) {

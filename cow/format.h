@@ -1,5 +1,6 @@
 // The rows of the metadata store: their keys and their records. docs/format.md is the reference.
-// Not the value of a map row, which is runs.h, nor a region's bitmap, which is allocator.h.
+// Not the value of a map row, which is runs.h, nor a region's bitmap, which is allocator.h, nor a
+// journal row's, which is journal.h.
 //
 // Keys begin with one letter and go on with big-endian 64-bit numbers, so that their bytewise
 // order is the numbers' order:
@@ -12,6 +13,7 @@
 //   R region                       an allocator region that is not wholly free
 //   J number                       a view was deleted; its space is not all given back
 //   W branch chunk generation n    a note to the sweeper: see sweep.h
+//   L branch generation number     map changes that are not in map rows yet: see journal.h
 // Keys that begin with 'U' belong to whoever owns the pool directory.
 #pragma once
 
@@ -34,6 +36,7 @@ std::string TouchedKey(BranchId branch, Generation generation, ChunkIndex chunk)
 std::string RegionKey(uint64_t region);
 std::string JobKey(uint64_t number);
 std::string NoteKey(BranchId branch, ChunkIndex chunk, Generation generation, uint64_t number);
+std::string JournalKey(BranchId branch, Generation generation, uint64_t number);
 
 /// The least key greater than all keys that begin with `prefix`.
 std::string PrefixEnd(std::string prefix);
@@ -54,7 +57,7 @@ struct DiskRecord {
     uint64_t size = 0;  // bytes
     BranchId branch;
     Generation generation;       // the one being written
-    uint64_t mapped_blocks = 0;  // of the head, as committed
+    uint64_t mapped_blocks = 0;  // of the head, by its map rows
     int64_t created_ms = 0;
     bool trimming = false;  // shrunk, but blocks beyond the end may still be mapped
 };

@@ -41,13 +41,19 @@ struct BlockRange {
     uint64_t bytes() const { return (end - first) * kBlockBytes; }
 };
 
-/// Changed chunks from which on rounds begin by themselves. They are what a snapshot has to commit
-/// before it is answered: measured with 4 KiB random writes beside ten snapshots a second, its
-/// median was 12 to 17 ms with 1024 of them and 7 to 8 ms with 256; from 256 to 128, measured
-/// later, 4.5 to 3 ms. The rate of writes was the same within the noise, 60,000 to 75,000 a second.
-constexpr uint64_t kDirtySoftMax = 128;
-/// Changed chunks from which on writers wait for a round.
-constexpr uint64_t kDirtyHardMax = 4096;
+/// Map changes from which on a round begins by itself: what a snapshot has to commit, and the data
+/// it has to sync, before it is answered. 4 MiB of single blocks.
+constexpr size_t kJournalSoft = 1024;
+/// Map changes from which on writers wait for a round.
+constexpr size_t kJournalHard = 64 << 10;
+/// Changed chunks of a lane from which on they are folded: 1 GiB of disk that is written at random,
+/// some 16 MiB of memory. They bound what recovery has to do.
+constexpr uint64_t kUnfoldedSoftMax = 4096;
+/// Changed chunks of a lane from which on writers wait.
+constexpr uint64_t kUnfoldedHardMax = 2 * kUnfoldedSoftMax;
+/// A pass takes 32 rounds, so each folds at most 128 chunks: some 0.2 ms of encoding on the lane
+/// and 1 ms of the home thread, for which a flush or a snapshot may have to wait.
+constexpr uint64_t kRoundsOfPass = 32;
 
 }  // namespace
 
@@ -62,18 +68,22 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       unheld_(lane.executor),
       refilled_(lane.executor),
       round_done_(lane.executor),
-      dirty_soft_(std::clamp<uint64_t>(lane.cache.limit() / (64 << 10), 1, kDirtySoftMax)),
-      dirty_hard_(std::clamp<uint64_t>(lane.cache.limit() / (4 << 10), 3, kDirtyHardMax)) {}
+      unfolded_soft_(std::clamp<uint64_t>(lane.cache.limit() / (16 << 10), 2, kUnfoldedSoftMax)),
+      unfolded_hard_(std::clamp<uint64_t>(lane.cache.limit() / (8 << 10), 4, kUnfoldedHardMax)),
+      fold_together_(std::max<uint64_t>(1, unfolded_soft_ / kRoundsOfPass)) {}
 
 Head::~Head() {
     // After a failure there may be changes that will never be committed.
-    for (const auto* list : {&dirty_, &sealed_, &stranded_}) {
+    for (const auto* list : {&dirty_, &folding_, &sealed_, &stranded_}) {
         for (Chunk* chunk : *list) --chunk->pins;
     }
+    lane_.unfolded -= unfolded_;
+    lane_.unfolded_heads.erase(this);
 }
 
 void Head::Rebase(Place place) {
-    VARVE_CHECK(!dirty() && !cut_ && writers_[0] + writers_[1] == 0);
+    VARVE_CHECK(unfolded_ == 0 && rows_.empty() && journal_.empty() && !unsynced_);
+    VARVE_CHECK(!cut_ && !sealed_open_ && writers_[0] + writers_[1] == 0);
     branch_ = place.line.front().branch;
     generation_ = place.generation;
     if (!Mutated(Mutant::kRestoreKeepsMap)) Reset(std::move(place.line), place.size);
@@ -197,12 +207,27 @@ std::vector<Extent> Head::TakeLease() {
 
 // ---- writes
 
+/// Whether an answer has to wait, or somebody has to be told that there is work.
+bool Head::Laden() const {
+    return hold_ || journal_.changes.size() >= kJournalSoft || lane_.unfolded > unfolded_soft_;
+}
+
 Task<void> Head::Answerable() {
     while (hold_) co_await unheld_.Wait();
-    if (dirty_.size() > dirty_soft_) RequestRound();
-    while (dirty_.size() > dirty_hard_ && !core_.failed) {
+    if (journal_.changes.size() >= kJournalSoft) RequestRound();
+    if (lane_.unfolded > unfolded_soft_) FoldLane();
+    while (!core_.failed && (journal_.changes.size() > kJournalHard ||
+                             (lane_.unfolded > unfolded_hard_ && unfolded_ > 0))) {
         RequestRound();
+        FoldLane();
         co_await round_done_.Wait();
+    }
+}
+
+void Head::FoldLane() {
+    const std::vector<Head*> heads(lane_.unfolded_heads.begin(), lane_.unfolded_heads.end());
+    for (Head* head : heads) {
+        if (!head->pass_ && !head->pass_wanted_) head->RequestFold();
     }
 }
 
@@ -216,7 +241,7 @@ Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer) {
     } else {
         error = co_await WriteMany(offset, buffer.size(), buffer.data());
     }
-    if (hold_ || dirty_.size() > dirty_soft_) co_await Answerable();
+    if (Laden()) co_await Answerable();
     co_return error;
 }
 

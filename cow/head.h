@@ -8,16 +8,18 @@
 // write has completed, the map is changed, in memory; then the write is answered. What becomes of
 // it in a crash is decided by the next commit round.
 //
-// A commit round makes durable all that was answered before it began: it encodes the changed
-// chunks, syncs the data file, and only then hands the rows to the committer. Flushes that arrive
-// during a round wait for the next one, together.
+// A commit round makes durable all that was answered before it began: it syncs the data file, and
+// only then hands the map changes to the committer, as a journal row. Flushes that arrive during a
+// round wait for the next one, together. Map rows are folded later, some chunks in each round: a
+// pass takes all that have changed so far (docs/design/journal.md).
 //
 // A freeze (snapshot) ends the generation in one step without suspension: from then on writes
-// belong to the next generation. Changes that are not committed yet, and writes of the old
-// generation that are still under way, become the sealed state of their chunks; Seal() waits for
-// those writes, syncs, and gives the last rows of the old generation. No round runs between the
-// freeze and the commit of the seal, so no row of the new generation can be durable before the
-// snapshot is: after a crash either the snapshot is there, or its generation goes on.
+// belong to the next generation. Changes that are not folded yet, and writes of the old generation
+// that are still under way, become the sealed state of their chunks; Seal() waits for those writes,
+// syncs, and gives the last journal row of the old generation. No round runs between the freeze and
+// the commit of the seal, so nothing of the new generation can be durable before the snapshot is:
+// after a crash either the snapshot is there, or its generation goes on. The sealed generation is
+// folded before the present one, and before the next freeze.
 //
 // Generations of a chunk's state (chunk_cache.h):
 //   pending   sealed   means
@@ -30,11 +32,12 @@
 #include <deque>
 #include <functional>
 
+#include "cow/journal.h"
 #include "cow/mapped_volume.h"
 
 namespace varve::cow {
 
-/// The map changes of one round, ready to be committed. Extents as they were, not as they are.
+/// What one round commits. Extents and rows as they were, not as they are.
 struct HeadCommit {
     struct Row {
         ChunkIndex chunk;
@@ -44,12 +47,16 @@ struct HeadCommit {
         Runs dropped;                   // the other way round
     };
     BranchId branch;
-    Generation generation;
+    Generation generation;  // of the rows
+    SnapshotId snapshot;    // the one that this generation ended with, if it did
     std::vector<Row> rows;
+    std::string journal_key, journal;   // a new journal row; empty: none
+    std::vector<std::string> obsolete;  // keys of journal rows that are folded with this
     std::vector<Extent> released;  // leased blocks that were given up before any row named them
-    std::vector<Chunk*> chunks;    // pinned until the commit is done
 
-    bool empty() const { return rows.empty() && released.empty(); }
+    bool empty() const {
+        return rows.empty() && released.empty() && journal.empty() && obsolete.empty();
+    }
 };
 
 /// What a head asks of the pool. Tasks are started on the head's lane and finish there.
@@ -60,7 +67,7 @@ class HeadHost {
     /// Not `urgent`: only those that are at hand.
     virtual Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
                                                           bool urgent) = 0;
-    /// Commits the rows; their data has been synced.
+    /// Commits what a round gives; its data has been synced.
     virtual Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) = 0;
 };
 
@@ -85,22 +92,26 @@ class Head : public MappedVolume {
     /// several disks. REQUIRES: no other cut is under way.
     void Freeze(Generation next, bool hold);
     void Unhold();
-    /// After Freeze: the rest of the old generation, synced. An error has failed the pool.
+    /// After Freeze: the rest of the old generation's journal, synced. An error has failed the
+    /// pool.
     Task<Errno> Seal(HeadCommit* commit);
-    /// After the seal was committed, or not.
-    void FinishCut(HeadCommit& commit);
+    /// After the seal was committed, with the snapshot; or not.
+    void FinishCut(SnapshotId snapshot);
+    /// Waits until all of the generation that was sealed last is in map rows, or the pool failed.
+    Task<void> SealedFolded();
+    /// Makes durable, in map rows, all that was answered before. Errors as of Flush().
+    Task<Errno> Fold();
 
     /// Waits for what the head does by itself: rounds and lease refills.
     Task<void> Quiesce();
-    /// Whether a round would have something to commit. Any thread; a hint.
+    /// Whether there is something that is not durable or not folded. Any thread; a hint.
     bool changed() const { return changed_.load(std::memory_order_relaxed); }
-    bool dirty() const { return !dirty_.empty() || !released_.empty() || unsynced_; }
 
     /// Starts over at another place in history. REQUIRES: nothing under way, nothing changed.
     void Rebase(Place place);
     void SetSize(uint64_t size) { size_ = size; }
     /// Unmaps all blocks from `from` (a multiple of 4096) on, whatever the disk's size is.
-    /// REQUIRES: nothing under way, everything committed.
+    /// REQUIRES: nothing under way, everything folded.
     Task<Errno> TrimFrom(uint64_t from);
     /// Takes back the free blocks it was handed.
     std::vector<Extent> TakeLease();
@@ -115,6 +126,16 @@ class Head : public MappedVolume {
     };
     using Stretches = boost::container::small_vector<Stretch, 4>;
 
+    struct PendingJournal {  // of one generation; in no journal row yet
+        std::vector<MapChange> changes;
+        std::vector<Extent> released;  // blocks that are free once the changes are durable
+        bool empty() const { return changes.empty() && released.empty(); }
+    };
+    struct JournalRow {
+        Generation generation;
+        uint64_t number;
+    };
+
     // head.cc: requests
     Task<Errno> WriteSegment(uint64_t offset, std::span<const std::byte> buffer);
     Task<Errno> WriteMany(uint64_t offset, uint64_t length, const std::byte* data);
@@ -124,7 +145,9 @@ class Head : public MappedVolume {
                             std::span<const std::byte> buffer);
     Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block);
     Task<Errno> ZeroPart(uint64_t offset, uint64_t length);
+    bool Laden() const;
     Task<void> Answerable();
+    void FoldLane();
     Chunk* TryLock(ChunkIndex index, uint64_t mask);
     Task<Errno> Lock(ChunkIndex index, uint64_t mask, Chunk** chunk);
     void Unlock(Chunk& chunk, uint64_t mask);
@@ -137,28 +160,35 @@ class Head : public MappedVolume {
     Extent Allocate(uint64_t most);
     void Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& stretches);
 
-    // head_commit.cc: changes and rounds
+    // head_changes.cc: changes of the map, and cuts
     void Pin(std::vector<Chunk*>& list, Chunk& chunk);
+    PendingJournal& JournalOf(Generation generation);
     void MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches);
     void GiveUp(const Stretches& stretches);
     void UnmapNow(Chunk& chunk, uint32_t first, uint32_t end);
     void Prepare(Chunk& chunk);
     Runs* PrepareSealed(Chunk& chunk, Generation generation);
     void ReleaseTentative(const Chunk& chunk, const Runs& removed);
-    void Encode(Chunk& chunk, HeadCommit& commit) const;
-    Task<void> EncodeAll(HeadCommit& commit);
+
+    // head_rounds.cc: how they become durable
+    void RequestRound();
+    void RequestFold();
+    bool RoundWanted() const;
     Task<void> Rounds();
     Task<void> Round();
+    void BeginPass();
+    static void SortForFold(std::vector<Chunk*>& chunks);
+    void Encode(Chunk& chunk, HeadCommit& commit) const;
+    void TakeJournal(uint64_t folded_below, HeadCommit& commit);
+    void PutJournal(PendingJournal journal, Generation generation, HeadCommit& commit);
     Task<Errno> SyncData();
-    void Unpin(HeadCommit& commit);
-    void RequestRound();
-    std::vector<Chunk*> TakeDirty();
+    void Unpin(std::vector<Chunk*>& chunks);
 
     HeadHost& host_;
     const DiskId disk_;
     BranchId branch_;
     Generation generation_;
-    Generation sealed_generation_;  // between Freeze and FinishCut
+    Generation sealed_generation_;  // from Freeze until it is folded
 
     // Requests under way that may change data, by the parity of the cuts before them.
     uint64_t writers_[2] = {0, 0};
@@ -175,11 +205,27 @@ class Head : public MappedVolume {
     Errno refill_error_ = 0;
     WaitList refilled_;
 
-    std::vector<Chunk*> dirty_;     // changed in the present generation, not encoded
-    std::vector<Chunk*> sealed_;    // changed in the sealed generation, not encoded
-    std::vector<Chunk*> stranded_;  // their commit failed; stay in memory until the end
-    std::vector<Extent> released_;
+    // Changed chunks, by what they wait for:
+    std::vector<Chunk*> dirty_;     // the next pass
+    std::vector<Chunk*> folding_;   // the present pass
+    std::vector<Chunk*> sealed_;    // the fold of the sealed generation
+    std::vector<Chunk*> stranded_;  // nothing: their commit failed, they stay until the end
+    uint64_t unfolded_ = 0;         // in all of them, and in the round
     std::atomic<bool> changed_ = false;
+
+    PendingJournal journal_;         // of the present generation
+    PendingJournal sealed_journal_;  // of the sealed one, between Freeze and Seal
+    std::deque<JournalRow> rows_;    // that are stored
+    uint64_t next_row_ = 0;
+    bool pass_ = false;  // under way; its rows are those before:
+    uint64_t pass_rows_ = 0;
+    bool pass_wanted_ = false;
+    uint64_t passes_started_ = 0;
+    uint64_t passes_done_ = 0;
+    bool sealed_open_ = false;  // the sealed generation is not folded; its rows are before:
+    uint64_t sealed_rows_ = 0;
+    SnapshotId sealed_snapshot_;
+
     bool unsynced_ = false;  // data was written since the last sync began
     bool cut_ = false;       // between Freeze and FinishCut
     bool rounds_running_ = false;
@@ -187,9 +233,9 @@ class Head : public MappedVolume {
     uint64_t rounds_wanted_ = 0;
     uint64_t rounds_started_ = 0;
     uint64_t rounds_done_ = 0;
-    uint64_t flushes_ = 0;  // the last round that a flush waits for
     WaitList round_done_;
-    const uint64_t dirty_soft_, dirty_hard_;  // chunks: start a round, make writers wait
+    const uint64_t unfolded_soft_, unfolded_hard_;  // of the lane: fold, make writers wait
+    const size_t fold_together_;                    // chunks that a round folds at most
 };
 
 }  // namespace varve::cow

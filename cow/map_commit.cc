@@ -57,7 +57,16 @@ Status BuildHeadCommit(Core& core, CommitContext& context, DiskId disk, const He
         }
     }
     for (const Extent& extent : commit.released) context.freed.push_back(extent);
-    if (!commit.rows.empty()) context.catalog.UpdateDisk(disk, std::move(record), context.batch);
+    if (!commit.rows.empty()) {
+        const uint64_t before = context.catalog.disk(disk).record.mapped_blocks;
+        const auto change = static_cast<int64_t>(record.mapped_blocks - before);
+        if (commit.snapshot.value != 0) {
+            context.catalog.AddMapped(commit.snapshot, change, context.batch);
+        }
+        context.catalog.UpdateDisk(disk, std::move(record), context.batch);
+    }
+    if (!commit.journal.empty()) context.batch.Put(commit.journal_key, commit.journal);
+    for (const std::string& key : commit.obsolete) context.batch.Delete(key);
     return Status();
 }
 

@@ -40,6 +40,13 @@ enum class Mutant {
     kLateWriteMissesSeal,
     kRoundDuringCut,
     kCutWithoutHold,
+    // The journal
+    kDeletedUnfolded,
+    kOpenedUnfolded,
+    kJournalKept,
+    kJournalForgottenEarly,
+    kJournalOutOfOrder,
+    kSealNotJournaled,
     // Branches
     kWrongVersionAtFork,
     kRestoreKeepsWrites,

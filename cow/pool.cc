@@ -38,6 +38,8 @@ Task<Result<std::unique_ptr<Pool>>> Pool::Open(Environment environment, PoolOpti
     if (!catalog.ok()) co_return catalog.error();
     auto pool =
         std::make_unique<PoolImpl>(std::move(environment), options, std::move(catalog.value()));
+    const Status s = co_await pool->Recover();
+    if (!s.ok()) co_return s.error();
     pool->Start();
     co_return std::unique_ptr<Pool>(std::move(pool));
 }
@@ -101,7 +103,7 @@ Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& l
     co_return lease;
 }
 
-/// The pool looks full: takes back what idle disks were handed, commits trims, and waits for
+/// The pool looks full: takes back what idle disks were handed, folds trims, and waits for
 /// deletions under way. kNoSpace only when all of that gave nothing.
 Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk) {
     const Error full = MakeError(ErrorKind::kNoSpace,
@@ -114,7 +116,7 @@ Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk) {
     co_await RecallLeases(for_disk);
     Result<std::vector<Extent>> lease = co_await leases_.Take();
     if (!lease.ok()) {
-        co_await CommitDirty();
+        co_await FoldAll();
         co_await committer_.Settled();
         lease = co_await leases_.Take();
     }
@@ -152,18 +154,19 @@ Task<void> PoolImpl::RecallLeases(DiskId for_disk) {
     }
 }
 
-Task<void> PoolImpl::CommitOne(DiskId id, Join* join) {
+Task<void> PoolImpl::CommitOne(DiskId id, bool fold, Join* join) {
     Head& head = *disks_.at(id).head;
     ++disks_.at(id).visitors;
     co_await Hop(head.executor());
-    const Errno ignored = co_await head.Flush();  // a failure shows in the pool's state
+    // A failure shows in the pool's state.
+    const Errno ignored = fold ? co_await head.Fold() : co_await head.Flush();
     (void)ignored;
     co_await Hop(core_.home());
     EndVisit(id);
     join->Done();
 }
 
-Task<void> PoolImpl::CommitDirty() {
+Task<void> PoolImpl::CommitChanged(bool fold) {
     std::vector<DiskId> changed;
     for (const auto& [id, disk] : disks_) {
         if (disk.head->changed()) changed.push_back(id);
@@ -171,13 +174,22 @@ Task<void> PoolImpl::CommitDirty() {
     if (changed.empty() || core_.failed) co_return;
     background_.Enter();
     Join join(static_cast<uint32_t>(changed.size()));
-    for (const DiskId id : changed) Spawn(CommitOne(id, &join));
+    for (const DiskId id : changed) Spawn(CommitOne(id, fold, &join));
     co_await join;
     background_.Leave();
 }
 
+Task<void> PoolImpl::CommitDirty() {
+    co_await CommitChanged(false);
+}
+
+/// Brings all that has been answered into map rows, which is where figures are taken from.
+Task<void> PoolImpl::FoldAll() {
+    co_await CommitChanged(true);
+}
+
 Task<Result<PoolStatus>> PoolImpl::GetStatus() {
-    co_await CommitDirty();
+    co_await FoldAll();
     PoolStatus status;
     status.used = catalog_.pool().used_blocks * kBlockBytes;
     status.capacity = std::max(allocator_.Capacity(), status.used);
@@ -201,7 +213,7 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
 }
 
 Task<Result<CheckReport>> PoolImpl::Check() {
-    co_await CommitDirty();
+    co_await FoldAll();
     co_await Hop(core_.auditor());
     Result<CheckReport> report = CheckMetadata(core_.metadata());
     co_await Hop(core_.home());
@@ -209,7 +221,7 @@ Task<Result<CheckReport>> PoolImpl::Check() {
 }
 
 Task<void> PoolImpl::WaitForReclaim() {
-    co_await CommitDirty();
+    co_await FoldAll();
     co_await reclaimer_.WaitIdle();
     co_await committer_.Idle();
 }

@@ -103,7 +103,7 @@ DiskInfo PoolImpl::InfoOf(DiskId id) const {
 }
 
 Task<Result<std::vector<DiskInfo>>> PoolImpl::ListDisks() {
-    co_await CommitDirty();
+    co_await FoldAll();
     std::vector<DiskInfo> infos;
     for (const auto& [id, disk] : catalog_.disks()) infos.push_back(InfoOf(id));
     std::sort(infos.begin(), infos.end(),
@@ -112,7 +112,7 @@ Task<Result<std::vector<DiskInfo>>> PoolImpl::ListDisks() {
 }
 
 Task<Result<DiskInfo>> PoolImpl::ShowDisk(std::string name) {
-    co_await CommitDirty();
+    co_await FoldAll();
     const Result<DiskId> id = catalog_.FindDisk(name);
     if (!id.ok()) co_return id.error();
     co_return InfoOf(id.value());
@@ -143,6 +143,7 @@ Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
     if (s.ok()) s = CheckDepth(id.value());
     if (!s.ok()) co_return s;
     if (catalog_.disks().size() >= options_.disks_max) co_return TooManyDisks(options_.disks_max);
+    co_await FoldSealed(catalog_.snapshot(id.value()).disk);
     Change change = [&](CommitContext& context) {
         const SnapshotRecord& source = context.catalog.snapshot(id.value());
         DiskRecord record;
@@ -159,10 +160,10 @@ Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
     co_return co_await Commit(std::move(change));
 }
 
-/// Commits all that the head has answered, and waits for what it does by itself.
+/// Folds all that the head has answered, and waits for what it does by itself.
 Task<Status> PoolImpl::Settle(Head& head) {
     co_await Hop(head.executor());
-    const Errno error = co_await head.Flush();
+    const Errno error = co_await head.Fold();
     co_await head.Quiesce();
     co_await Hop(core_.home());
     if (error == 0) co_return Status();

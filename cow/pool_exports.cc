@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include "base/units.h"
+#include "cow/mutants.h"
 #include "cow/pool_impl.h"
 
 namespace varve::cow {
@@ -35,7 +36,12 @@ Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
         exports_[result.id].disk = id.value();
         co_return result;
     }
-    const Result<SnapshotId> id = catalog_.FindSnapshot(name);
+    // A snapshot's volume reads map rows.
+    Result<SnapshotId> id = catalog_.FindSnapshot(name);
+    for (SnapshotId folded; id.ok() && id.value() != folded; id = catalog_.FindSnapshot(name)) {
+        folded = id.value();
+        if (!Mutated(Mutant::kOpenedUnfolded)) co_await FoldSealed(catalog_.snapshot(folded).disk);
+    }
     if (!id.ok()) co_return id.error();
     OpenSnapshot& open = snapshots_[id.value()];
     if (open.fenced) co_return fenced;

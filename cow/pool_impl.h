@@ -1,6 +1,6 @@
 // PoolImpl: the pool's commands, over the catalog, the committer, the reclaimer and the heads.
-// Split by subject: pool.cc (opening, closing, status, space), pool_disks.cc, pool_snapshots.cc,
-// pool_exports.cc.
+// Split by subject: pool.cc (opening, closing, status, space), recovery.cc, pool_disks.cc,
+// pool_snapshots.cc, pool_exports.cc.
 //
 // Everything here belongs to the home executor; a task that visits a lane comes back. Commands
 // that change something run one at a time (commands_); what they await is short, but for fences
@@ -18,6 +18,8 @@ class PoolImpl : public Pool, public HeadHost {
   public:
     PoolImpl(Environment environment, PoolOptions options, Catalog catalog);
     ~PoolImpl() override;
+    /// Folds the journal that a crash left. Before Start(). Errors: kDamaged, kIo, kNoSpace.
+    Task<Status> Recover();
     /// Makes the heads and starts the background work.
     void Start();
 
@@ -76,12 +78,17 @@ class PoolImpl : public Pool, public HeadHost {
     /// Names a freeze in progress.
     struct Cut;
 
+    // recovery.cc
+    Task<Status> FoldPart(const JournalPart& part);
+
     // pool.cc
     Task<Status> Commit(Change change);
     Task<Result<std::vector<Extent>>> FindSpace(DiskId for_disk);
     Task<void> RecallLeases(DiskId for_disk);
     void EndVisit(DiskId id);
-    Task<void> CommitOne(DiskId id, Join* join);
+    Task<void> CommitOne(DiskId id, bool fold, Join* join);
+    Task<void> CommitChanged(bool fold);
+    Task<void> FoldAll();
     Task<void> Trimmed(DiskId id);
 
     // pool_disks.cc
@@ -104,6 +111,7 @@ class PoolImpl : public Pool, public HeadHost {
     Status CheckDepth(SnapshotId id) const;
     Result<std::vector<Cut>> PlanCuts(const std::vector<std::string>& names);
     Task<bool> RunCuts(std::vector<Cut>& cuts);
+    Task<void> FoldSealed(DiskId id);
     Task<void> CutOne(Cut& cut, bool hold, Join* frozen, Join* sealed);
     Task<void> UnholdOne(DiskId id, Head& head);
     Task<void> FinishOne(Cut cut);

@@ -24,6 +24,8 @@ struct PoolImpl::Cut {
     std::string name;  // of the snapshot
     Generation next;
     HeadCommit commit;
+    SnapshotId snapshot;
+    bool frozen = false;
     Errno error = 0;
 };
 
@@ -76,15 +78,28 @@ Result<std::vector<PoolImpl::Cut>> PoolImpl::PlanCuts(const std::vector<std::str
 
 Task<void> PoolImpl::CutOne(Cut& cut, bool hold, Join* frozen, Join* sealed) {
     co_await Hop(cut.head->executor());
-    cut.head->Freeze(cut.next, hold);
+    co_await cut.head->SealedFolded();
+    cut.frozen = !core_.failed;
+    if (cut.frozen) cut.head->Freeze(cut.next, hold);
     if (hold) {
         co_await Hop(core_.home());
         frozen->Done();
         co_await Hop(cut.head->executor());
     }
-    cut.error = co_await cut.head->Seal(&cut.commit);
+    cut.error = EIO;
+    if (cut.frozen) cut.error = co_await cut.head->Seal(&cut.commit);
     co_await Hop(core_.home());
     sealed->Done();
+}
+
+/// Waits until the disk's newest snapshot is in map rows, unless the pool has failed.
+Task<void> PoolImpl::FoldSealed(DiskId id) {
+    Head& head = *disks_.at(id).head;
+    ++disks_.at(id).visitors;
+    co_await Hop(head.executor());
+    co_await head.SealedFolded();
+    co_await Hop(core_.home());
+    EndVisit(id);
 }
 
 Task<void> PoolImpl::UnholdOne(DiskId id, Head& head) {
@@ -99,7 +114,7 @@ Task<void> PoolImpl::UnholdOne(DiskId id, Head& head) {
 Task<void> PoolImpl::FinishOne(Cut cut) {
     ++disks_.at(cut.disk).visitors;
     co_await Hop(cut.head->executor());
-    cut.head->FinishCut(cut.commit);
+    if (cut.frozen) cut.head->FinishCut(cut.snapshot);
     co_await Hop(core_.home());
     EndVisit(cut.disk);
 }
@@ -132,6 +147,8 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
     Result<std::vector<Cut>> planned = PlanCuts(names);
     if (!planned.ok()) co_return planned.error();
     std::vector<Cut>& cuts = planned.value();
+    // Before the first of several freezes: from then on nothing is answered until the last.
+    for (size_t i = 0; i < cuts.size() && cuts.size() > 1; ++i) co_await FoldSealed(cuts[i].disk);
     Status result = MakeError(ErrorKind::kIo, "the data could not be made durable");
     const bool sealed = co_await RunCuts(cuts);
     if (sealed) {
@@ -148,7 +165,7 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
                 record.generation = disk.generation;
                 record.mapped_blocks = disk.mapped_blocks;
                 record.created_ms = core_.environment.now_ms();
-                context.catalog.AddSnapshot(std::move(record), context.batch);
+                cut.snapshot = context.catalog.AddSnapshot(std::move(record), context.batch);
                 disk.generation = cut.next;
                 context.catalog.UpdateDisk(cut.disk, std::move(disk), context.batch);
             }
@@ -200,6 +217,10 @@ Task<Result<uint64_t>> PoolImpl::UniqueBytes(SnapshotId id) {
 }
 
 Task<Result<SnapshotInfo>> PoolImpl::InfoOf(SnapshotId id) {
+    co_await FoldSealed(catalog_.snapshot(id).disk);
+    if (!catalog_.snapshots().contains(id)) {
+        co_return MakeError(ErrorKind::kNotFound, "the snapshot was deleted meanwhile");
+    }
     SnapshotInfo info;
     const SnapshotRecord& record = catalog_.snapshot(id);
     info.disk = catalog_.disk(record.disk).record.name;
@@ -215,7 +236,7 @@ Task<Result<SnapshotInfo>> PoolImpl::InfoOf(SnapshotId id) {
 }
 
 Task<Result<std::vector<SnapshotInfo>>> PoolImpl::ListSnapshots(std::string disk) {
-    co_await CommitDirty();
+    co_await FoldAll();
     const Result<DiskId> found = catalog_.FindDisk(disk);
     if (!found.ok()) co_return found.error();
     std::vector<std::pair<Generation, SnapshotId>> order;
@@ -227,6 +248,7 @@ Task<Result<std::vector<SnapshotInfo>>> PoolImpl::ListSnapshots(std::string disk
     for (const auto& [generation, id] : order) {
         if (!catalog_.snapshots().contains(id)) continue;  // deleted meanwhile
         Result<SnapshotInfo> info = co_await InfoOf(id);
+        if (!info.ok() && info.error().kind == ErrorKind::kNotFound) continue;
         if (!info.ok()) co_return info.error();
         infos.push_back(std::move(info.value()));
     }
@@ -234,7 +256,7 @@ Task<Result<std::vector<SnapshotInfo>>> PoolImpl::ListSnapshots(std::string disk
 }
 
 Task<Result<SnapshotInfo>> PoolImpl::ShowSnapshot(std::string name) {
-    co_await CommitDirty();
+    co_await FoldAll();
     const Result<SnapshotId> id = catalog_.FindSnapshot(name);
     if (!id.ok()) co_return id.error();
     co_return co_await InfoOf(id.value());
@@ -285,6 +307,8 @@ Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect) {
     const SnapshotId id = found.value();
     Status s = co_await FenceSnapshot(id, disconnect);
     if (!s.ok()) co_return s;
+    // Nobody's generation may be in the journal: its rows may go, and must not come back.
+    if (!Mutated(Mutant::kDeletedUnfolded)) co_await FoldSealed(catalog_.snapshot(id).disk);
     Change change = [&](CommitContext& context) {
         const SnapshotRecord& record = context.catalog.snapshot(id);
         context.catalog.AddJob({record.branch, record.generation}, context.batch);

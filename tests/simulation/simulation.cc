@@ -214,15 +214,18 @@ class Runner {
     void VerifySnapshots(const std::string& name, Disk& disk) {
         for (auto& [snapshot, state] : disk.snapshots) {
             const std::string full = name + "@" + snapshot;
-            const std::string data = ReadAll(full);
-            const int64_t bad = Compare(state.image, data, state.moments.get());
-            if (bad < 0 && state.moments->none()) {
-                return Violation(fmt::format("{} and its cut were never like this at once", full));
-            }
-            if (bad >= 0) {
-                Explain(state.image, data, static_cast<size_t>(bad));
-                return Violation(fmt::format("snapshot {} sector {} is wrong", full, bad));
-            }
+            Verify(full, state, ReadAll(full));
+        }
+    }
+
+    void Verify(const std::string& full, Snapshot& state, const std::string& data) {
+        const int64_t bad = Compare(state.image, data, state.moments.get());
+        if (bad < 0 && state.moments->none()) {
+            return Violation(fmt::format("{} and its cut were never like this at once", full));
+        }
+        if (bad >= 0) {
+            Explain(state.image, data, static_cast<size_t>(bad));
+            return Violation(fmt::format("snapshot {} sector {} is wrong", full, bad));
         }
     }
 
@@ -460,6 +463,28 @@ class Runner {
         if (!s.ok() && options_.faults) failed_ = true;
         Do(s);
         if (s.ok()) Answered();
+        if (!s.ok() || !scheduler_.Chance(0.3)) co_return;
+        const auto& [name, snapshot] = keys[scheduler_.Draw(keys.size())];
+        co_await LookAt(name + "@" + snapshot, disks_.at(name), snapshot);
+    }
+
+    /// Reads a snapshot that was taken a moment ago, beside clients.
+    Task<void> LookAt(std::string full, Disk& disk, std::string snapshot) {
+        const Result<cow::Export> opened = co_await pool().OpenExport(full);
+        if (!opened.ok()) {
+            const bool excused = !media_.power() || options_.faults;
+            if (!excused) Violation("cannot open " + full + ": " + opened.error().message);
+            co_return;
+        }
+        cow::Volume& volume = *opened.value().volume;
+        Buffer data(volume.size(), true);
+        co_await Hop(volume.executor());
+        const Errno error = co_await volume.Read(0, data.span(), nullptr);
+        co_await Hop(machine_->home());
+        co_await pool().CloseExport(opened.value().id);
+        Judge(error, "reading a snapshot");
+        const bool known = error == 0 && media_.power() && disk.snapshots.contains(snapshot);
+        if (known) Verify(full, disk.snapshots.at(snapshot), data.text());
     }
 
     Task<void> DeleteSnapshot() {
