@@ -1,6 +1,6 @@
 // Request: one NBD request from its header to its reply - decoding, the rules it must keep, the
 // bytes of the answer.
-// Not I/O: connection.cc receives, runs and sends.
+// Not I/O: connection*.cc receive, run and send.
 #pragma once
 
 #include <sys/uio.h>

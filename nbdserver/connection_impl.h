@@ -1,0 +1,170 @@
+// The insides of Connection and of what the connections of a reactor share, for connection*.cc.
+// How they work: connection.cc. Everything here belongs to the reactor's thread.
+#pragma once
+
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "base/buffers.h"
+#include "base/reactor.h"
+#include "base/task.h"
+#include "nbdserver/connection.h"
+#include "nbdserver/request.h"
+#include "nbdserver/wire.h"
+
+namespace varve::nbdserver {
+
+constexpr size_t kSendPiecesMax = 1024;  // IOV_MAX
+// What a request costs besides its payload, roughly: its state and the frames of its coroutines.
+constexpr uint64_t kRequestBytes = 2048;
+static_assert(kReplyPiecesMax <= kSendPiecesMax);
+
+/// What one send needs until it is complete.
+struct SendBatch {
+    SendBatch* next = nullptr;  // among the unused
+    msghdr message{};
+    uint64_t bytes = 0;
+    Request* requests = nullptr;  // whose replies these are
+    std::array<iovec, kSendPiecesMax> pieces;
+};
+
+/// What the connections of a reactor share.
+struct ConnectionHost::Shared {
+    Shared(Reactor& r, ConnectionLimits l);
+    ~Shared();
+
+    Request* TakeRequest() {
+        if (!unused_requests) return new Request;
+        --unused_request_count;
+        return std::exchange(unused_requests, unused_requests->next);
+    }
+    void ReturnRequest(Request* request);
+
+    SendBatch* TakeBatch() {
+        if (!unused_batches) return new SendBatch;
+        return std::exchange(unused_batches, unused_batches->next);
+    }
+    void ReturnBatch(SendBatch* batch) { batch->next = std::exchange(unused_batches, batch); }
+
+    void WakeStarved();
+    void Hold(uint64_t more) {
+        bytes += more;
+        if (bytes > peak.load(std::memory_order_relaxed)) {
+            peak.store(bytes, std::memory_order_relaxed);
+        }
+    }
+
+    Reactor& reactor;
+    const ConnectionLimits limits;
+    BufferPool pool;
+    uint64_t bytes = 0;              // in flight
+    std::atomic<uint64_t> peak = 0;  // of `bytes`, since somebody asked
+    Request* unused_requests = nullptr;
+    unsigned unused_request_count = 0;
+    SendBatch* unused_batches = nullptr;
+    std::vector<Connection*> starved;  // wait for others to give memory back
+    std::vector<Connection*> all;
+};
+
+class Connection {
+  public:
+    Connection(ConnectionHost& host, int fd, TransmissionOptions options, cow::Volume& volume,
+               std::function<void()> ended);
+    ~Connection();
+
+    void Drop();
+    void Wake() { shared_.reactor.AtBatchEnd(hook_); }
+    void NoLongerStarved() {
+        starved_ = false;
+        Wake();
+    }
+
+  private:
+    using Shared = ConnectionHost::Shared;
+    enum class State : uint8_t { kOpen, kDraining, kDropped };
+
+    // Receiving, in the order in which bytes pass.
+    void Receive();
+    void OnReceived(int32_t result);
+    void OnPayload(int32_t result);
+    void OnStreamEnd(int32_t result);
+    void Stash(std::span<const std::byte> bytes);
+    void Resume();
+    std::span<const std::byte> Parse(std::span<const std::byte> bytes);
+    size_t TakeHeader(std::span<const std::byte> bytes);
+    size_t TakePayload(std::span<const std::byte> bytes);
+    bool Accept(const std::byte* header);
+    bool HasRoom(uint64_t charge);
+    void AcceptWrite(Request* request);
+
+    // Running.
+    void Run(Request* request);
+    Task<void> Serve(Request* request);
+    Task<Errno> Execute(Request* request);
+
+    // Replying.
+    void Reply(Request* request);
+    void SendReplies();
+    void OnSent(int32_t result);
+    void CountReply(const Request& request);
+    void DropUnwanted();
+    void Release(Request* request);
+
+    void OnBatchEnd();
+    bool Finished() const;
+    void Finish();
+
+    // The operations and the hook know their connection by their place in it.
+    struct Hook : BatchHook {
+        Connection* connection = nullptr;
+    };
+    struct Receiving : ReceiveOp {
+        Connection* connection = nullptr;
+    };
+    struct Other : Op {
+        Connection* connection = nullptr;
+    };
+
+    // Fixed from the start.
+    Shared& shared_;
+    const int fd_;
+    cow::Volume& volume_;
+    RequestRules rules_;
+    std::shared_ptr<ConnectionCounters> counters_;
+    std::function<void()> ended_;
+
+    State state_ = State::kOpen;
+    bool paused_ = false;        // a limit was met, or there is a stash to begin with
+    bool starved_ = false;       // stands in shared_.starved
+    bool expect_large_ = false;  // the last payload was received directly
+    uint32_t requests_ = 0;      // in flight
+    uint64_t bytes_ = 0;         // in flight
+
+    std::array<std::byte, sizeof(wire::Request)> header_;  // one that arrives in pieces
+    size_t header_bytes_ = 0;
+    uint64_t skip_ = 0;           // bytes of a refused payload that are still to come
+    Request* filling_ = nullptr;  // a WRITE whose payload is not complete
+    uint32_t filled_ = 0;         // bytes of it
+    Buffer stash_;                // received before the pause
+    std::span<const std::byte> stashed_;
+
+    Request* replies_ = nullptr;
+    Request** replies_tail_ = &replies_;
+    SendBatch* batch_ = nullptr;  // being sent
+
+    Hook hook_;
+    Receiving receive_op_;
+    Other payload_op_;
+    Other send_op_;
+};
+
+}  // namespace varve::nbdserver

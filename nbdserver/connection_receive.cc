@@ -1,0 +1,175 @@
+// Connection: receiving, in the order in which bytes pass, up to the request that is run.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "nbdserver/connection_impl.h"
+
+namespace varve::nbdserver {
+namespace {
+
+// From here on the rest of a payload is received in place; below, copying is cheaper.
+constexpr uint32_t kDirectBytesMin = 32 << 10;
+// The payload of a WRITE over the limit is read and thrown away, so that the stream goes on, up to
+// this many times the limit. A client that asks for more loses its connection.
+constexpr uint64_t kSkipFactorMax = 4;
+// When half of the host's memory is in use, a pause shall not stash much.
+constexpr uint32_t kReceiveBytesWhenScarce = 8 << 10;
+}  // namespace
+
+void Connection::Receive() {
+    if (state_ != State::kOpen || paused_) return;
+    if (receive_op_.in_flight() || payload_op_.in_flight()) return;
+    if (filling_ && filling_->length - filled_ >= kDirectBytesMin) {
+        expect_large_ = true;
+        return shared_.reactor.ReceiveAll(payload_op_, fd_,
+                                          filling_->payload.span().subspan(filled_));
+    }
+    uint32_t most = 0;
+    if (expect_large_ && !filling_ && !skip_) {
+        most = sizeof(wire::Request);
+    } else if (shared_.bytes > shared_.limits.host_bytes_max / 2) {
+        most = kReceiveBytesWhenScarce;
+    }
+    expect_large_ = false;
+    shared_.reactor.Receive(receive_op_, fd_, most, requests_ <= 1);
+}
+
+void Connection::OnReceived(int32_t result) {
+    Wake();
+    if (result <= 0) return OnStreamEnd(result);
+    const std::span<const std::byte> rest = Parse(shared_.reactor.Received(receive_op_));
+    if (!rest.empty() && state_ == State::kOpen) Stash(rest);
+    shared_.reactor.ReturnReceived(receive_op_);
+}
+
+void Connection::OnPayload(int32_t result) {
+    Wake();
+    if (result > 0) filled_ += static_cast<uint32_t>(result);
+    if (result <= 0 || filled_ < filling_->length) return OnStreamEnd(std::min(result, 0));
+    if (state_ == State::kDropped) return;
+    Run(std::exchange(filling_, nullptr));
+}
+
+/// The client will send no more. Answers may still be wanted, unless the stream broke.
+void Connection::OnStreamEnd(int32_t result) {
+    if (result < 0) return Drop();
+    if (state_ == State::kOpen) state_ = State::kDraining;
+}
+
+/// Keeps what was received but finds no room now, so that the lent buffer can go back.
+void Connection::Stash(std::span<const std::byte> bytes) {
+    stash_ = shared_.pool.Take(bytes.size());
+    if (!stash_) return Drop();
+    std::memcpy(stash_.data(), bytes.data(), bytes.size());
+    stashed_ = stash_.span();
+    shared_.Hold(stash_.size());
+}
+
+/// Goes on with what had been received when a limit was met.
+void Connection::Resume() {
+    paused_ = false;
+    if (state_ == State::kOpen) stashed_ = Parse(stashed_);
+    if (state_ == State::kOpen && !stashed_.empty()) return;
+    stashed_ = {};
+    shared_.bytes -= stash_.size();
+    stash_.Release();
+    shared_.WakeStarved();
+}
+
+/// Takes requests out of `bytes`. Returns what is left when it had to pause.
+std::span<const std::byte> Connection::Parse(std::span<const std::byte> bytes) {
+    while (state_ == State::kOpen && !paused_) {
+        if (skip_) {
+            const uint64_t skipped = std::min<uint64_t>(skip_, bytes.size());
+            skip_ -= skipped;
+            bytes = bytes.subspan(skipped);
+        } else if (filling_) {
+            bytes = bytes.subspan(TakePayload(bytes));
+        } else {
+            bytes = bytes.subspan(TakeHeader(bytes));
+        }
+        if (bytes.empty() && header_bytes_ < sizeof header_) break;
+    }
+    return bytes;
+}
+
+/// Returns how many bytes it used. A complete header that finds no room stays where it is.
+size_t Connection::TakeHeader(std::span<const std::byte> bytes) {
+    if (header_bytes_ == 0 && bytes.size() >= sizeof header_) {
+        return Accept(bytes.data()) ? sizeof header_ : 0;
+    }
+    const size_t used = std::min(sizeof header_ - header_bytes_, bytes.size());
+    std::memcpy(header_.data() + header_bytes_, bytes.data(), used);
+    header_bytes_ += used;
+    if (header_bytes_ == sizeof header_ && Accept(header_.data())) header_bytes_ = 0;
+    return used;
+}
+
+size_t Connection::TakePayload(std::span<const std::byte> bytes) {
+    const size_t used = std::min<size_t>(filling_->length - filled_, bytes.size());
+    std::memcpy(filling_->payload.data() + filled_, bytes.data(), used);
+    filled_ += static_cast<uint32_t>(used);
+    if (filled_ == filling_->length) Run(std::exchange(filling_, nullptr));
+    return used;
+}
+
+/// Begins the request of `header`. False: there is no room for it now, ask again later.
+bool Connection::Accept(const std::byte* header) {
+    Request* request = shared_.TakeRequest();
+    if (!Decode(header, *request)) {
+        shared_.ReturnRequest(request);
+        Drop();
+        return true;
+    }
+    if (request->type == wire::kCmdDisconnect) {
+        shared_.ReturnRequest(request);
+        state_ = State::kDraining;
+        return true;
+    }
+    request->error = Validate(*request, rules_, volume_.size(), volume_.read_only());
+    request->charge = request->error ? 0 : MemoryNeeded(*request);
+    if (!HasRoom(request->charge)) {
+        shared_.ReturnRequest(request);
+        paused_ = true;
+        return false;
+    }
+    request->connection = this;
+    ++requests_;
+    bytes_ += request->charge;
+    shared_.Hold(request->charge + kRequestBytes);
+    const bool payload = request->type == wire::kCmdRead || request->type == wire::kCmdWrite;
+    if (payload && request->charge) {
+        request->payload = shared_.pool.Take(request->length);
+        if (!request->payload) request->error = ENOMEM;
+    }
+    if (request->type == wire::kCmdWrite && request->length) {
+        AcceptWrite(request);
+    } else {
+        Run(request);
+    }
+    return true;
+}
+
+void Connection::AcceptWrite(Request* request) {
+    if (!request->error) {
+        filling_ = request;
+        filled_ = 0;
+        return;
+    }
+    skip_ = request->length;
+    if (skip_ > rules_.payload_max * kSkipFactorMax) Drop();
+    Run(request);
+}
+
+bool Connection::HasRoom(uint64_t charge) {
+    if (requests_ == 0) return true;  // always one, or stuck clients could stop the others
+    const ConnectionLimits& limits = shared_.limits;
+    if (requests_ >= limits.requests_max || bytes_ + charge > limits.bytes_max) return false;
+    if (shared_.bytes + charge + kRequestBytes <= limits.host_bytes_max) return true;
+    if (!starved_) shared_.starved.push_back(this);
+    starved_ = true;
+    return false;
+}
+
+}  // namespace varve::nbdserver
