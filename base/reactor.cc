@@ -36,9 +36,11 @@ Result<std::unique_ptr<Reactor>> Reactor::Start(ReactorOptions options) {
     reactor->state_->thread = std::thread([self = reactor.get(), &started] {
         State& state = *self->state_;
         pthread_setname_np(pthread_self(), state.options.name.substr(0, 15).c_str());
-        // Signals are for the thread that waits for them.
+        // Signals are for the thread that waits for them, but for the one that a failed access to
+        // mapped memory causes: nobody else can get that.
         sigset_t all;
         sigfillset(&all);
+        sigdelset(&all, SIGBUS);
         pthread_sigmask(SIG_BLOCK, &all, nullptr);
         current_reactor = self;
         Status set_up = state.SetUp();

@@ -29,6 +29,8 @@ int OpenAgain(int fd) {
 Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, FileTraits traits,
                                                     const ConnectionLimits& limits) {
     std::unique_ptr<DataPlane> plane(new DataPlane);
+    std::shared_ptr<const FileMapping> mapping;
+    if (traits.in_memory) mapping = FileMapping::Map(fd);
     for (unsigned i = 0; i < threads; ++i) {
         ReactorOptions options;
         options.name = fmt::format("reactor{}", i);
@@ -38,7 +40,7 @@ Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, Fi
         lane.reactor = std::move(reactor.value());
         lane.fd = OpenAgain(fd);
         if (lane.fd < 0) return SystemError(errno, "cannot open the data file again");
-        lane.store = std::make_unique<RingStore>(*lane.reactor, lane.fd, traits);
+        lane.store = std::make_unique<RingStore>(*lane.reactor, lane.fd, traits, mapping);
         lane.host = std::make_unique<ConnectionHost>(*lane.reactor, limits);
     }
     return plane;

@@ -68,8 +68,9 @@ struct RingStore::Transfer : Op, Runnable {
     std::vector<iovec> rest;  // what is left after a short step
 };
 
-RingStore::RingStore(Reactor& reactor, int fd, FileTraits traits)
-    : reactor_(reactor), fd_(fd), traits_(traits) {}
+RingStore::RingStore(Reactor& reactor, int fd, FileTraits traits,
+                     std::shared_ptr<const FileMapping> mapping)
+    : reactor_(reactor), fd_(fd), traits_(traits), mapping_(std::move(mapping)) {}
 
 RingStore::~RingStore() {
     VARVE_CHECK(in_flight_ == 0);
@@ -133,7 +134,18 @@ void RingStore::Step(Transfer& transfer) {
     }
 }
 
+bool RingStore::ReadMapped(const iovec* vectors, uint32_t count, uint64_t offset) {
+    for (uint32_t i = 0; i < count; ++i) {
+        if (!mapping_->Read(offset, vectors[i].iov_base, vectors[i].iov_len)) return false;
+        offset += vectors[i].iov_len;
+    }
+    return true;
+}
+
 /// Does it at once. One call moves less than 2 GiB.
+///
+/// Only reads use the mapping. A write by memcpy could be torn anywhere by kill -9; a system call
+/// is not interrupted inside a page, so that a sector is old or new.
 int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32_t count,
                            uint64_t offset) {
     const int n = static_cast<int>(count);
@@ -142,6 +154,9 @@ int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32
     ssize_t result = 0;
     switch (kind) {
         case cow::BlockIo::Kind::kRead:
+            if (mapping_ && ReadMapped(vectors, count, offset)) {
+                return static_cast<int32_t>(BytesOf(vectors, count));
+            }
             result = one ? pread(fd_, vectors->iov_base, vectors->iov_len, at)
                          : preadv(fd_, vectors, n, at);
             break;

@@ -7,6 +7,7 @@
 
 #include "base/reactor.h"
 #include "cow/stores.h"
+#include "nbdserver/file_mapping.h"
 
 namespace varve::nbdserver {
 
@@ -28,7 +29,9 @@ Result<FileTraits> ProbeFile(int fd, bool direct);
 class RingStore : public cow::BlockStore {
   public:
     /// `fd` stays the caller's and open until the store is gone. REQUIRES: traits as probed.
-    RingStore(Reactor& reactor, int fd, FileTraits traits);
+    /// `mapping`: of that file, if it is in memory; null: reads are system calls.
+    RingStore(Reactor& reactor, int fd, FileTraits traits,
+              std::shared_ptr<const FileMapping> mapping = nullptr);
     /// REQUIRES: nothing in flight. Any thread, once the reactor no longer uses it.
     ~RingStore() override;
 
@@ -43,6 +46,7 @@ class RingStore : public cow::BlockStore {
 
     Transfer* Take();
     void Step(Transfer& transfer);
+    bool ReadMapped(const iovec* vectors, uint32_t count, uint64_t offset);
     int32_t MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32_t count, uint64_t offset);
     void Advance(Transfer& transfer, int32_t result);
     void Finish(Transfer& transfer, Errno error);
@@ -50,6 +54,7 @@ class RingStore : public cow::BlockStore {
     Reactor& reactor_;
     const int fd_;
     const FileTraits traits_;
+    const std::shared_ptr<const FileMapping> mapping_;
     Transfer* unused_ = nullptr;  // recycled
     uint64_t in_flight_ = 0;
 };

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -28,7 +29,12 @@ class Fixture {
         Result<std::unique_ptr<Reactor>> reactor = Reactor::Start({});
         VARVE_CHECK(reactor.ok());
         reactor_ = std::move(reactor.value());
-        store_ = std::make_unique<RingStore>(*reactor_, fd, traits);
+        std::shared_ptr<const FileMapping> mapping;
+        if (traits.in_memory) {
+            mapping = FileMapping::Map(fd);
+            EXPECT_TRUE(mapping);
+        }
+        store_ = std::make_unique<RingStore>(*reactor_, fd, traits, mapping);
     }
     ~Fixture() {
         reactor_->Stop();
@@ -151,6 +157,47 @@ TEST(RingStore, TransfersInMemory) {
     EXPECT_TRUE(traits.in_memory);
     EXPECT_EQ(traits.alignment, 1u);
     CheckTransfers(fd, traits);
+}
+
+TEST(RingStore, AFileInMemoryMayGrowAndShrinkUnderItsMapping) {
+    const int fd = memfd_create("varve", MFD_CLOEXEC);
+    ASSERT_EQ(ftruncate(fd, 4096), 0);
+    Fixture fixture(fd, Probe(fd, false));
+    std::string read(8192, 'r');
+    EXPECT_EQ(fixture.Run(Kind::kRead, 0, {{read.data(), 4096}}), 0);
+    EXPECT_EQ(read, std::string(4096, 0) + std::string(4096, 'r'));
+
+    const std::string written(8192, 'w');
+    ASSERT_EQ(pwrite(fd, written.data(), 8192, 1 << 20), 8192);
+    EXPECT_EQ(fixture.Run(Kind::kRead, 1 << 20, {{read.data(), 1}, {&read[1], 8191}}), 0);
+    EXPECT_EQ(read, written);
+
+    ASSERT_EQ(ftruncate(fd, 4096), 0);
+    for (int i = 0; i < 3; ++i) {
+        EXPECT_EQ(fixture.Run(Kind::kRead, 1 << 20, {{read.data(), 4096}}), EIO);
+        EXPECT_EQ(fixture.Run(Kind::kRead, 0, {{read.data(), 4096}, {&read[4096], 4096}}), EIO);
+    }
+    EXPECT_EQ(fixture.Run(Kind::kRead, uint64_t{1} << 60, {{read.data(), 4096}}), EIO);
+    EXPECT_EQ(fixture.Run(Kind::kRead, 0, {{read.data(), 4096}}), 0);
+    EXPECT_EQ(read.substr(0, 4096), std::string(4096, 0));
+}
+
+TEST(RingStoreDeathTest, ABusErrorElsewhereEndsTheProgramAsUsual) {
+    const int fd = memfd_create("varve", MFD_CLOEXEC);
+    ASSERT_EQ(ftruncate(fd, 4096), 0);
+    const std::shared_ptr<FileMapping> mapping = FileMapping::Map(fd);
+    ASSERT_TRUE(mapping);
+    char byte = 0;
+    EXPECT_FALSE(mapping->Read(8192, &byte, 1));
+    const auto* stray =
+        static_cast<const volatile char*>(mmap(nullptr, 4096, PROT_READ, MAP_SHARED, fd, 4096));
+    ASSERT_NE(static_cast<const volatile void*>(stray), MAP_FAILED);
+    const auto touch_stray_page = [stray] {
+        struct rlimit no_core {};
+        setrlimit(RLIMIT_CORE, &no_core);
+        (void)*stray;
+    };
+    EXPECT_EXIT(touch_stray_page(), testing::KilledBySignal(SIGBUS), "");
 }
 
 TEST(RingStore, MoreVectorsThanTheSystemTakesAtOnce) {

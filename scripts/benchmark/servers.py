@@ -94,14 +94,12 @@ class Server:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory_bytes(self):
-        """Resident memory now."""
+        """Resident memory now, without pages of files on tmpfs, which are the file system's."""
         if not self.process:
             return 0
         with open(f"/proc/{self.process.pid}/status") as status:
-            for line in status:
-                if line.startswith("VmRSS:"):
-                    return int(line.split()[1]) * 1024
-        return 0
+            return sum(int(line.split()[1]) * 1024 for line in status
+                       if line.startswith(("RssAnon:", "RssFile:")))
 
 
 class RawFile(Server):
