@@ -38,11 +38,14 @@ namespace {
 /// a unix socket measured 1.4 times slower. The system caps it (net.core.wmem_max). TCP sizes its
 /// buffers by itself, better than a fixed number.
 void EnlargeSendBuffer(int fd) {
-    int domain = 0;
-    socklen_t length = sizeof domain;
-    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) != 0 || domain != AF_UNIX) return;
     const int bytes = 4 << 20;
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+}
+
+bool IsUnixSocket(int fd) {
+    int domain = 0;
+    socklen_t length = sizeof domain;
+    return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0 && domain == AF_UNIX;
 }
 
 }  // namespace
@@ -69,6 +72,7 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
                        cow::Volume& volume, std::function<void()> ended)
     : shared_(*host.shared_),
       fd_(fd),
+      local_(IsUnixSocket(fd)),
       volume_(volume),
       counters_(std::move(options.counters)),
       ended_(std::move(ended)) {
@@ -79,6 +83,8 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
     if (!counters_) counters_ = std::make_shared<ConnectionCounters>();
 
     hook_.connection = receive_op_.connection = payload_op_.connection = send_op_.connection = this;
+    rest_op_.connection = this;
+    rest_op_.done = [](Op* op, int32_t) { static_cast<Resting*>(op)->connection->Wake(); };
     hook_.run = [](BatchHook* h) { static_cast<Hook*>(h)->connection->OnBatchEnd(); };
     receive_op_.done = [](Op* op, int32_t result) {
         static_cast<Receiving*>(op)->connection->OnReceived(result);
@@ -90,7 +96,7 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
         static_cast<Other*>(op)->connection->OnSent(result);
     };
 
-    EnlargeSendBuffer(fd);
+    if (local_) EnlargeSendBuffer(fd);
     if (!options.received.empty()) {
         Stash(options.received);
         paused_ = true;
@@ -120,7 +126,8 @@ void Connection::OnBatchEnd() {
 
 bool Connection::Finished() const {
     return state_ != State::kOpen && requests_ == 0 && !hook_.queued() &&
-           !receive_op_.in_flight() && !payload_op_.in_flight() && !send_op_.in_flight();
+           !receive_op_.in_flight() && !payload_op_.in_flight() && !send_op_.in_flight() &&
+           !rest_op_.in_flight();
 }
 
 void Connection::Finish() {

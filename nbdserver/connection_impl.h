@@ -94,6 +94,8 @@ class Connection {
 
     // Receiving, in the order in which bytes pass.
     void Receive();
+    bool ShallRest();
+    void Rest();
     void OnReceived(int32_t result);
     void OnPayload(int32_t result);
     void OnStreamEnd(int32_t result);
@@ -133,10 +135,14 @@ class Connection {
     struct Other : Op {
         Connection* connection = nullptr;
     };
+    struct Resting : TimerOp {
+        Connection* connection = nullptr;
+    };
 
     // Fixed from the start.
     Shared& shared_;
     const int fd_;
+    const bool local_;  // a unix socket
     cow::Volume& volume_;
     RequestRules rules_;
     std::shared_ptr<ConnectionCounters> counters_;
@@ -146,8 +152,16 @@ class Connection {
     bool paused_ = false;        // a limit was met, or there is a stash to begin with
     bool starved_ = false;       // stands in shared_.starved
     bool expect_large_ = false;  // the last payload was received directly
+    bool rested_ = false;        // just now
     uint32_t requests_ = 0;      // in flight
     uint64_t bytes_ = 0;         // in flight
+
+    // When to rest.
+    uint64_t arrived_ = 0;        // requests
+    uint64_t arrived_then_ = 0;   // before the last receive
+    uint64_t replied_bytes_ = 0;  // by the last send
+    uint32_t rest_checks_ = 0;    // receives until the next look at what the client has not read
+    uint32_t rest_pause_ = 0;     // and from then on to the one after, if it is not behind
 
     std::array<std::byte, sizeof(wire::Request)> header_;  // one that arrives in pieces
     size_t header_bytes_ = 0;
@@ -163,6 +177,7 @@ class Connection {
 
     Hook hook_;
     Receiving receive_op_;
+    Resting rest_op_;
     Other payload_op_;
     Other send_op_;
 };

@@ -1,4 +1,7 @@
 // Connection: receiving, in the order in which bytes pass, up to the request that is run.
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -15,16 +18,43 @@ constexpr uint32_t kDirectBytesMin = 32 << 10;
 constexpr uint64_t kSkipFactorMax = 4;
 // When half of the host's memory is in use, a pause shall not stash much.
 constexpr uint32_t kReceiveBytesWhenScarce = 8 << 10;
+// A receive that brings fewer requests than this makes a rest worthwhile.
+constexpr uint64_t kFewRequests = 8;
+constexpr int64_t kRestNanoseconds = 40'000;
+constexpr uint32_t kRestPauseMax = 64;
+constexpr uint64_t kUnreadOverhead = 2048;  // what the system counts for each piece it holds
+
 }  // namespace
+
+/// Whether the client has several replies to read before it can miss anything. Then requests that
+/// it sends one by one shall not wake this thread one by one: each wake-up costs the client more
+/// than the request itself, and this side two entries into the kernel.
+bool Connection::ShallRest() {
+    const uint64_t came = arrived_ - std::exchange(arrived_then_, arrived_);
+    if (std::exchange(rested_, false) || !local_ || came >= kFewRequests) return false;
+    if (rest_checks_ > 0) return --rest_checks_, false;
+    int unread = 0;
+    const bool behind = ioctl(fd_, SIOCOUTQ, &unread) == 0 &&
+                        static_cast<uint64_t>(unread) > 4 * (replied_bytes_ + kUnreadOverhead);
+    rest_pause_ = behind ? 0 : std::min(rest_pause_ * 2 + 1, kRestPauseMax);
+    rest_checks_ = rest_pause_;
+    return behind;
+}
+
+void Connection::Rest() {
+    rested_ = true;
+    shared_.reactor.StartTimer(rest_op_, kRestNanoseconds);
+}
 
 void Connection::Receive() {
     if (state_ != State::kOpen || paused_) return;
-    if (receive_op_.in_flight() || payload_op_.in_flight()) return;
+    if (receive_op_.in_flight() || payload_op_.in_flight() || rest_op_.in_flight()) return;
     if (filling_ && filling_->length - filled_ >= kDirectBytesMin) {
         expect_large_ = true;
         return shared_.reactor.ReceiveAll(payload_op_, fd_,
                                           filling_->payload.span().subspan(filled_));
     }
+    if (ShallRest()) return Rest();
     uint32_t most = 0;
     if (expect_large_ && !filling_ && !skip_) {
         most = sizeof(wire::Request);
@@ -136,6 +166,7 @@ bool Connection::Accept(const std::byte* header) {
     }
     request->connection = this;
     ++requests_;
+    ++arrived_;
     bytes_ += request->charge;
     shared_.Hold(request->charge + kRequestBytes);
     const bool payload = request->type == wire::kCmdRead || request->type == wire::kCmdWrite;

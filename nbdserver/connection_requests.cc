@@ -108,6 +108,7 @@ void Connection::SendReplies() {
     }
     *tail = nullptr;
     if (!replies_) replies_tail_ = &replies_;
+    replied_bytes_ = batch_->bytes;
     batch_->message.msg_iov = batch_->pieces.data();
     batch_->message.msg_iovlen = count;
     shared_.reactor.SendAll(send_op_, fd_, batch_->message);

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <libnbd.h>
 #include <malloc.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -545,6 +546,23 @@ TEST_F(ConnectionTest, RepliesOfABatchLeaveTogether) {
         for (int i = 0; i < 100; ++i) EXPECT_EQ(client.Next().error, 0u);
     }
     EXPECT_LT(reactor_->enters() - before, 20u * 10);
+}
+
+/// A client that does not read what it gets, while each request comes when the one before has been
+/// answered: the connection rests before each receive, and must wake up by itself.
+TEST_F(ConnectionTest, AClientThatIsBehindWithReadingIsServed) {
+    Client& client = Connect();
+    constexpr uint64_t kRequests = 200;
+    const uint64_t reply_bytes = 4096 + sizeof(wire::SimpleReply);
+    for (uint64_t i = 0; i < kRequests; ++i) {
+        client.SendBytes(client.Prepare(wire::kCmdRead, i * 4096, 4096, i));
+        int waiting = 0;
+        while (waiting < static_cast<int>((i + 1) * reply_bytes)) {
+            ASSERT_EQ(ioctl(client.fd(), FIONREAD, &waiting), 0);
+            std::this_thread::yield();
+        }
+    }
+    for (uint64_t i = 0; i < kRequests; ++i) EXPECT_EQ(client.Next().cookie, i);
 }
 
 TEST_F(ConnectionTest, RequestsThatCameWithTheLastOptionAreServedFirst) {
