@@ -15,6 +15,8 @@ namespace varve::nbdserver {
 namespace {
 
 constexpr uint32_t kVectorsMax = 1024;  // IOV_MAX: more leave as several transfers
+// Neighbours leave as one transfer of at most so many bytes.
+constexpr uint64_t kJoinedBytesMax = 256 << 10;
 
 uint64_t BytesOf(const iovec* vectors, uint32_t count) {
     uint64_t bytes = 0;
@@ -58,19 +60,28 @@ Result<FileTraits> ProbeFile(int fd, bool direct) {
     return traits;
 }
 
+/// One transfer of the system's, for one BlockIo or for several that lie side by side.
 struct RingStore::Transfer : Op, Runnable {
     RingStore* store = nullptr;
     Transfer* following = nullptr;  // among the unused
-    cow::BlockIo* io = nullptr;
-    uint64_t moved = 0;       // bytes that are done
-    uint64_t total = 0;       // bytes
-    int32_t result = 0;       // of the last step, in memory only
+    cow::BlockIo::Kind kind = cow::BlockIo::Kind::kRead;
+    uint64_t offset = 0;
+    uint64_t moved = 0;  // bytes that are done
+    uint64_t total = 0;  // bytes
+    std::vector<cow::BlockIo*> ios;
+    std::vector<iovec> vectors;
     std::vector<iovec> rest;  // what is left after a short step
+    int32_t result = 0;       // of the last step, in memory only
 };
 
 RingStore::RingStore(Reactor& reactor, int fd, FileTraits traits,
                      std::shared_ptr<const FileMapping> mapping)
-    : reactor_(reactor), fd_(fd), traits_(traits), mapping_(std::move(mapping)) {}
+    : reactor_(reactor), fd_(fd), traits_(traits), mapping_(std::move(mapping)) {
+    start_pending_.store = this;
+    start_pending_.run = [](Runnable* self) {
+        static_cast<StartPending*>(self)->store->FlushPending();
+    };
+}
 
 RingStore::~RingStore() {
     VARVE_CHECK(in_flight_ == 0);
@@ -95,40 +106,76 @@ RingStore::Transfer* RingStore::Take() {
     return transfer;
 }
 
+void RingStore::Return(Transfer& transfer) {
+    transfer.following = unused_;
+    unused_ = &transfer;
+}
+
 void RingStore::Submit(cow::BlockIo& io) {
     VARVE_CHECK(IsAligned(io, traits_.alignment));
-    Transfer& transfer = *Take();
     ++in_flight_;
-    transfer.io = &io;
+    const uint64_t bytes = BytesOf(io.vectors, io.vector_count);
+    const bool at_once = io.kind == cow::BlockIo::Kind::kSync || bytes > kJoinedBytesMax / 2 ||
+                         (io.kind == cow::BlockIo::Kind::kRead && mapping_);
+    if (at_once) return Step(Begin(io, bytes));
+    if (!pending_.empty() && Join(*pending_.back(), io, bytes)) return;
+    if (pending_.empty()) reactor_.Post(&start_pending_);
+    pending_.push_back(&Begin(io, bytes));
+}
+
+RingStore::Transfer& RingStore::Begin(cow::BlockIo& io, uint64_t bytes) {
+    Transfer& transfer = *Take();
+    transfer.kind = io.kind;
+    transfer.offset = io.offset;
     transfer.moved = 0;
-    transfer.total = BytesOf(io.vectors, io.vector_count);
-    Step(transfer);
+    transfer.total = bytes;
+    transfer.ios.assign(1, &io);
+    transfer.vectors.assign(io.vectors, io.vectors + io.vector_count);
+    return transfer;
+}
+
+/// Whether `io` goes on where `transfer` ends, and is part of it now.
+bool RingStore::Join(Transfer& transfer, cow::BlockIo& io, uint64_t bytes) {
+    if (transfer.kind != io.kind || transfer.offset + transfer.total != io.offset ||
+        transfer.total + bytes > kJoinedBytesMax ||
+        transfer.vectors.size() + io.vector_count > kVectorsMax) {
+        return false;
+    }
+    transfer.total += bytes;
+    transfer.ios.push_back(&io);
+    transfer.vectors.insert(transfer.vectors.end(), io.vectors, io.vectors + io.vector_count);
+    return true;
+}
+
+void RingStore::FlushPending() {
+    // Completions come later, so nothing is added meanwhile.
+    for (Transfer* transfer : pending_) Step(*transfer);
+    pending_.clear();
 }
 
 /// Starts what is left of `transfer`; Advance() gets the result.
 void RingStore::Step(Transfer& transfer) {
-    const cow::BlockIo& io = *transfer.io;
-    const iovec* vectors = io.vectors;
-    uint32_t count = io.vector_count;
+    const iovec* vectors = transfer.vectors.data();
+    size_t count = transfer.vectors.size();
     if (transfer.moved) {
-        transfer.rest.assign(io.vectors, io.vectors + io.vector_count);
+        transfer.rest = transfer.vectors;
         uint64_t skip = transfer.moved;
         auto first = transfer.rest.begin();
         while (skip >= first->iov_len) skip -= first++->iov_len;
         first->iov_base = static_cast<std::byte*>(first->iov_base) + skip;
         first->iov_len -= skip;
         vectors = &*first;
-        count = static_cast<uint32_t>(transfer.rest.end() - first);
+        count = static_cast<size_t>(transfer.rest.end() - first);
     }
-    count = std::min(count, kVectorsMax);
-    const uint64_t offset = io.offset + transfer.moved;
+    const auto n = static_cast<uint32_t>(std::min<size_t>(count, kVectorsMax));
+    const uint64_t offset = transfer.offset + transfer.moved;
     if (traits_.in_memory) {
-        transfer.result = MoveNow(io.kind, vectors, count, offset);
+        transfer.result = MoveNow(transfer.kind, vectors, n, offset);
         reactor_.Post(&transfer);
-    } else if (io.kind == cow::BlockIo::Kind::kRead) {
-        reactor_.Read(transfer, fd_, vectors, count, offset);
-    } else if (io.kind == cow::BlockIo::Kind::kWrite) {
-        reactor_.Write(transfer, fd_, vectors, count, offset);
+    } else if (transfer.kind == cow::BlockIo::Kind::kRead) {
+        reactor_.Read(transfer, fd_, vectors, n, offset);
+    } else if (transfer.kind == cow::BlockIo::Kind::kWrite) {
+        reactor_.Write(transfer, fd_, vectors, n, offset);
     } else {
         reactor_.DataSync(transfer, fd_);
     }
@@ -174,7 +221,7 @@ int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32
 void RingStore::Advance(Transfer& transfer, int32_t result) {
     if (result == -EINTR || result == -EAGAIN) return Step(transfer);
     if (result < 0) return Finish(transfer, -result);
-    if (transfer.io->kind == cow::BlockIo::Kind::kSync) return Finish(transfer, 0);
+    if (transfer.kind == cow::BlockIo::Kind::kSync) return Finish(transfer, 0);
     // The rest of a direct transfer must begin aligned again: an odd tail is done twice.
     const uint64_t mask = traits_.alignment - 1;
     const uint64_t moved = transfer.moved + static_cast<uint32_t>(result);
@@ -185,12 +232,19 @@ void RingStore::Advance(Transfer& transfer, int32_t result) {
 }
 
 void RingStore::Finish(Transfer& transfer, Errno error) {
-    cow::BlockIo& io = *transfer.io;
-    --in_flight_;
-    transfer.following = unused_;
-    unused_ = &transfer;
-    io.error = error;
-    io.done(&io);
+    // Whom the error concerns is seen when each goes alone.
+    const bool again = error != 0 && transfer.ios.size() > 1;
+    finishing_.swap(transfer.ios);  // the transfer may be taken again by who is told
+    Return(transfer);
+    for (cow::BlockIo* io : finishing_) {
+        if (again) {
+            Step(Begin(*io, BytesOf(io->vectors, io->vector_count)));
+            continue;
+        }
+        --in_flight_;
+        io->error = error;
+        io->done(io);
+    }
 }
 
 }  // namespace varve::nbdserver

@@ -1,9 +1,12 @@
 // RingStore: the engine's block store on a file or block device, through a reactor's ring.
+// What is submitted in one turn of the reactor and lies side by side in the file leaves as one
+// transfer: first writes after a snapshot do, wherever on the disk they are.
 // Not the owner of the file, and not the source of its space (cow::SpaceStore).
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "base/reactor.h"
 #include "cow/stores.h"
@@ -44,7 +47,15 @@ class RingStore : public cow::BlockStore {
   private:
     struct Transfer;  // the ring's side of a BlockIo
 
+    struct StartPending : Runnable {
+        RingStore* store = nullptr;
+    };
+
     Transfer* Take();
+    void Return(Transfer& transfer);
+    Transfer& Begin(cow::BlockIo& io, uint64_t bytes);
+    bool Join(Transfer& transfer, cow::BlockIo& io, uint64_t bytes);
+    void FlushPending();
     void Step(Transfer& transfer);
     bool ReadMapped(const iovec* vectors, uint32_t count, uint64_t offset);
     int32_t MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32_t count, uint64_t offset);
@@ -55,7 +66,10 @@ class RingStore : public cow::BlockStore {
     const int fd_;
     const FileTraits traits_;
     const std::shared_ptr<const FileMapping> mapping_;
-    Transfer* unused_ = nullptr;  // recycled
+    Transfer* unused_ = nullptr;      // recycled
+    std::vector<Transfer*> pending_;  // of this turn; not started
+    StartPending start_pending_;
+    std::vector<cow::BlockIo*> finishing_;  // of one transfer
     uint64_t in_flight_ = 0;
 };
 

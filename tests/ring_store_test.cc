@@ -237,6 +237,63 @@ TEST(RingStore, AWriteBeyondTheFileSizeLimitFails) {
     EXPECT_EQ(fixture.Run(Kind::kWrite, 0, {{text.data(), 4096}}), 0);
 }
 
+std::vector<Fixture::Waited> SideBySide(Kind kind, std::vector<iovec>& vectors) {
+    std::vector<Fixture::Waited> ios(vectors.size());
+    uint64_t offset = 0;
+    for (size_t i = 0; i < ios.size(); ++i) {
+        ios[i].kind = kind;
+        ios[i].offset = offset;
+        ios[i].vectors = &vectors[i];
+        ios[i].vector_count = 1;
+        offset += vectors[i].iov_len;
+    }
+    return ios;
+}
+
+TEST(RingStore, NeighboursLeaveAsOneTransfer) {
+    int fds[2];
+    ASSERT_EQ(pipe2(fds, O_DIRECT), 0);  // each write is a packet
+    std::string first(512, 'a'), second(1024, 'b'), apart(512, 'c');
+    std::vector<iovec> vectors = {{first.data(), 512}, {second.data(), 1024}, {apart.data(), 512}};
+    Fixture fixture(fds[1], FileTraits{});
+    std::vector<Fixture::Waited> ios = SideBySide(Kind::kWrite, vectors);
+    ios[2].offset += 512;
+    EXPECT_EQ(fixture.Run(ios), std::vector<Errno>(3, 0));
+    std::string packet(4096, 0);
+    EXPECT_EQ(read(fds[0], packet.data(), packet.size()), 1536);
+    EXPECT_EQ(packet.substr(0, 1536), first + second);
+    EXPECT_EQ(read(fds[0], packet.data(), packet.size()), 512);
+    close(fds[0]);
+}
+
+TEST(RingStore, OfNeighboursOnlyThoseFailThatAreConcerned) {
+    std::string written(4 * 4096, 'w'), got(4 * 4096, 0);
+    std::vector<iovec> in, out;
+    for (size_t i = 0; i < 4; ++i) {
+        out.push_back({&written[i * 4096], 4096});
+        in.push_back({&got[i * 4096], 4096});
+    }
+    const std::vector<Errno> no_growth = {0, 0, EPERM, EPERM}, at_the_end = {0, 0, EIO, EIO};
+    {
+        const int fd = memfd_create("varve", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        ASSERT_EQ(ftruncate(fd, 2 * 4096), 0);
+        ASSERT_EQ(fcntl(fd, F_ADD_SEALS, F_SEAL_GROW), 0);
+        Fixture fixture(fd, Probe(fd, false));
+        std::vector<Fixture::Waited> writes = SideBySide(Kind::kWrite, out);
+        EXPECT_EQ(fixture.Run(writes), no_growth);
+        std::vector<Fixture::Waited> reads = SideBySide(Kind::kRead, in);
+        EXPECT_EQ(fixture.Run(reads), at_the_end);
+        EXPECT_EQ(got.substr(0, 2 * 4096), written.substr(0, 2 * 4096));
+    }
+    const int fd = TemporaryFile(0);
+    ASSERT_EQ(write(fd, written.data(), 2 * 4096), 2 * 4096);
+    Fixture fixture(fd, Probe(fd, false));
+    got.assign(got.size(), 0);
+    std::vector<Fixture::Waited> reads = SideBySide(Kind::kRead, in);
+    EXPECT_EQ(fixture.Run(reads), at_the_end);
+    EXPECT_EQ(got.substr(0, 2 * 4096), written.substr(0, 2 * 4096));
+}
+
 /// A pipe of packets in the place of the file gives short reads: one packet for each. The store
 /// then must ask for the rest from an aligned place on.
 TEST(RingStore, ContinuesShortTransfersAtAlignedPlaces) {
