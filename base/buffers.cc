@@ -1,6 +1,5 @@
 #include "base/buffers.h"
 
-#include <bit>
 #include <cstdlib>
 
 namespace varve {
@@ -13,11 +12,6 @@ constexpr bool kRecycle = true;
 #endif
 
 }  // namespace
-
-unsigned BufferPool::ClassOf(size_t bytes) {
-    if (bytes <= kAlignment) return 0;
-    return static_cast<unsigned>(std::bit_width(bytes - 1)) - 12;
-}
 
 BufferPool::~BufferPool() {
     VARVE_CHECK(taken_bytes_ == 0);

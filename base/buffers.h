@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -59,6 +60,9 @@ class BufferPool {
     /// REQUIRES: every buffer is back.
     ~BufferPool();
 
+    /// Bytes of memory that a buffer of `bytes` > 0 takes.
+    static size_t Rounded(size_t bytes) { return kAlignment << ClassOf(bytes); }
+
     /// `bytes` > 0 of memory with unspecified content; an empty Buffer if the system has none.
     Buffer Take(size_t bytes);
 
@@ -72,7 +76,10 @@ class BufferPool {
     };
     // Classes are powers of two from 4 KiB to 64 MiB; larger buffers are not kept.
     static constexpr unsigned kClasses = 15;
-    static unsigned ClassOf(size_t bytes);
+    static unsigned ClassOf(size_t bytes) {
+        if (bytes <= kAlignment) return 0;
+        return static_cast<unsigned>(std::bit_width(bytes - 1)) - 12;
+    }
     void Return(std::byte* data, size_t size);
 
     const size_t kept_bytes_max_;

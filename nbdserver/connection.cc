@@ -4,7 +4,8 @@
 // copied from there into an aligned buffer; what is missing of a large one is received straight
 // into it (ReceiveAll), and then the next receive asks for a header only, so that the payload
 // behind it can go the direct way too. While a limit is exceeded (`stash_` holds what was received
-// already) nothing is received: the client's socket fills up and it waits.
+// already) nothing is received: the client's socket fills up and it waits. The limits are its own,
+// or those of the memory that all connections of a reactor share (memory_budget.h).
 //
 // Running. Each request is a coroutine on the volume; they run side by side and finish in any
 // order, which the protocol allows.
@@ -24,6 +25,7 @@
 //
 //   connection.cc           beginning and end           connection_receive.cc   receiving
 //   connection_host.cc      what connections share      connection_requests.cc  running, replying
+//   connection_stall.cc     clients that keep others waiting
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -85,6 +87,8 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
     hook_.connection = receive_op_.connection = payload_op_.connection = send_op_.connection = this;
     rest_op_.connection = this;
     rest_op_.done = [](Op* op, int32_t) { static_cast<Resting*>(op)->connection->Wake(); };
+    share_.connection = this;
+    share_.wake = [](MemoryBudget::Share* s) { static_cast<Share*>(s)->connection->Wake(); };
     hook_.run = [](BatchHook* h) { static_cast<Hook*>(h)->connection->OnBatchEnd(); };
     receive_op_.done = [](Op* op, int32_t result) {
         static_cast<Receiving*>(op)->connection->OnReceived(result);
@@ -131,8 +135,8 @@ bool Connection::Finished() const {
 }
 
 void Connection::Finish() {
-    if (starved_) std::erase(shared_.starved, this);
     std::erase(shared_.all, this);
+    if (shared_.all.empty()) shared_.reactor.Cancel(shared_.watch);
     const std::function<void()> ended = std::move(ended_);
     delete this;
     if (ended) ended();

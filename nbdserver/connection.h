@@ -25,14 +25,16 @@ namespace varve::nbdserver {
 class Connection;
 
 /// Bounds on what clients can make the server hold. Over a bound a connection stops receiving
-/// until replies have left; nothing fails. A connection without anything in flight is always
-/// granted one request, however much others hold: stuck clients stop nobody.
+/// until replies have left; nothing fails. How connections share the memory: memory_budget.h. One
+/// without anything in flight is always granted a request of 16 KiB; larger ones may wait for
+/// others, and meanwhile whoever holds memory but does not take or send its bytes is closed.
 struct ConnectionLimits {
     uint32_t payload_max = 32 << 20;       // bytes of one READ or WRITE; over it: EINVAL
     uint32_t requests_max = 1024;          // in flight, for each connection
     uint64_t bytes_max = 64 << 20;         // payloads in flight, for each connection
     uint64_t host_bytes_max = 512 << 20;   // memory in flight, all connections of a reactor
     uint64_t unused_bytes_max = 64 << 20;  // pooled memory kept for later, for each reactor
+    uint64_t stall_ms_max = 5000;          // without progress, while others wait for its memory
 };
 
 /// What `client.list` shows. Written by the connection's reactor, readable from every thread.

@@ -6,7 +6,8 @@ namespace varve::nbdserver {
 namespace {
 
 constexpr unsigned kUnusedRequestsMax = 4096;
-constexpr size_t kKeptMapMax = 64;  // stretches whose memory an unused request keeps
+constexpr unsigned kUnusedBatchesMax = 256;  // of 16 KiB each
+constexpr size_t kKeptMapMax = 64;           // stretches whose memory an unused request keeps
 
 template <typename T>
 void DeleteList(T* head) {
@@ -16,7 +17,15 @@ void DeleteList(T* head) {
 }  // namespace
 
 ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l)
-    : reactor(r), limits(l), pool(l.unused_bytes_max) {}
+    : reactor(r),
+      limits(l),
+      pool(l.unused_bytes_max),
+      budget(l.host_bytes_max, kSmallRequestBytes) {
+    watch.shared = this;
+    watch.done = [](Op* op, int32_t result) {
+        static_cast<Watch*>(op)->shared->LookForStalled(result);
+    };
+}
 
 ConnectionHost::Shared::~Shared() {
     DeleteList(unused_requests);
@@ -37,11 +46,13 @@ void ConnectionHost::Shared::ReturnRequest(Request* request) {
     request->next = std::exchange(unused_requests, request);
 }
 
-void ConnectionHost::Shared::WakeStarved() {
-    // Some room at once, so that not every single reply wakes everybody.
-    if (starved.empty() || bytes > limits.host_bytes_max - limits.host_bytes_max / 8) return;
-    for (Connection* connection : starved) connection->NoLongerStarved();
-    starved.clear();
+void ConnectionHost::Shared::ReturnBatch(SendBatch* batch) {
+    if (unused_batch_count >= kUnusedBatchesMax) {
+        delete batch;
+        return;
+    }
+    ++unused_batch_count;
+    batch->next = std::exchange(unused_batches, batch);
 }
 
 ConnectionHost::ConnectionHost(Reactor& reactor, ConnectionLimits limits)

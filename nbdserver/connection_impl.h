@@ -18,6 +18,7 @@
 #include "base/reactor.h"
 #include "base/task.h"
 #include "nbdserver/connection.h"
+#include "nbdserver/memory_budget.h"
 #include "nbdserver/request.h"
 #include "nbdserver/wire.h"
 
@@ -26,14 +27,19 @@ namespace varve::nbdserver {
 constexpr size_t kSendPiecesMax = 1024;  // IOV_MAX
 // What a request costs besides its payload, roughly: its state and the frames of its coroutines.
 constexpr uint64_t kRequestBytes = 2048;
+// A request with a payload of 16 KiB, whatever its reply looks like.
+constexpr uint64_t kSmallRequestBytes = 24 << 10;
 static_assert(kReplyPiecesMax <= kSendPiecesMax);
 
 /// What one send needs until it is complete.
 struct SendBatch {
     SendBatch* next = nullptr;  // among the unused
     msghdr message{};
-    uint64_t bytes = 0;
     Request* requests = nullptr;  // whose replies these are
+    size_t first = 0;             // of the pieces that are being sent
+    size_t end = 0;               // of all pieces
+    uint64_t bytes = 0;           // being sent
+    uint64_t cut = 0;             // bytes of the last piece being sent that are not sent yet
     std::array<iovec, kSendPiecesMax> pieces;
 };
 
@@ -51,11 +57,15 @@ struct ConnectionHost::Shared {
 
     SendBatch* TakeBatch() {
         if (!unused_batches) return new SendBatch;
+        --unused_batch_count;
         return std::exchange(unused_batches, unused_batches->next);
     }
-    void ReturnBatch(SendBatch* batch) { batch->next = std::exchange(unused_batches, batch); }
+    void ReturnBatch(SendBatch* batch);
 
-    void WakeStarved();
+    /// From now on, while somebody waits for memory, closes who holds it and does nothing.
+    void WatchStalled();
+    void LookForStalled(int32_t timer_result);
+
     void Hold(uint64_t more) {
         bytes += more;
         if (bytes > peak.load(std::memory_order_relaxed)) {
@@ -66,13 +76,21 @@ struct ConnectionHost::Shared {
     Reactor& reactor;
     const ConnectionLimits limits;
     BufferPool pool;
-    uint64_t bytes = 0;              // in flight
+    MemoryBudget budget;             // of requests
+    uint64_t bytes = 0;              // held by requests, and received but not begun
+    uint64_t received_bytes = 0;     // received but not begun, or what receives may bring
     std::atomic<uint64_t> peak = 0;  // of `bytes`, since somebody asked
     Request* unused_requests = nullptr;
     unsigned unused_request_count = 0;
     SendBatch* unused_batches = nullptr;
-    std::vector<Connection*> starved;  // wait for others to give memory back
+    unsigned unused_batch_count = 0;
     std::vector<Connection*> all;
+
+    struct Watch : TimerOp {
+        Shared* shared = nullptr;
+    };
+    Watch watch;
+    bool watch_begins = false;  // its next look only notes how far everybody is
 };
 
 class Connection {
@@ -83,10 +101,9 @@ class Connection {
 
     void Drop();
     void Wake() { shared_.reactor.AtBatchEnd(hook_); }
-    void NoLongerStarved() {
-        starved_ = false;
-        Wake();
-    }
+    /// Looks whether it holds what others wait for while its client neither takes nor sends: true
+    /// if that was so long enough. `first`: begins to count.
+    bool Stalled(bool first);
 
   private:
     using Shared = ConnectionHost::Shared;
@@ -105,7 +122,8 @@ class Connection {
     size_t TakeHeader(std::span<const std::byte> bytes);
     size_t TakePayload(std::span<const std::byte> bytes);
     bool Accept(const std::byte* header);
-    bool HasRoom(uint64_t charge);
+    bool TakeMemory(Request& request);
+    uint32_t MostToReceive();
     void AcceptWrite(Request* request);
 
     // Running.
@@ -116,6 +134,7 @@ class Connection {
     // Replying.
     void Reply(Request* request);
     void SendReplies();
+    void SendPieces();
     void OnSent(int32_t result);
     void CountReply(const Request& request);
     void DropUnwanted();
@@ -138,6 +157,18 @@ class Connection {
     struct Resting : TimerOp {
         Connection* connection = nullptr;
     };
+    struct Share : MemoryBudget::Share {
+        Connection* connection = nullptr;
+    };
+    /// How far a client has taken its replies, or sent a payload.
+    struct Progress {
+        void Add(uint64_t more_bytes);
+        bool Stalled(bool due, uint64_t more_bytes, bool first);
+
+        uint64_t bytes = 0;  // only grows
+        uint64_t seen_bytes = 0;
+        unsigned looks = 0;  // since it grew
+    };
 
     // Fixed from the start.
     Shared& shared_;
@@ -150,11 +181,11 @@ class Connection {
 
     State state_ = State::kOpen;
     bool paused_ = false;        // a limit was met, or there is a stash to begin with
-    bool starved_ = false;       // stands in shared_.starved
     bool expect_large_ = false;  // the last payload was received directly
     bool rested_ = false;        // just now
     uint32_t requests_ = 0;      // in flight
-    uint64_t bytes_ = 0;         // in flight
+    uint64_t bytes_ = 0;         // of payloads in flight
+    Share share_;                // of the budget
 
     // When to rest.
     uint64_t arrived_ = 0;        // requests
@@ -168,12 +199,17 @@ class Connection {
     uint64_t skip_ = 0;           // bytes of a refused payload that are still to come
     Request* filling_ = nullptr;  // a WRITE whose payload is not complete
     uint32_t filled_ = 0;         // bytes of it
+    uint32_t piece_ = 0;          // bytes of it that are being received
+    uint32_t expected_ = 0;       // bytes that receive_op_ may bring
     Buffer stash_;                // received before the pause
     std::span<const std::byte> stashed_;
 
     Request* replies_ = nullptr;
     Request** replies_tail_ = &replies_;
     SendBatch* batch_ = nullptr;  // being sent
+
+    Progress taken_;  // of replies
+    Progress given_;  // of payloads that are received in place
 
     Hook hook_;
     Receiving receive_op_;

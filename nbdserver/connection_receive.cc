@@ -16,8 +16,15 @@ constexpr uint32_t kDirectBytesMin = 32 << 10;
 // The payload of a WRITE over the limit is read and thrown away, so that the stream goes on, up to
 // this many times the limit. A client that asks for more loses its connection.
 constexpr uint64_t kSkipFactorMax = 4;
-// When half of the host's memory is in use, a pause shall not stash much.
+// What a receive may bring has to be kept if the connection must pause then, so it is bounded for
+// all together: half of it for whoever comes first, half for those with requests under way. Beyond
+// it a receive brings little.
+constexpr uint32_t kReceiveBytes = 256 << 10;
 constexpr uint32_t kReceiveBytesWhenScarce = 8 << 10;
+constexpr uint64_t kReceivedBytesMax = 64 << 20;
+// Of a payload that is received in place: so much at a time, so that progress shows, and so that no
+// turn of the reactor has to copy all of it.
+constexpr uint32_t kPieceBytes = 1 << 20;
 // A receive that brings fewer requests than this makes a rest worthwhile.
 constexpr uint64_t kFewRequests = 8;
 constexpr int64_t kRestNanoseconds = 40'000;
@@ -51,22 +58,29 @@ void Connection::Receive() {
     if (receive_op_.in_flight() || payload_op_.in_flight() || rest_op_.in_flight()) return;
     if (filling_ && filling_->length - filled_ >= kDirectBytesMin) {
         expect_large_ = true;
+        piece_ = filling_->length - filled_;
+        if (piece_ >= kPieceBytes + kDirectBytesMin) piece_ = kPieceBytes;
         return shared_.reactor.ReceiveAll(payload_op_, fd_,
-                                          filling_->payload.span().subspan(filled_));
+                                          filling_->payload.span().subspan(filled_, piece_));
     }
     if (ShallRest()) return Rest();
-    uint32_t most = 0;
-    if (expect_large_ && !filling_ && !skip_) {
-        most = sizeof(wire::Request);
-    } else if (shared_.bytes > shared_.limits.host_bytes_max / 2) {
-        most = kReceiveBytesWhenScarce;
-    }
+    expected_ = MostToReceive();
+    shared_.received_bytes += expected_;
     expect_large_ = false;
-    shared_.reactor.Receive(receive_op_, fd_, most, requests_ <= 1);
+    shared_.reactor.Receive(receive_op_, fd_, expected_, requests_ <= 1);
+}
+
+uint32_t Connection::MostToReceive() {
+    if (expect_large_ && !filling_ && !skip_) return sizeof(wire::Request);
+    uint64_t most = std::min(kReceivedBytesMax, shared_.limits.host_bytes_max / 8);
+    if (requests_ <= 1) most /= 2;
+    const bool room = shared_.received_bytes + kReceiveBytes <= most;
+    return room ? kReceiveBytes : kReceiveBytesWhenScarce;
 }
 
 void Connection::OnReceived(int32_t result) {
     Wake();
+    shared_.received_bytes -= expected_;
     if (result <= 0) return OnStreamEnd(result);
     const std::span<const std::byte> rest = Parse(shared_.reactor.Received(receive_op_));
     if (!rest.empty() && state_ == State::kOpen) Stash(rest);
@@ -75,9 +89,10 @@ void Connection::OnReceived(int32_t result) {
 
 void Connection::OnPayload(int32_t result) {
     Wake();
-    if (result > 0) filled_ += static_cast<uint32_t>(result);
-    if (result <= 0 || filled_ < filling_->length) return OnStreamEnd(std::min(result, 0));
-    if (state_ == State::kDropped) return;
+    if (result != static_cast<int32_t>(piece_)) return OnStreamEnd(std::min(result, 0));
+    filled_ += piece_;
+    given_.Add(piece_);
+    if (state_ == State::kDropped || filled_ < filling_->length) return;
     Run(std::exchange(filling_, nullptr));
 }
 
@@ -94,6 +109,7 @@ void Connection::Stash(std::span<const std::byte> bytes) {
     std::memcpy(stash_.data(), bytes.data(), bytes.size());
     stashed_ = stash_.span();
     shared_.Hold(stash_.size());
+    shared_.received_bytes += BufferPool::Rounded(stash_.size());
 }
 
 /// Goes on with what had been received when a limit was met.
@@ -103,8 +119,8 @@ void Connection::Resume() {
     if (state_ == State::kOpen && !stashed_.empty()) return;
     stashed_ = {};
     shared_.bytes -= stash_.size();
+    shared_.received_bytes -= BufferPool::Rounded(stash_.size());
     stash_.Release();
-    shared_.WakeStarved();
 }
 
 /// Takes requests out of `bytes`. Returns what is left when it had to pause.
@@ -158,17 +174,14 @@ bool Connection::Accept(const std::byte* header) {
         return true;
     }
     request->error = Validate(*request, rules_, volume_.size(), volume_.read_only());
-    request->charge = request->error ? 0 : MemoryNeeded(*request);
-    if (!HasRoom(request->charge)) {
+    request->charge = request->error ? 0 : MemoryNeeded(*request, rules_.structured_replies);
+    if (!TakeMemory(*request)) {
         shared_.ReturnRequest(request);
         paused_ = true;
         return false;
     }
     request->connection = this;
-    ++requests_;
     ++arrived_;
-    bytes_ += request->charge;
-    shared_.Hold(request->charge + kRequestBytes);
     const bool payload = request->type == wire::kCmdRead || request->type == wire::kCmdWrite;
     if (payload && request->charge) {
         request->payload = shared_.pool.Take(request->length);
@@ -193,14 +206,22 @@ void Connection::AcceptWrite(Request* request) {
     Run(request);
 }
 
-bool Connection::HasRoom(uint64_t charge) {
-    if (requests_ == 0) return true;  // always one, or stuck clients could stop the others
+/// Counts the request, if its memory is within the limits now.
+bool Connection::TakeMemory(Request& request) {
     const ConnectionLimits& limits = shared_.limits;
-    if (requests_ >= limits.requests_max || bytes_ + charge > limits.bytes_max) return false;
-    if (shared_.bytes + charge + kRequestBytes <= limits.host_bytes_max) return true;
-    if (!starved_) shared_.starved.push_back(this);
-    starved_ = true;
-    return false;
+    const bool over =
+        requests_ >= limits.requests_max || bytes_ + request.charge > limits.bytes_max;
+    if (over && requests_ > 0) return false;
+    const uint64_t bytes = request.charge + kRequestBytes;
+    request.fund = shared_.budget.Take(share_, bytes);
+    if (request.fund == MemoryBudget::Fund::kNone) {
+        shared_.WatchStalled();
+        return false;
+    }
+    ++requests_;
+    bytes_ += request.charge;
+    shared_.Hold(bytes);
+    return true;
 }
 
 }  // namespace varve::nbdserver

@@ -95,27 +95,50 @@ void Connection::Reply(Request* request) {
 void Connection::SendReplies() {
     if (send_op_.in_flight() || !replies_) return;
     batch_ = shared_.TakeBatch();
-    batch_->bytes = 0;
+    uint64_t bytes = 0;
     Request** tail = &batch_->requests;
     size_t count = 0;
     while (replies_ && count + replies_->pieces.size() <= kSendPiecesMax &&
-           (count == 0 || batch_->bytes + replies_->reply_bytes <= kSendBytesMax)) {
+           (count == 0 || bytes + replies_->reply_bytes <= kSendBytesMax)) {
         Request* request = std::exchange(replies_, replies_->next);
         *tail = request;
         tail = &request->next;
         for (const iovec& piece : request->pieces) batch_->pieces[count++] = piece;
-        batch_->bytes += request->reply_bytes;
+        bytes += request->reply_bytes;
     }
     *tail = nullptr;
     if (!replies_) replies_tail_ = &replies_;
-    replied_bytes_ = batch_->bytes;
-    batch_->message.msg_iov = batch_->pieces.data();
-    batch_->message.msg_iovlen = count;
-    shared_.reactor.SendAll(send_op_, fd_, batch_->message);
+    replied_bytes_ = bytes;
+    batch_->first = 0;
+    batch_->end = count;
+    SendPieces();
+}
+
+/// Sends what is left of the batch, or as much as may leave at once.
+void Connection::SendPieces() {
+    SendBatch& batch = *batch_;
+    size_t end = batch.first;
+    uint64_t bytes = 0;
+    while (end < batch.end && bytes < kSendBytesMax) bytes += batch.pieces[end++].iov_len;
+    batch.cut = bytes > kSendBytesMax ? bytes - kSendBytesMax : 0;
+    batch.bytes = bytes - batch.cut;
+    batch.pieces[end - 1].iov_len -= batch.cut;
+    batch.message.msg_iov = &batch.pieces[batch.first];
+    batch.message.msg_iovlen = end - batch.first;
+    batch.first = batch.cut ? end - 1 : end;
+    shared_.reactor.SendAll(send_op_, fd_, batch.message);
 }
 
 void Connection::OnSent(int32_t result) {
-    if (result < 0 || static_cast<uint32_t>(result) != batch_->bytes) Drop();
+    Wake();
+    const bool all = result >= 0 && static_cast<uint32_t>(result) == batch_->bytes;
+    if (!all) Drop();
+    taken_.Add(batch_->bytes);
+    if (all && batch_->first < batch_->end && state_ != State::kDropped) {
+        iovec& next = batch_->pieces[batch_->first];
+        if (batch_->cut) next = {static_cast<char*>(next.iov_base) + next.iov_len, batch_->cut};
+        return SendPieces();
+    }
     SendBatch* sent = std::exchange(batch_, nullptr);
     for (Request* request = sent->requests; request;) {
         Release(std::exchange(request, request->next));
@@ -126,6 +149,7 @@ void Connection::OnSent(int32_t result) {
 /// Gives up what nobody will finish or read any more.
 void Connection::DropUnwanted() {
     if (state_ == State::kOpen) return;
+    shared_.budget.Leave(share_);
     if (filling_ && !payload_op_.in_flight()) Release(std::exchange(filling_, nullptr));
     if (state_ == State::kDraining) return;
     while (replies_) Release(std::exchange(replies_, replies_->next));
@@ -136,8 +160,8 @@ void Connection::Release(Request* request) {
     --requests_;
     bytes_ -= request->charge;
     shared_.bytes -= request->charge + kRequestBytes;
+    shared_.budget.GiveBack(share_, request->fund, request->charge + kRequestBytes);
     shared_.ReturnRequest(request);
-    shared_.WakeStarved();
     Wake();
 }
 

@@ -179,6 +179,14 @@ const Setting kSettings[] = {
     {"request-memory", "SIZE", Form::kOnce,
      [](Options& o, Text t) { return SetSize(o.bytes_in_flight_max, t, 64 * kMiB, kTiB); },
      "payloads in flight in all (default 1G)"},
+    {"stall-timeout", "S", Form::kOnce,
+     [](Options& o, Text t) {
+         uint64_t seconds = 0;
+         const Status status = SetCount(seconds, t, 1, 3600);
+         if (status.ok()) o.connection.stall_ms_max = seconds * 1000;
+         return status;
+     },
+     "seconds that a client may hold memory others wait for, and do nothing (default 5)"},
     {"admin-connections-max", "N", Form::kOnce,
      [](Options& o, Text t) { return SetCount(o.admin_connections_max, t, 1, 10'000); },
      "connections to the admin socket (default 128)"},

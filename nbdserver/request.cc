@@ -9,6 +9,8 @@ namespace {
 // A hole costs a chunk of its own; a reply with more chunks than this sends the rest as data.
 constexpr size_t kChunksMax = 256;
 constexpr uint64_t kHoleBytesMin = 4096;
+// In a reply of several chunks, for each: its pieces and its header.
+constexpr size_t kLayoutBytes = 2 * sizeof(iovec) + sizeof(wire::OffsetHoleChunk);
 static_assert(kChunksMax * 2 <= kReplyPiecesMax);
 
 uint16_t AllowedFlags(const Request& request, const RequestRules& rules) {
@@ -156,8 +158,7 @@ void BuildRead(Request& request, BufferPool& pool) {
             map.resize(kChunksMax);
             map.back() = {request.length - before, false};
         }
-        const size_t chunk_bytes = 2 * sizeof(iovec) + sizeof(wire::OffsetHoleChunk);
-        request.layout = pool.Take(map.size() * chunk_bytes);
+        request.layout = pool.Take(map.size() * kLayoutBytes);
         if (request.layout) return BuildFragments(request);
     }
     SetHead(request,
@@ -165,10 +166,14 @@ void BuildRead(Request& request, BufferPool& pool) {
     AddPayload(request);
 }
 
+size_t StatusBytes(size_t extents) {
+    return sizeof(wire::BlockStatusChunk) + extents * sizeof(wire::Extent);
+}
+
 void BuildStatus(Request& request, const RequestRules& rules, BufferPool& pool) {
     std::vector<cow::Allocation>& map = request.map;
     Simplify(map, 0);
-    const size_t bytes = sizeof(wire::BlockStatusChunk) + map.size() * sizeof(wire::Extent);
+    const size_t bytes = StatusBytes(map.size());
     if (!map.empty()) request.layout = pool.Take(bytes);
     if (!request.layout) {
         request.error = map.empty() ? EIO : ENOMEM;
@@ -221,15 +226,24 @@ Errno Validate(const Request& request, const RequestRules& rules, uint64_t size,
     return 0;
 }
 
-uint64_t MemoryNeeded(const Request& request) {
+uint64_t MemoryNeeded(const Request& request, bool structured_replies) {
+    const uint32_t length = request.length;
     switch (request.type) {
-        case wire::kCmdRead:
+        case wire::kCmdRead: {
+            if (length == 0) return 0;
+            const uint64_t payload = BufferPool::Rounded(length);
+            if (!structured_replies || length <= kHoleBytesMin) return payload;
+            const uint64_t stretches = length / cow::kBlockBytes + 2;
+            const uint64_t chunks = std::min<uint64_t>(stretches, kChunksMax);
+            return payload + stretches * sizeof(cow::Allocation) +
+                   BufferPool::Rounded(chunks * kLayoutBytes);
+        }
         case wire::kCmdWrite:
-            return (uint64_t{request.length} + BufferPool::kAlignment - 1) &
-                   ~(BufferPool::kAlignment - 1);
+            return length ? BufferPool::Rounded(length) : 0;
         case wire::kCmdBlockStatus:
             if (request.flags & wire::kFlagReqOne) return 0;
-            return kStatusExtentsMax * (sizeof(cow::Allocation) + sizeof(wire::Extent));
+            return kStatusExtentsMax * sizeof(cow::Allocation) +
+                   BufferPool::Rounded(StatusBytes(kStatusExtentsMax));
         default:
             return 0;
     }

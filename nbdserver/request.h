@@ -14,6 +14,7 @@
 #include "base/buffers.h"
 #include "base/result.h"
 #include "cow/types.h"
+#include "nbdserver/memory_budget.h"
 #include "nbdserver/wire.h"
 
 namespace varve::nbdserver {
@@ -45,8 +46,9 @@ struct Request {
     uint16_t type = 0;
 
     Errno error = 0;
-    uint64_t charge = 0;  // bytes of memory it counts for
-    Buffer payload;       // of a WRITE, or what a READ answers
+    uint64_t charge = 0;  // bytes of memory it counts for, besides itself
+    MemoryBudget::Fund fund = MemoryBudget::Fund::kNone;  // which pays for them
+    Buffer payload;                                       // of a WRITE, or what a READ answers
     std::vector<cow::Allocation> map;
 
     // The reply as sent: `pieces` point into `head`, `payload` and `layout`.
@@ -63,8 +65,8 @@ bool Decode(const std::byte* header, Request& request);
 /// Whether `request` may be run on an export of `size` bytes: 0, or the error to answer with.
 Errno Validate(const Request& request, const RequestRules& rules, uint64_t size, bool read_only);
 
-/// Bytes of memory that running a valid `request` takes.
-uint64_t MemoryNeeded(const Request& request);
+/// Bytes of memory that running and answering a valid `request` takes.
+uint64_t MemoryNeeded(const Request& request, bool structured_replies);
 
 /// An errno value as one of the protocol's errors; what it does not have becomes kErrorIo.
 wire::Error WireError(Errno error);

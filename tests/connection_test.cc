@@ -786,6 +786,7 @@ TEST_F(ConnectionTest, ManyClientsThatNeverReadHoldABoundedAmountTogether) {
 TEST_F(ConnectionTest, StuckClientsDoNotStopOthers) {
     ConnectionLimits limits;
     limits.host_bytes_max = 8 * kMiB;
+    limits.stall_ms_max = 100;
     Start(limits);
     for (int stuck = 0; stuck < 3; ++stuck) {
         Client& client = Connect();
@@ -793,13 +794,75 @@ TEST_F(ConnectionTest, StuckClientsDoNotStopOthers) {
         for (uint64_t i = 0; i < 10; ++i) stream += Client::Header(wire::kCmdRead, 0, kMiB, i);
         client.SendBytes(stream);
     }
-    Until([&] { return host_->bytes_in_flight() > 7 * kMiB; });
+    Until([&] { return volume_->calls["read"] >= 3; });
     Client& client = Connect();
     std::string stream;
     for (uint64_t i = 0; i < 10; ++i) stream += client.Prepare(wire::kCmdRead, 0, kMiB, i);
     client.SendBytes(stream);
     for (int i = 0; i < 10; ++i) EXPECT_EQ(client.Next().data.size(), kMiB);
-    EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), 12u * kMiB);
+    EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), 9u * kMiB);
+}
+
+TEST_F(ConnectionTest, SmallRequestsDoNotWaitForMemoryThatStuckClientsHold) {
+    ConnectionLimits limits;
+    limits.host_bytes_max = 8 * kMiB;
+    limits.stall_ms_max = 3'600'000;  // nobody is closed
+    Start(limits);
+    for (int stuck = 0; stuck < 40; ++stuck) {
+        std::string stream;
+        for (uint64_t i = 0; i < 10; ++i) stream += Client::Header(wire::kCmdRead, 0, kMiB, i);
+        Connect().SendBytes(stream);
+    }
+    Until([&] { return host_->bytes_in_flight() > 2 * kMiB; });
+    Client& client = Connect(Structured());
+    const std::string text = Pattern(16 << 10, 6);
+    for (int i = 0; i < 50; ++i) {
+        EXPECT_EQ(client.Ask(wire::kCmdWrite, 0, 16 << 10, 0, text).error, 0u);
+        EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 16 << 10).data, text);
+    }
+    for (size_t i = 0; i < 40; ++i) EXPECT_FALSE(served_[i].over);
+}
+
+TEST_F(ConnectionTest, AnnouncedPayloadsThatDoNotComeHoldABoundedAmountAndAreGivenUp) {
+    ConnectionLimits limits;
+    limits.host_bytes_max = 64 * kMiB;
+    limits.stall_ms_max = 100;
+    Start(limits);
+    constexpr uint64_t kStuck = 30;
+    for (uint64_t i = 0; i < kStuck; ++i) {
+        Client& client = Connect();
+        client.SendBytes(Client::Header(wire::kCmdWrite, 0, 32 * kMiB, 1));
+        if (i % 2) client.SendBytes(std::string(50'000, 'x'));
+    }
+    Client& client = Connect();
+    for (uint32_t i = 0; i < 100; ++i) {
+        EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 4096).error, 0u);
+        EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), 66u * kMiB);
+    }
+    const std::string text = Pattern(32 * kMiB, 7);
+    EXPECT_EQ(client.Ask(wire::kCmdWrite, 0, 32 * kMiB, 0, text).error, 0u);
+    EXPECT_TRUE(client.Ask(wire::kCmdRead, 0, 32 * kMiB).data == text);
+    EXPECT_EQ(On([&] { return volume_->calls["write"]; }), 1u);
+}
+
+TEST_F(ConnectionTest, WhatIsReceivedButNotBegunIsBoundedForAllTogether) {
+    ConnectionLimits limits;
+    limits.host_bytes_max = 16 * kMiB;
+    limits.requests_max = 1;
+    Start(limits);
+    constexpr uint64_t kClients = 200;
+    for (uint64_t i = 0; i < kClients; ++i) Connect();
+    Until([&] { return host_->connections() == kClients; });
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    for (uint64_t i = 0; i < 6000; ++i) stream += Client::Header(wire::kCmdFlush, 0, 0, i);
+    for (Client& client : clients_) {
+        ASSERT_EQ(fcntl(client.fd(), F_SETFL, fcntl(client.fd(), F_GETFL) | O_NONBLOCK), 0);
+        client.SendBytes(stream);
+    }
+    Until([&] { return volume_->running() == kClients; });
+    // A request and 8 KiB for each, and an eighth of the memory.
+    EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), kClients * (10 << 10) + 2 * kMiB);
 }
 
 TEST_F(ConnectionTest, ConnectionsShareTheHostsMemoryWhenThereIsLittle) {
@@ -822,6 +885,31 @@ TEST_F(ConnectionTest, ConnectionsShareTheHostsMemoryWhenThereIsLittle) {
     }
     for (std::thread& thread : threads) thread.join();
     EXPECT_EQ(On([&] { return host_->bytes_in_flight(); }), 0u);
+}
+
+TEST_F(ConnectionTest, LargeRepliesAndPayloadsLeaveAndArriveInPieces) {
+    Client& client = Connect(Structured());
+    On([&] { volume_->Map(0, 40 * kMiB, true); });
+    std::string expected = Pattern(40 * kMiB, 8);
+    On([&] { std::memcpy(volume_->data(), expected.data(), expected.size()); });
+    // Whole pieces, a little more and a little less; holes between.
+    for (const uint32_t length :
+         {2 * kMiB - 28, 2 * kMiB, 2 * kMiB + 1, 5 * kMiB + 77, 32 * kMiB}) {
+        EXPECT_TRUE(client.Ask(wire::kCmdRead, 4096, length).data == expected.substr(4096, length));
+    }
+    for (const uint32_t length : {kMiB, kMiB + 28, kMiB + 40'000, 3 * kMiB + 5, 9 * kMiB}) {
+        const std::string text = Pattern(length, length);
+        EXPECT_EQ(client.Ask(wire::kCmdWrite, 777, length, 0, text).error, 0u);
+        expected.replace(777, length, text);
+    }
+    On([&] {
+        for (uint64_t at = 0; at < 20 * kMiB; at += 2 * kMiB) {
+            volume_->Map(at, kMiB, false);
+            std::memset(volume_->data() + at, 0, kMiB);
+        }
+    });
+    for (uint64_t at = 0; at < 20 * kMiB; at += 2 * kMiB) expected.replace(at, kMiB, kMiB, '\0');
+    EXPECT_TRUE(client.Ask(wire::kCmdRead, 0, 32 * kMiB).data == expected.substr(0, 32 * kMiB));
 }
 
 TEST_F(ConnectionTest, AnIdleConnectionCostsLittle) {

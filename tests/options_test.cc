@@ -52,15 +52,39 @@ TEST_F(OptionsTest, DefaultsAreTheContracts) {
     EXPECT_EQ(options.negotiation_timeout_s, 10U);
     EXPECT_EQ(options.negotiation.options_max, 32U);
     EXPECT_EQ(options.negotiation.option_bytes_max, 8192U);
+    EXPECT_EQ(options.connection.stall_ms_max, 5000U);
 }
 
 TEST_F(OptionsTest, EveryOptionIsRead) {
-    const Options options =
-        Good({"--pool=/p",    "--data", "/dev/x",      "--listen",  "0.0.0.0:0",         "--listen",
-              "[::1]:10810",  "--unix", "/a",          "--unix=/b", "--admin",           "/admin",
-              "--threads",    "3",      "--cache",     "buffered",  "--map-cache",       "1G",
-              "--log-format", "json",   "--log-level", "debug",     "--connections-max", "7",
-              "--capacity",   "10G"});
+    const Options options = Good({"--pool=/p",
+                                  "--data",
+                                  "/dev/x",
+                                  "--listen",
+                                  "0.0.0.0:0",
+                                  "--listen",
+                                  "[::1]:10810",
+                                  "--unix",
+                                  "/a",
+                                  "--unix=/b",
+                                  "--admin",
+                                  "/admin",
+                                  "--threads",
+                                  "3",
+                                  "--cache",
+                                  "buffered",
+                                  "--map-cache",
+                                  "1G",
+                                  "--log-format",
+                                  "json",
+                                  "--log-level",
+                                  "debug",
+                                  "--connections-max",
+                                  "7",
+                                  "--capacity",
+                                  "10G",
+                                  "--stall-timeout",
+                                  "9"});
+    EXPECT_EQ(options.connection.stall_ms_max, 9000U);
     EXPECT_EQ(options.data, "/dev/x");
     ASSERT_EQ(options.listen.size(), 2U);
     EXPECT_EQ(options.listen[0].host, "0.0.0.0");

@@ -34,6 +34,7 @@ void VerifyRanges(const Options& o) {
     VARVE_CHECK(o.negotiation_timeout_s >= 1 && o.negotiation_timeout_s <= 3600);
     VARVE_CHECK(o.connection.requests_max >= 1 && o.connection.requests_max <= 65536);
     VARVE_CHECK(o.connection.bytes_max >= 1 << 20);
+    VARVE_CHECK(o.connection.stall_ms_max >= 1000 && o.connection.stall_ms_max <= 3'600'000);
     VARVE_CHECK(o.pool_options.disk_bytes_max >= cow::kBlockBytes);
     VARVE_CHECK(o.pool_options.disk_bytes_max <= cow::kDiskBytesMax);
     VARVE_CHECK(o.admin_connections_max >= 1 && o.admin_connections_max <= 10'000);
@@ -50,7 +51,8 @@ std::string Summary(const Options& o) {
         o.negotiating_max, o.connections_max, o.negotiation.options_max,
         o.negotiation.option_bytes_max, o.negotiation.list_bytes_max, o.connection.requests_max,
         o.connection.bytes_max);
-    text += fmt::format("|{}|{}", o.bytes_in_flight_max, o.admin_connections_max);
+    text += fmt::format("|{}|{}|{}", o.bytes_in_flight_max, o.admin_connections_max,
+                        o.connection.stall_ms_max);
     for (const TcpAddress& address : o.listen) {
         text += fmt::format("|{} {}", address.host, address.port);
     }

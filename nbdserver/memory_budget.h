@@ -1,0 +1,87 @@
+// MemoryBudget: who of many may hold how much of a bounded memory, so that nobody who hoards it
+// keeps others from being served.
+// Not an allocator, and not thread-safe: it only counts.
+//
+// Three funds pay. What a holder asks for is tried in this order:
+//
+//   modest   half of the memory. Granted if the holder then has, of all funds, at most 1/32 of what
+//            is left of it: each holder that takes what it can leaves 32/33 of it to the others.
+//   small    beyond the bound: one small piece for each holder that has nothing.
+//   large    the other half. Granted in the order of asking; the first waits until there is
+//            enough. Nobody overtakes, so large pieces do not starve.
+//
+// Who waits can be paid by the large fund only when those before him have been, and by the modest
+// fund as soon as he asks again.
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <optional>
+
+namespace varve::nbdserver {
+
+class MemoryBudget {
+  public:
+    enum class Fund : uint8_t { kNone, kModest, kSmall, kLarge };
+
+    /// What one holder has. Lives in its owner. REQUIRES at destruction: nothing held, not waiting.
+    class Share {
+      public:
+        Share() = default;
+        Share(const Share&) = delete;
+        Share& operator=(const Share&) = delete;
+        ~Share();
+
+        /// Called when a Take() that found nothing may find something now. It must not call the
+        /// budget: ask again later in the same turn.
+        void (*wake)(Share*) = nullptr;
+
+        uint64_t bytes() const { return bytes_; }  // held
+        bool waiting() const { return place_.has_value(); }
+
+      private:
+        friend class MemoryBudget;
+        using Queue = std::list<Share*>;
+
+        uint64_t bytes_ = 0;
+        uint64_t wanted_ = 0;  // while waiting
+        std::optional<Queue::iterator> place_;
+        std::optional<Queue::iterator> modest_place_;
+    };
+
+    /// At most `bytes_max` bytes are held, and besides `small_bytes_max` for each holder. A piece
+    /// that is larger than the large fund is granted alone.
+    MemoryBudget(uint64_t bytes_max, uint64_t small_bytes_max);
+    /// REQUIRES: nobody holds anything.
+    ~MemoryBudget();
+    MemoryBudget(const MemoryBudget&) = delete;
+
+    /// Which fund pays `bytes` > 0; they are held until GiveBack(). kNone: not now; `share` waits
+    /// and is woken. It asks for the same again, or Leave()s.
+    Fund Take(Share& share, uint64_t bytes);
+    void GiveBack(Share& share, Fund fund, uint64_t bytes);
+
+    /// `share` wants nothing any more.
+    void Leave(Share& share);
+
+    bool anybody_waits() const { return !queue_.empty(); }
+    uint64_t bytes() const { return modest_bytes_ + small_bytes_ + large_bytes_; }
+
+  private:
+    bool ModestFits(const Share& share, uint64_t bytes) const;
+    bool LargeFits(uint64_t bytes) const;
+    void Wait(Share& share, uint64_t bytes);
+    void WakeFirst();
+    void WakeFirstModest();
+
+    const uint64_t modest_bytes_max_;
+    const uint64_t large_bytes_max_;
+    const uint64_t small_bytes_max_;  // of one piece
+    uint64_t modest_bytes_ = 0;
+    uint64_t small_bytes_ = 0;
+    uint64_t large_bytes_ = 0;
+    Share::Queue queue_;         // all who wait, in order
+    Share::Queue modest_queue_;  // those whom the modest fund could pay if half of it were left
+};
+
+}  // namespace varve::nbdserver
