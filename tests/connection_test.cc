@@ -786,7 +786,7 @@ TEST_F(ConnectionTest, ManyClientsThatNeverReadHoldABoundedAmountTogether) {
 TEST_F(ConnectionTest, StuckClientsDoNotStopOthers) {
     ConnectionLimits limits;
     limits.host_bytes_max = 8 * kMiB;
-    limits.stall_ms_max = 100;
+    limits.stall_ms_max = 1000;
     Start(limits);
     for (int stuck = 0; stuck < 3; ++stuck) {
         Client& client = Connect();
@@ -826,9 +826,9 @@ TEST_F(ConnectionTest, SmallRequestsDoNotWaitForMemoryThatStuckClientsHold) {
 TEST_F(ConnectionTest, AnnouncedPayloadsThatDoNotComeHoldABoundedAmountAndAreGivenUp) {
     ConnectionLimits limits;
     limits.host_bytes_max = 64 * kMiB;
-    limits.stall_ms_max = 100;
+    limits.stall_ms_max = 1000;
     Start(limits);
-    constexpr uint64_t kStuck = 30;
+    constexpr uint64_t kStuck = 4;
     for (uint64_t i = 0; i < kStuck; ++i) {
         Client& client = Connect();
         client.SendBytes(Client::Header(wire::kCmdWrite, 0, 32 * kMiB, 1));
