@@ -25,7 +25,7 @@
 //
 //   connection.cc           beginning and end           connection_receive.cc   receiving
 //   connection_host.cc      what connections share      connection_requests.cc  running, replying
-//   connection_stall.cc     clients that keep others waiting
+//   connection_stall.cc     who keeps others waiting    connection_large_read.cc
 #include <sys/socket.h>
 #include <unistd.h>
 

@@ -21,6 +21,10 @@ ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l)
       limits(l),
       pool(l.unused_bytes_max),
       budget(l.host_bytes_max, kSmallRequestBytes) {
+    slice_timer.shared = this;
+    slice_timer.done = [](Op* op, int32_t) {
+        static_cast<SliceTimer*>(op)->shared->OnSliceTimer();
+    };
     watch.shared = this;
     watch.done = [](Op* op, int32_t result) {
         static_cast<Watch*>(op)->shared->LookForStalled(result);

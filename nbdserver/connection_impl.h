@@ -90,6 +90,18 @@ struct ConnectionHost::Shared {
         Shared* shared = nullptr;
     };
     Watch watch;
+
+    // Large reads that wait for a turn of the loop.
+    class SliceTurn;
+    struct SliceTimer : TimerOp {
+        Shared* shared = nullptr;
+    };
+    bool BeginSlice();
+    void OnSliceTimer();
+    SliceTimer slice_timer;
+    SliceTurn* slices_ = nullptr;
+    SliceTurn** slices_tail_ = &slices_;
+    uint64_t slice_turn_ = 0;   // in which the last slice began
     bool watch_begins = false;  // its next look only notes how far everybody is
 };
 
@@ -130,6 +142,7 @@ class Connection {
     void Run(Request* request);
     Task<void> Serve(Request* request);
     Task<Errno> Execute(Request* request);
+    Task<Errno> ReadInSlices(Request* request, std::vector<cow::Allocation>* map);
 
     // Replying.
     void Reply(Request* request);

@@ -46,6 +46,7 @@ Task<Errno> Connection::Execute(Request* request) {
         case wire::kCmdRead: {
             std::vector<cow::Allocation>* map = nullptr;
             if (rules_.structured_replies) map = &request->map;
+            if (length > kReadSliceBytes) return ReadInSlices(request, map);
             return volume_.Read(offset, request->payload.span(), map);
         }
         case wire::kCmdWrite:

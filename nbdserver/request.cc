@@ -226,12 +226,19 @@ Errno Validate(const Request& request, const RequestRules& rules, uint64_t size,
     return 0;
 }
 
+// What small unaligned reads take for a moment counts as part of the request itself.
+constexpr uint32_t kSmallBytes = 16 << 10;
+
 uint64_t MemoryNeeded(const Request& request, bool structured_replies) {
     const uint32_t length = request.length;
     switch (request.type) {
         case wire::kCmdRead: {
             if (length == 0) return 0;
-            const uint64_t payload = BufferPool::Rounded(length);
+            uint64_t payload = BufferPool::Rounded(length);
+            if (length > kSmallBytes && (request.offset | length) % cow::kBlockBytes != 0) {
+                // The volume reads whole blocks and copies.
+                payload += std::min(length, kReadSliceBytes) + 2 * cow::kBlockBytes;
+            }
             if (!structured_replies || length <= kHoleBytesMin) return payload;
             const uint64_t stretches = length / cow::kBlockBytes + 2;
             const uint64_t chunks = std::min<uint64_t>(stretches, kChunksMax);

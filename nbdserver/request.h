@@ -29,6 +29,9 @@ struct RequestRules {
     uint32_t payload_max = wire::kPayloadMax;  // bytes of a READ or WRITE
 };
 
+/// A larger READ is served in slices of this many bytes.
+inline constexpr uint32_t kReadSliceBytes = 1 << 20;
+
 /// Most extents that one BLOCK_STATUS is answered with. The protocol allows less than asked for.
 inline constexpr uint32_t kStatusExtentsMax = 8192;
 

@@ -1,5 +1,5 @@
 // The NBD protocol's numbers and structures, as they stand on the wire.
-// Not their meaning: negotiation.cc and connection.cc have that.
+// Not their meaning: negotiation.cc and request.cc have that.
 // Source: doc/proto.md of github.com/NetworkBlockDevice/nbd.
 #pragma once
 
