@@ -421,11 +421,16 @@ TEST_F(ConnectionTest, TheVolumesErrorsBecomeTheProtocols) {
     Client& structured = Connect(Structured());
     for (const auto& [error, wire_error] : cases) {
         On([&, e = error] {
-            for (const char* call : {"read", "write", "status"}) volume_->errors[call] = e;
+            for (const char* call : {"read", "write", "status", "trim", "zero", "flush"}) {
+                volume_->errors[call] = e;
+            }
         });
         for (Client* client : {&simple, &structured}) {
             EXPECT_EQ(client->Ask(wire::kCmdRead, 0, 4096).error, wire_error);
             EXPECT_EQ(client->Ask(wire::kCmdWrite, 0, 4, 0, "text").error, wire_error);
+            EXPECT_EQ(client->Ask(wire::kCmdTrim, 0, 4096).error, wire_error);
+            EXPECT_EQ(client->Ask(wire::kCmdWriteZeroes, 0, 4096).error, wire_error);
+            EXPECT_EQ(client->Ask(wire::kCmdFlush, 0, 0).error, wire_error);
         }
         EXPECT_EQ(structured.Ask(wire::kCmdBlockStatus, 0, 4096).error, wire_error);
     }

@@ -183,6 +183,38 @@ TEST_F(EngineTest, TrimAndZeroesGiveSpaceBackAndReadAsZeros) {
     }
 }
 
+TEST_F(EngineTest, TheLongestZeroesTrimAndStatusCoverAllTheyName) {
+    constexpr uint64_t kGiB = uint64_t{1} << 30;
+    constexpr uint64_t kLongest = 0xffffffff;  // bytes, what the protocol can ask for
+    Ok(pool().CreateDisk("d", 6 * kGiB));
+    const uint64_t places[] = {0, 64 * kMiB, 128 * kMiB, kGiB, 4 * kGiB - 4096, 5 * kGiB};
+    cow::Volume& v = Volume("d");
+    for (const bool trim : {false, true}) {
+        for (const uint64_t place : places) EXPECT_EQ(0, Write("d", place, 4096, 'a'));
+        std::vector<cow::Allocation> map;
+        EXPECT_EQ(0, Await(scheduler, v.executor(), v.Status(0, kLongest, 1000, &map)));
+        uint64_t bytes = 0, data = 0;
+        for (const cow::Allocation part : map) {
+            bytes += part.length;
+            if (!part.hole) data += part.length;
+        }
+        EXPECT_EQ(kLongest, bytes);
+        EXPECT_EQ(5 * 4096 - 1, data);
+        if (trim) {
+            EXPECT_EQ(0, Await(scheduler, v.executor(), v.Trim(0, kLongest)));
+        } else {
+            EXPECT_EQ(0, Await(scheduler, v.executor(), v.WriteZeroes(0, kLongest, false)));
+        }
+        for (const uint64_t place : {uint64_t{0}, 64 * kMiB, 128 * kMiB, kGiB}) {
+            Expect("d", place, 4096, 0);
+        }
+        // The last byte of that block is not named: a trim leaves such a block as it is.
+        Expect("d", 4 * kGiB - 4096, 4095, trim ? 'a' : 0);
+        Expect("d", 4 * kGiB - 1, 1, 'a');
+        Expect("d", 5 * kGiB, 4096, 'a');
+    }
+}
+
 TEST_F(EngineTest, ResizeGrowsWithZerosAndShrinksForGood) {
     Ok(pool().CreateDisk("d", kMiB));
     EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
