@@ -756,7 +756,7 @@ TEST_F(ConnectionTest, AClientThatNeverReadsHoldsABoundedAmount) {
     Client& client = Connect();
     On([&] { volume_->hold = true; });
     std::string stream;
-    for (uint64_t i = 0; i < 100; ++i) stream += client.Prepare(wire::kCmdRead, i, kMiB, i);
+    for (uint64_t i = 0; i < 100; ++i) stream += client.Prepare(wire::kCmdRead, i * 4096, kMiB, i);
     client.SendBytes(stream);
     Until([&] { return volume_->running() == 4; });
     const uint64_t most = 4 * kMiB + 100'000;  // payloads, and what keeping them takes
