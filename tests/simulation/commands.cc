@@ -1,0 +1,217 @@
+// Commands: those beside clients, and those that need their disks without clients.
+#include "tests/simulation/runner.h"
+
+namespace varve::simulation {
+
+Task<void> Runner::Commands(unsigned count) {
+    co_await Hop(machine_->home());
+    for (unsigned i = 0; i < count && media_.power() && Fine() && !failed_; ++i) {
+        const uint64_t kind = scheduler_.Draw(100);
+        if (kind < 50) {
+            co_await TakeSnapshots();
+        } else if (kind < 90) {
+            co_await DeleteSnapshot();
+        } else {
+            co_await pool().CommitDirty();
+        }
+    }
+    --clients_;
+}
+
+Task<void> Runner::TakeSnapshots() {
+    std::vector<std::string> names;
+    std::vector<std::pair<std::string, std::string>> keys;
+    const bool several = scheduler_.Chance(0.6);
+    for (auto& [name, disk] : disks_) {
+        if (disk.snapshots.size() >= kSnapshotsMax || scheduler_.Chance(0.3)) continue;
+        keys.emplace_back(name, NewName('s'));
+        names.push_back(name + "@" + keys.back().second);
+        if (!several) break;
+    }
+    if (names.empty()) co_return;
+    const Time start = Now();
+    Status s = co_await pool().CreateSnapshots(names);
+    const auto moments = std::make_shared<Moments>(start, time_);
+    for (const auto& [name, snapshot] : keys) {
+        Disk& disk = disks_.at(name);
+        Snapshot taken{disk.model.Cut(start, time_), moments};
+        if (s.ok() && media_.power()) {
+            disk.snapshots.emplace(snapshot, std::move(taken));
+            ++result_.snapshots;
+        } else {
+            uncertain_snapshots_[{name, snapshot}] = {std::move(taken), true};
+        }
+    }
+    if (!s.ok() && options_.faults) failed_ = true;
+    Do(s);
+    if (s.ok()) Answered();
+    if (!s.ok() || !scheduler_.Chance(0.3)) co_return;
+    const auto& [name, snapshot] = keys[scheduler_.Draw(keys.size())];
+    co_await LookAt(name + "@" + snapshot, disks_.at(name), snapshot);
+}
+
+Task<void> Runner::LookAt(std::string full, Disk& disk, std::string snapshot) {
+    const Result<cow::Export> opened = co_await pool().OpenExport(full);
+    if (!opened.ok()) {
+        const bool excused = !media_.power() || options_.faults;
+        if (!excused) Violation("cannot open " + full + ": " + opened.error().message);
+        co_return;
+    }
+    cow::Volume& volume = *opened.value().volume;
+    Buffer data(volume.size(), true);
+    co_await Hop(volume.executor());
+    const Errno error = co_await volume.Read(0, data.span(), nullptr);
+    co_await Hop(machine_->home());
+    co_await pool().CloseExport(opened.value().id);
+    Judge(error, "reading a snapshot");
+    const bool known = error == 0 && media_.power() && disk.snapshots.contains(snapshot);
+    if (known) Verify(full, disk.snapshots.at(snapshot), data.text());
+}
+
+Task<void> Runner::DeleteSnapshot() {
+    for (auto& [name, disk] : disks_) {
+        if (disk.snapshots.empty() || scheduler_.Chance(0.5)) continue;
+        auto victim = disk.snapshots.begin();
+        std::advance(victim, static_cast<std::ptrdiff_t>(scheduler_.Draw(disk.snapshots.size())));
+        const std::string snapshot = victim->first;
+        Status s = co_await pool().DeleteSnapshot(name + "@" + snapshot, false);
+        if (s.ok() && media_.power()) {
+            disk.snapshots.erase(snapshot);
+        } else {
+            uncertain_snapshots_[{name, snapshot}] = {disk.snapshots.at(snapshot), false};
+            if (options_.faults) failed_ = true;
+        }
+        Do(s);
+        if (s.ok()) Answered();
+        co_return;
+    }
+}
+
+Snapshot* Runner::DrawSnapshot(Disk& disk, std::string* name) {
+    if (disk.snapshots.empty()) return nullptr;
+    auto it = disk.snapshots.begin();
+    std::advance(it, static_cast<std::ptrdiff_t>(scheduler_.Draw(disk.snapshots.size())));
+    *name = it->first;
+    return &it->second;
+}
+
+bool Runner::Know(const std::string& disk, const std::string& name, Snapshot& snapshot) {
+    const std::string data = ReadAll(disk + "@" + name);
+    if (!media_.power()) return false;  // nothing was read
+    const int64_t bad = Compare(snapshot.image, data, snapshot.moments.get());
+    if (bad >= 0) Violation("snapshot " + disk + "@" + name + " is wrong");
+    return bad < 0;
+}
+
+void Runner::Restore(const std::string& name, Disk& disk) {
+    std::string from;
+    Snapshot* snapshot = DrawSnapshot(disk, &from);
+    if (!snapshot || !Know(name, from, *snapshot)) return;
+    std::optional<std::string> keep;
+    if (scheduler_.Chance(0.5) && disk.snapshots.size() < kSnapshotsMax) keep = NewName('k');
+    const auto moments = std::make_shared<Moments>(time_, time_);
+    const Snapshot kept{disk.model.Cut(time_, time_), moments};
+    const Image image = snapshot->image;
+    const Status s = machine_->Do(pool().RestoreSnapshot(name + "@" + from, keep, false));
+    if (s.ok() && media_.power()) {
+        if (keep) disk.snapshots.emplace(*keep, kept);
+        disk.model.Settle(image, Now());
+    } else {
+        uncertain_name_ = name;
+        uncertain_image_ = image;
+        if (keep) uncertain_snapshots_[{name, *keep}] = {kept, true};
+    }
+    Do(s);
+}
+
+void Runner::Clone(const std::string& name, Disk& disk) {
+    std::string from;
+    Snapshot* snapshot = DrawSnapshot(disk, &from);
+    if (!snapshot || disks_.size() >= kDisksMax || !Know(name, from, *snapshot)) return;
+    const std::string clone = NewName('c');
+    Disk fresh(snapshot->image.size() * kSectorBytes);
+    fresh.model.Settle(snapshot->image, Now());
+    const Status s = machine_->Do(pool().CloneSnapshot(name + "@" + from, clone));
+    if (s.ok() && media_.power()) {
+        disks_.emplace(clone, std::move(fresh));
+    } else {
+        uncertain_disks_.insert(clone);
+        uncertain_disk_ = std::make_unique<Disk>(std::move(fresh));
+    }
+    Do(s);
+}
+
+void Runner::Resize(const std::string& name, Disk& disk) {
+    const uint64_t before = disk.model.size();
+    const uint64_t size = kSizes[scheduler_.Draw(4)];
+    if (size < before && scheduler_.Chance(0.6)) {
+        // The new size, what it unmaps, the end of it: three commits.
+        Quiet();
+        media_.CutAfter(1 + scheduler_.Draw(3));
+    }
+    ResizeTo(name, disk, size);
+    if (size >= before) return;
+    if (media_.power() && scheduler_.Chance(0.5)) ResizeTo(name, disk, before);
+    if (!media_.power()) grow_ = name;
+}
+
+void Runner::ResizeTo(const std::string& name, Disk& disk, uint64_t size) {
+    const Status s = machine_->Do(pool().ResizeDisk(name, size, true, false));
+    if (s.ok() && media_.power()) {
+        disk.model.Resize(size);
+    } else {
+        uncertain_name_ = name;
+        // Before the crash nothing was under way, but what was not flushed may be lost.
+        Image remains = disk.model.Remains();
+        remains.resize(size / kSectorBytes, {Sector::State()});
+        uncertain_image_ = remains;
+    }
+    Do(s);
+}
+
+void Runner::DeleteDisk(const std::string& name) {
+    if (disks_.size() < 3) return;
+    const Status s = machine_->Do(pool().DeleteDisk(name, true, false));
+    if (s.ok() && media_.power()) {
+        disks_.erase(name);
+    } else {
+        uncertain_disks_.insert(name);
+    }
+    Do(s);
+}
+
+void Runner::DeleteCounted(const std::string& name, Disk& disk) {
+    std::string victim;
+    if (!DrawSnapshot(disk, &victim)) return;
+    const auto info = machine_->Do(pool().ShowSnapshot(name + "@" + victim));
+    if (!Quiet() || !info.ok()) return;
+    const auto before = machine_->Do(pool().GetStatus());
+    const Status s = machine_->Do(pool().DeleteSnapshot(name + "@" + victim, false));
+    if (s.ok() && media_.power()) {
+        disk.snapshots.erase(victim);
+        if (!Quiet()) return;
+        const auto after = machine_->Do(pool().GetStatus());
+        if (media_.power() && before.value().used - after.value().used != info.value().unique) {
+            Violation(fmt::format("{}@{}: unique was {}, deleting freed {}", name, victim,
+                                  info.value().unique, before.value().used - after.value().used));
+        }
+    } else {
+        uncertain_snapshots_[{name, victim}] = {disk.snapshots.at(victim), false};
+    }
+    Do(s);
+}
+
+void Runner::DeleteAndClose(const std::string& name, Disk& disk) {
+    std::string victim;
+    if (!DrawSnapshot(disk, &victim)) return;
+    const Status s = machine_->Do(pool().DeleteSnapshot(name + "@" + victim, false));
+    if (s.ok() && media_.power()) {
+        disk.snapshots.erase(victim);
+    } else {
+        uncertain_snapshots_[{name, victim}] = {disk.snapshots.at(victim), false};
+    }
+    Do(s);
+    reopen_ = true;
+}
+
+}  // namespace varve::simulation

@@ -1,0 +1,203 @@
+// Runner: one simulation: clients, commands, power cuts and restarts, and what was promised.
+// Not the model, which is model.h; not the engine's surroundings, which are world.h.
+//
+// simulation.cc: rounds; clients.cc: requests; commands.cc: commands; settle.cc: what must be
+// there.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <map>
+
+#include "cow/transfers.h"
+#include "tests/simulation/model.h"
+#include "tests/simulation/simulation.h"
+#include "tests/simulation/world.h"
+
+namespace varve::simulation {
+
+inline constexpr uint64_t kDisksMax = 4;
+inline constexpr uint64_t kSnapshotsMax = 6;                                       // of one disk
+inline constexpr uint64_t kSizes[] = {64 << 10, 200 << 10, 300 << 10, 528 << 10};  // up to 3 chunks
+inline constexpr uint64_t kRoomy = 256 << 20;
+/// One region of the allocator: disks take it from each other, and what is freed is soon reused.
+inline constexpr uint64_t kTight = 16 << 20;
+
+struct Snapshot {
+    Image image;
+    std::shared_ptr<Moments> moments;  // of its cut, which other disks may share
+};
+
+struct Disk {
+    explicit Disk(uint64_t size) : model(size) {}
+    ModelDisk model;
+    std::map<std::string, Snapshot> snapshots;
+};
+
+/// Memory whose alignment does not depend on the heap, so that a seed replays.
+class Buffer {
+  public:
+    Buffer(size_t bytes, bool aligned)
+        : memory_(cow::AllocateAligned(bytes + 8)), bytes_(bytes), shift_(aligned ? 0 : 8) {
+        std::memset(span().data(), '?', bytes_);
+    }
+    std::span<std::byte> span() { return {memory_.get() + shift_, bytes_}; }
+    std::string text() { return {reinterpret_cast<char*>(memory_.get()) + shift_, bytes_}; }
+    void Fill(const std::string& text) { std::memcpy(span().data(), text.data(), bytes_); }
+
+  private:
+    cow::AlignedBuffer memory_;
+    const size_t bytes_, shift_;
+};
+
+class Runner {
+  public:
+    explicit Runner(const SimulationOptions& options)
+        : options_(options),
+          scheduler_(options.seed),
+          tight_(scheduler_.Chance(0.5)),
+          media_(scheduler_, tight_ ? kTight : kRoomy) {}
+
+    SimulationResult Run();
+
+  private:
+    bool Fine() const { return result_.violation.empty(); }
+
+    void Violation(const std::string& what) {
+        if (Fine()) result_.violation = fmt::format("seed {}: {}", options_.seed, what);
+    }
+
+    void Do(const Status& s) {
+        if (!s.ok() && media_.power() && !failed_) Violation("refused: " + s.error().message);
+    }
+
+    /// What was promised just now holds from now on: a good moment for the power to fail.
+    void Answered() {
+        if (cut_at_answer_ > 0 && --cut_at_answer_ == 0) media_.Cut();
+    }
+
+    void DrawCut(uint64_t operations, uint64_t answers) {
+        if (scheduler_.Chance(0.5)) {
+            media_.CutAfter(1 + scheduler_.Draw(operations));
+        } else {
+            cut_at_answer_ = 1 + scheduler_.Draw(answers);
+        }
+    }
+
+    void CancelCut() {
+        media_.CutAfter(0);
+        cut_at_answer_ = 0;
+    }
+
+    Time Now() { return ++time_; }
+
+    std::string NewName(char letter) { return fmt::format("{}{}", letter, ++names_); }
+
+    cow::Pool& pool() { return machine_->pool(); }
+
+    // ---- life and death
+
+    void Open();
+    void Reopen();
+
+    /// After a restart each disk and snapshot must be something that was legal.
+    void SettleAll(bool crashed);
+    void SettleDisk(const std::string& name, Disk& disk, bool crashed);
+    void VerifyAll();
+    void VerifySnapshots(const std::string& name, Disk& disk);
+    void Verify(const std::string& full, Snapshot& state, const std::string& data);
+    static void Explain(const Image& image, const std::string& data, size_t sector);
+    Task<void> WaitForReclaim(bool* done);
+
+    // ---- requests
+
+    std::string ReadAll(const std::string& name);
+    void Close(uint64_t id);
+    Task<void> CloseTask(uint64_t id, bool* done);
+    std::string Fill(const std::string& disk, uint64_t length);
+
+    struct Range {
+        uint64_t offset, length;
+    };
+    Range DrawRange(uint64_t size);
+
+    struct Change {
+        std::vector<Edit> edits;
+        std::vector<std::vector<Content>> results;
+        uint64_t first = 0;
+    };
+    Change BeginChange(ModelDisk& model, Range range, const std::string* data);
+    void EndChange(ModelDisk& model, const Change& change, Errno error);
+    void Judge(Errno error, const char* what);
+    Task<void> Client(std::string name, Disk* disk, cow::Volume* volume, unsigned requests);
+    Task<void> TrimOnce(Disk* disk, cow::Volume* volume, Range range);
+    Task<void> FlushOnce(Disk* disk, cow::Volume* volume);
+    Task<void> ReadOnce(std::string name, Disk* disk, cow::Volume* volume, Range range);
+
+    // ---- commands beside clients
+
+    Task<void> Commands(unsigned count);
+    Task<void> TakeSnapshots();
+
+    /// Reads a snapshot that was taken a moment ago, beside clients.
+    Task<void> LookAt(std::string full, Disk& disk, std::string snapshot);
+    Task<void> DeleteSnapshot();
+
+    // ---- rounds
+
+    void BusyRound();
+    void DrawFaults();
+    void CreateDisk();
+
+    /// Commands that need their disks without clients.
+    void QuietCommands();
+    Snapshot* DrawSnapshot(Disk& disk, std::string* name);
+
+    /// A snapshot's image, made certain by reading it.
+    bool Know(const std::string& disk, const std::string& name, Snapshot& snapshot);
+    void Restore(const std::string& name, Disk& disk);
+    void Clone(const std::string& name, Disk& disk);
+    void Resize(const std::string& name, Disk& disk);
+    void ResizeTo(const std::string& name, Disk& disk, uint64_t size);
+    void DeleteDisk(const std::string& name);
+
+    /// With nothing else under way, deleting frees exactly what `unique` says.
+    void DeleteCounted(const std::string& name, Disk& disk);
+
+    /// The pool is closed before the deletion has given anything back.
+    void DeleteAndClose(const std::string& name, Disk& disk);
+    bool Quiet();
+
+    const SimulationOptions options_;
+    Scheduler scheduler_;
+    const bool tight_;
+    Media media_;
+    cow::PoolOptions pool_options_;
+    unsigned lanes_ = 1;
+    uint32_t alignment_ = 512;
+    std::unique_ptr<Machine> machine_;
+    std::map<std::string, Disk> disks_;
+    SimulationResult result_;
+    Time time_ = 0;
+    uint64_t names_ = 0;
+    uint64_t sequence_ = 0;
+    uint64_t clients_ = 0;
+    bool failed_ = false;         // the pool refuses writes: only a restart helps
+    bool reopen_ = false;         // at once
+    uint64_t cut_at_answer_ = 0;  // the power fails when so many more were given; 0: no
+
+    // What a command that the crash met may have done or not.
+    std::set<std::string> uncertain_disks_;
+    std::unique_ptr<Disk> uncertain_disk_;
+    struct Uncertain {
+        Snapshot snapshot;
+        bool begun;  // else its deletion
+    };
+    std::map<std::pair<std::string, std::string>, Uncertain> uncertain_snapshots_;
+    uint64_t begun_there_ = 0, begun_lost_ = 0;
+    std::string grow_;  // a disk whose shrinking a crash met
+    std::string uncertain_name_;
+    std::optional<Image> uncertain_image_;
+};
+
+}  // namespace varve::simulation

@@ -1,0 +1,157 @@
+// What must be there: after a restart, and whenever the machine is quiet.
+#include "tests/simulation/runner.h"
+
+namespace varve::simulation {
+
+void Runner::SettleAll(bool crashed) {
+    auto list = machine_->Do(pool().ListDisks());
+    std::set<std::string> there;
+    for (const cow::DiskInfo& info : list.value()) there.insert(info.name);
+    for (const std::string& name : uncertain_disks_) {
+        if (there.contains(name) && !disks_.contains(name)) {
+            disks_.emplace(name, *uncertain_disk_);
+        }
+        if (!there.contains(name)) disks_.erase(name);
+    }
+    for (auto& [name, disk] : disks_) {
+        if (!there.contains(name)) return Violation("lost disk " + name);
+        SettleDisk(name, disk, crashed);
+    }
+    if (there.size() != disks_.size()) Violation("a disk came back from the dead");
+    if (begun_there_ > 0 && begun_lost_ > 0) Violation("a cut is there in part");
+    uncertain_disks_.clear();
+    uncertain_image_.reset();
+    uncertain_snapshots_.clear();
+    uncertain_name_.clear();
+    begun_there_ = begun_lost_ = 0;
+    // What a shrink cut off must not come back, even if a crash met it.
+    const auto shrunk = disks_.find(std::exchange(grow_, {}));
+    if (Fine() && shrunk != disks_.end()) ResizeTo(shrunk->first, shrunk->second, kSizes[3]);
+}
+
+void Runner::SettleDisk(const std::string& name, Disk& disk, bool crashed) {
+    const std::string data = ReadAll(name);
+    Image image = crashed ? disk.model.Remains() : disk.model.Cut(time_, time_);
+    int64_t bad = Compare(image, data);
+    const bool other = name == uncertain_name_ && uncertain_image_.has_value();
+    if (bad >= 0 && other) {  // a restore or shrink that the crash met
+        image = *uncertain_image_;
+        bad = Compare(image, data);
+    }
+    if (bad >= 0) {
+        return Violation(fmt::format("disk {} sector {} holds what it never held", name, bad));
+    }
+    disk.model.Settle(image, Now());
+    std::set<std::string> there;
+    auto list = machine_->Do(pool().ListSnapshots(name));
+    if (!list.ok()) return Violation("list: " + list.error().message);
+    for (const auto& info : list.value()) there.insert(info.name);
+    for (auto& [key, uncertain] : uncertain_snapshots_) {
+        if (key.first != name) continue;
+        if (there.contains(key.second)) {
+            disk.snapshots.emplace(key.second, uncertain.snapshot);
+            if (uncertain.begun) ++begun_there_;
+        } else {
+            disk.snapshots.erase(key.second);
+            if (uncertain.begun) ++begun_lost_;
+        }
+    }
+    for (const auto& [snapshot, unused] : disk.snapshots) {
+        if (!there.contains(snapshot)) return Violation("lost " + name + "@" + snapshot);
+    }
+    if (there.size() != disk.snapshots.size()) Violation("a deleted snapshot is back");
+}
+
+void Runner::VerifyAll() {
+    for (auto& [name, disk] : disks_) {
+        const std::string data = ReadAll(name);
+        Image image = disk.model.Cut(time_, time_);
+        const int64_t bad = Compare(image, data);
+        if (bad >= 0) {
+            return Violation(fmt::format("disk {} sector {} changed by itself", name, bad));
+        }
+        disk.model.Forget();
+        VerifySnapshots(name, disk);
+    }
+    bool done = false;
+    Spawn(WaitForReclaim(&done));
+    scheduler_.RunUntil([&] { return done; });
+    const auto report = cow::CheckMetadata(machine_->metadata());
+    if (!report.ok()) return Violation("check: " + report.error().message);
+    const cow::CheckReport& r = report.value();
+    if (!r.errors.empty()) return Violation("check: " + r.errors[0]);
+    if (r.leaked_blocks != 0) return Violation(fmt::format("{} leaked", r.leaked_blocks));
+    if (r.reclaim_blocks != 0) return Violation(fmt::format("{} kept", r.reclaim_blocks));
+}
+
+void Runner::VerifySnapshots(const std::string& name, Disk& disk) {
+    for (auto& [snapshot, state] : disk.snapshots) {
+        const std::string full = name + "@" + snapshot;
+        Verify(full, state, ReadAll(full));
+    }
+}
+
+void Runner::Verify(const std::string& full, Snapshot& state, const std::string& data) {
+    const int64_t bad = Compare(state.image, data, state.moments.get());
+    if (bad < 0 && state.moments->none()) {
+        return Violation(fmt::format("{} and its cut were never like this at once", full));
+    }
+    if (bad >= 0) {
+        Explain(state.image, data, static_cast<size_t>(bad));
+        return Violation(fmt::format("snapshot {} sector {} is wrong", full, bad));
+    }
+}
+
+void Runner::Explain(const Image& image, const std::string& data, size_t sector) {
+    const auto shown = [](const Content& content) {
+        return content.empty() ? std::string("zeros") : content.substr(0, 40);
+    };
+    std::fprintf(stderr, "  seen:    %s\n",
+                 shown(Normal(data.substr(sector * kSectorBytes, kSectorBytes))).c_str());
+    for (const Sector::State& state : image[sector]) {
+        std::fprintf(stderr, "  allowed: %s\n", shown(state.content).c_str());
+    }
+}
+
+Task<void> Runner::WaitForReclaim(bool* done) {
+    co_await Hop(machine_->home());
+    co_await pool().WaitForReclaim();
+    *done = true;
+}
+
+std::string Runner::ReadAll(const std::string& name) {
+    const auto opened = machine_->Do(pool().OpenExport(name));
+    if (!opened.ok()) {
+        Violation("cannot open " + name + ": " + opened.error().message);
+        return {};
+    }
+    cow::Volume& volume = *opened.value().volume;
+    Buffer data(volume.size(), true);
+    const Errno error = Await(scheduler_, volume.executor(), volume.Read(0, data.span(), nullptr));
+    if (error != 0 && media_.power()) {
+        Violation(fmt::format("reading {} fails: {}", name, error));
+    }
+    Close(opened.value().id);
+    return data.text();
+}
+
+void Runner::Close(uint64_t id) {
+    bool done = false;
+    Spawn(CloseTask(id, &done));
+    scheduler_.RunUntil([&] { return done; });
+}
+
+Task<void> Runner::CloseTask(uint64_t id, bool* done) {
+    co_await Hop(machine_->home());
+    co_await pool().CloseExport(id);
+    *done = true;
+}
+
+bool Runner::Quiet() {
+    bool done = false;
+    Spawn(WaitForReclaim(&done));
+    scheduler_.RunUntil([&] { return done; });
+    return media_.power();
+}
+
+}  // namespace varve::simulation
