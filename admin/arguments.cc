@@ -143,6 +143,16 @@ const std::vector<Verb>& Verbs() {
          "Runs in the server beside its clients, or with --pool on a pool that no server has\n"
          "open. Exit 8 if anything is wrong.",
          "varve check --pool /var/lib/varve"},
+        {"scrub",
+         "[DISK]",
+         0,
+         1,
+         {},
+         "verify the data of snapshots against their checksums",
+         "Reads all that is frozen: of DISK and its snapshots, or of all disks. Exit 8 if "
+         "anything\n"
+         "is damaged. Ending the command does not end the scrub.",
+         "varve scrub disk0"},
     };
     return verbs;
 }

@@ -8,6 +8,7 @@
 #include <boost/json/serialize.hpp>
 #include <chrono>
 #include <cstdio>
+#include <future>
 #include <optional>
 #include <string_view>
 #include <thread>
@@ -167,6 +168,11 @@ Result<Call> MakeCall(const Arguments& a) {
         return Call{"client.disconnect", {{"disk", operands[0]}}, RenderDisconnected, ""};
     }
     if (verb == "status") return Call{"pool.status", {}, RenderStatus, ""};
+    if (verb == "scrub") {
+        json::object params;
+        if (!operands.empty()) params.emplace("disk", operands[0]);
+        return Call{"pool.scrub", std::move(params), RenderScrub, ""};
+    }
     VARVE_CHECK(verb == "check");
     return Call{"pool.check", {}, RenderCheck, ""};
 }
@@ -278,6 +284,30 @@ int PrintCheck(const Arguments& a, const json::value& report) {
     return Fail(kExitDamaged, "damage found; stop writing to this pool and see docs/operations.md");
 }
 
+/// Calls pool.scrub over `client`, and shows its progress, which another connection asks for.
+int RunScrub(const Arguments& a, RpcClient& client, Call call) {
+    Result<RpcClient> watcher = RpcClient::Connect(a.admin);
+    if (!watcher.ok()) return Fail(kExitUnreachable, watcher.error().message);
+    std::future<RpcClient::Answer> answered = std::async(
+        std::launch::async, [&] { return client.Call(call.method, std::move(call.params)); });
+    Progress progress;
+    bool watched = true;
+    while (answered.wait_for(std::chrono::milliseconds(100)) != std::future_status::ready) {
+        if (!watched) continue;
+        const RpcClient::Answer status = watcher.value().Call("pool.status", {});
+        watched = status.status.ok();
+        if (!watched || !FlagAt(status.result, "scrub_running")) continue;
+        progress.Show(fmt::format("scrubbing: {} verified",
+                                  FormatSize(NumberAt(status.result, "scrubbed_bytes"))));
+    }
+    progress.End();
+    const RpcClient::Answer answer = answered.get();
+    if (!answer.status.ok()) return FailCall(answer);
+    const int printed = Print(a.json ? JsonLine(answer.result) : RenderScrub(answer.result));
+    if (FlagAt(answer.result, "ok")) return printed;
+    return Fail(kExitDamaged, "damage found; see docs/operations.md");
+}
+
 int RunOfflineCheck(const Arguments& a, const OfflineCheck& check_offline) {
     const Result<cow::CheckReport> report = check_offline(*a.pool);
     if (!report.ok()) return Fail(report.error());
@@ -297,6 +327,7 @@ int RunVerb(const Arguments& a) {
         if (!confirmed.ok()) return Fail(confirmed.error());
         if (!confirmed.value()) return Fail(kExitFailed, "not confirmed; nothing was changed");
     }
+    if (call.render == RenderScrub) return RunScrub(a, client, std::move(call));
     uint64_t reclaimed_before = 0;
     if (a.wait) {
         const RpcClient::Answer status = client.Call("pool.status", {});

@@ -145,6 +145,10 @@ Task<Result<Reply>> PoolCheck(CommandTarget target, Command) {
     co_return ReplyOr(co_await target.pool->Check());
 }
 
+Task<Result<Reply>> PoolScrub(CommandTarget target, Command command) {
+    co_return ReplyOr(co_await target.pool->Scrub(std::move(command.disk)));
+}
+
 // ---- the table
 
 /// Where a parameter goes. Its type is the field's; optional ones and flags may be left out.
@@ -202,6 +206,7 @@ const std::vector<Method>& Methods() {
         {"client.disconnect", true, ClientDisconnect, {{"disk", &C::name}}},
         {"pool.status", false, PoolGetStatus, {}},
         {"pool.check", false, PoolCheck, {}},
+        {"pool.scrub", false, PoolScrub, {{"disk", &C::disk}}},
     };
     return methods;
 }

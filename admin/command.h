@@ -50,9 +50,9 @@ struct SnapshotList {
 struct Disconnected {
     uint64_t clients = 0;  // how many
 };
-using Reply =
-    std::variant<Done, cow::DiskInfo, std::vector<cow::DiskInfo>, cow::SnapshotInfo, SnapshotList,
-                 std::vector<ClientInfo>, Disconnected, cow::PoolStatus, cow::CheckReport>;
+using Reply = std::variant<Done, cow::DiskInfo, std::vector<cow::DiskInfo>, cow::SnapshotInfo,
+                           SnapshotList, std::vector<ClientInfo>, Disconnected, cow::PoolStatus,
+                           cow::CheckReport, cow::ScrubReport>;
 
 /// What the pool does not know about itself.
 struct ServerFacts {

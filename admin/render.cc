@@ -93,6 +93,20 @@ std::string Reclaim(const json::value& result) {
                        pending == 1 ? "" : "s", back);
 }
 
+std::string Checksums(const json::value& result) {
+    const uint64_t pending = Number(result, "checksums_pending").value_or(0);
+    const std::string made = Size(result, "checksummed_bytes");
+    if (pending == 0) return fmt::format("complete, of {} made since the start", made);
+    return fmt::format("{} snapshot{} to do, of {} made since the start", pending,
+                       pending == 1 ? "" : "s", made);
+}
+
+std::string Damage(const json::value& result) {
+    const uint64_t bytes = Number(result, "damaged_bytes").value_or(0);
+    if (bytes == 0) return "none found since the start";
+    return fmt::format("{} FOUND since the start; varve scrub says where", FormatSize(bytes));
+}
+
 }  // namespace
 
 std::string OneLine(std::string_view text) {
@@ -196,6 +210,8 @@ std::string RenderStatus(const json::value& result) {
                         {"disks", Count(result, "disks")},
                         {"snapshots", Count(result, "snapshots")},
                         {"reclaim", Reclaim(result)},
+                        {"checksums", Checksums(result)},
+                        {"damage", Damage(result)},
                         {"map cache", fmt::format("{} of {}", Size(result, "map_cache_used"),
                                                   Size(result, "map_cache_limit"))}});
 }
@@ -212,6 +228,29 @@ std::string RenderCheck(const json::value& result) {
     text += fmt::format("checked: {} disks, {} snapshots, {} map rows, {} used blocks\n",
                         Count(result, "disks"), Count(result, "snapshots"),
                         Count(result, "map_rows"), Count(result, "used_blocks"));
+    if (Flag(result, "ok")) text += "no damage found\n";
+    return text;
+}
+
+std::string RenderScrub(const json::value& result) {
+    std::string text;
+    for (const json::value& damage : Elements(result, "damage")) {
+        const json::value* snapshot = Find(damage, "snapshot");
+        const bool head = !snapshot || snapshot->is_null();
+        text += fmt::format("{}{}: offset {}: 4096 bytes {} (block {} of the data file)\n",
+                            Text(damage, "disk"), head ? "" : "@" + Text(damage, "snapshot"),
+                            Count(damage, "offset"),
+                            Flag(damage, "unreadable") ? "cannot be read" : "are damaged",
+                            Count(damage, "data_block"));
+    }
+    const auto bytes = [&](const char* key) {
+        return FormatSize(Number(result, key).value_or(0) * 4096);
+    };
+    text += fmt::format("verified: {}, damaged: {}\n", bytes("verified_blocks"),
+                        bytes("damaged_blocks"));
+    if (Number(result, "unverified_blocks").value_or(0) > 0) {
+        text += fmt::format("not verified: {} without checksums yet\n", bytes("unverified_blocks"));
+    }
     if (Flag(result, "ok")) text += "no damage found\n";
     return text;
 }

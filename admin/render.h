@@ -22,6 +22,7 @@ std::string RenderSnapshot(const boost::json::value& result);
 std::string RenderClients(const boost::json::value& result);
 std::string RenderStatus(const boost::json::value& result);
 std::string RenderCheck(const boost::json::value& result);
+std::string RenderScrub(const boost::json::value& result);
 
 /// One line of a text from outside: control characters become '?'.
 std::string OneLine(std::string_view text);

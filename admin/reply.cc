@@ -51,9 +51,22 @@ json::object ToJson(const cow::PoolStatus& status, const ServerFacts& facts) {
             {"commits", status.commits},
             {"map_cache_used", status.map_cache_used},
             {"map_cache_limit", status.map_cache_limit},
+            {"checksums_pending", status.checksums_pending},
+            {"checksummed_bytes", status.checksummed_bytes},
+            {"scrub_running", status.scrub_running},
+            {"scrubbed_bytes", status.scrubbed_bytes},
+            {"damaged_bytes", status.damaged_bytes},
             {"failed", status.failed},
             {"failure", status.failure},
             {"uptime_s", facts.uptime_s}};
+}
+
+json::object ToJson(const cow::ScrubDamage& damage) {
+    json::value snapshot = nullptr;
+    if (!damage.snapshot.empty()) snapshot = damage.snapshot;
+    return {{"disk", damage.disk},        {"snapshot", std::move(snapshot)},
+            {"offset", damage.offset},    {"length", cow::kBlockBytes},
+            {"data_block", damage.place}, {"unreadable", damage.unreadable}};
 }
 
 template <typename T>
@@ -91,6 +104,13 @@ struct Encoder {
     }
     json::value operator()(const cow::PoolStatus& status) const { return ToJson(status, facts); }
     json::value operator()(const cow::CheckReport& report) const { return admin::ToJson(report); }
+    json::value operator()(const cow::ScrubReport& report) const {
+        return json::object({{"ok", report.ok()},
+                             {"damage", ToArray(report.damage)},
+                             {"damaged_blocks", report.damaged_blocks},
+                             {"verified_blocks", report.verified_blocks},
+                             {"unverified_blocks", report.unverified_blocks}});
+    }
 };
 
 }  // namespace
@@ -101,6 +121,7 @@ json::object ToJson(const cow::CheckReport& report) {
             {"leaked_blocks", report.leaked_blocks},
             {"used_blocks", report.used_blocks},
             {"reclaim_blocks", report.reclaim_blocks},
+            {"checksums", report.checksums},
             {"map_rows", report.map_rows},
             {"branches", report.branches},
             {"disks", report.disks},

@@ -16,6 +16,9 @@ constexpr uint64_t kRoomyBlocks = kRegionBlocks / 4;
 /// Wholly free regions that stay provisioned: 256 MiB that need not be provisioned again soon.
 constexpr size_t kEmptyKept = 16;
 
+/// Checksums of what was there are of no use any more; see checksums.h.
+constexpr uint64_t kSumsRowsOfRegion = kRegionBlocks / kSumsRowBlocks;
+
 static_assert(sizeof(Allocator::Bits) == kRegionBlocks / 8, "a bitset is copied as bytes");
 
 std::string EncodeBitmap(const Allocator::Bits& bits) {
@@ -259,6 +262,9 @@ void Allocator::Encode(Batch& batch) {
         const bool all = region.maps ? region.maps->used.all() : region.full;
         if (none) {
             batch.Delete(RegionKey(index));
+            for (uint64_t i = 0; i < kSumsRowsOfRegion; ++i) {
+                batch.Delete(SumsKey(index * kSumsRowsOfRegion + i));
+            }
         } else {
             batch.Put(RegionKey(index),
                       all ? std::string(1, kFullRow) : EncodeBitmap(region.maps->used));

@@ -233,6 +233,7 @@ void Catalog::RemoveSnapshot(SnapshotId id, Batch& batch) {
     disks_.at(record.disk).snapshots.erase(record.name);
     history_.RemoveSnapshot(record.branch, record.generation);
     batch.Delete(SnapshotKey(id));
+    batch.Delete(SummedKey(id));
     snapshots_.erase(id);
 }
 

@@ -8,6 +8,7 @@
 
 #include "cow/allocator.h"
 #include "cow/catalog.h"
+#include "cow/checksums.h"
 #include "cow/journal.h"
 #include "cow/map_reader.h"
 #include "cow/pool.h"
@@ -73,6 +74,7 @@ class Checker {
     void CheckCounts();
     int64_t CountAt(BranchId id, Generation at) const;
     Status CheckRegions();
+    Status CheckSums();
 
     MetadataView& view_;
     const Catalog catalog_;
@@ -83,6 +85,7 @@ class Checker {
     uint64_t notes_ = 0;
     uint64_t dead_rows_ = 0;
     uint64_t row_hash_ = 0;
+    std::vector<bool> in_use_;                                  // regions with used blocks
     std::map<BranchId, std::map<Generation, int64_t>> mapped_;  // changes, by generation
 };
 
@@ -335,7 +338,8 @@ void Checker::CheckCounts() {
 
 Status Checker::CheckRegions() {
     constexpr uint64_t kWords = kRegionBlocks / 64;
-    std::vector<bool> listed(catalog_.pool().region_count);
+    std::vector<bool>& listed = in_use_;
+    listed.resize(catalog_.pool().region_count);
     uint64_t used = 0, lost = 0;
     const auto compare = [&](uint64_t region, const uint64_t* bits) {
         for (uint64_t w = 0; w < kWords; ++w) {
@@ -377,6 +381,38 @@ Status Checker::CheckRegions() {
     return cursor->status();
 }
 
+/// Checksums are bound to births, so those of blocks that are gone are no fault in a region that is
+/// in use; a wholly free one has none.
+Status Checker::CheckSums() {
+    const auto cursor = view_.Range("C", PrefixEnd("C"));
+    for (cursor->Seek("C"); cursor->valid(); cursor->Next()) {
+        const std::string_view key = cursor->key();
+        const uint64_t index = KeyNumbers(key) == 1 ? KeyNumber(key, 0) : ~uint64_t{0};
+        const uint64_t region = index / (kRegionBlocks / kSumsRowBlocks);
+        const std::optional<SumsRow> row = SumsRow::Decode(cursor->value());
+        if (!row) {
+            Fault(fmt::format("checksum row {} is unreadable", index));
+        } else if (region >= in_use_.size() || !in_use_[region]) {
+            Fault(fmt::format("checksum row {} is of blocks that are not used", index));
+        } else {
+            for (const SumsRow::Slot& slot : row->Unpack()) {
+                report_.checksums += slot.birth.value != 0 ? 1 : 0;
+                if (slot.birth.value < catalog_.pool().sequence) continue;
+                Fault(fmt::format("checksum row {} is of a generation that never was", index));
+            }
+        }
+    }
+    if (Status s = cursor->status(); !s.ok()) return s;
+    const auto marks = view_.Range("K", PrefixEnd("K"));
+    for (marks->Seek("K"); marks->valid(); marks->Next()) {
+        const bool sound = KeyNumbers(marks->key()) == 1 &&
+                           catalog_.snapshots().contains(SnapshotId{KeyNumber(marks->key(), 0)});
+        if (!sound)
+            Fault("a mark says that a snapshot has checksums, but there is no such snapshot");
+    }
+    return marks->status();
+}
+
 Result<CheckReport> Checker::Verify() {
     report_.disks = catalog_.disks().size();
     report_.snapshots = catalog_.snapshots().size();
@@ -391,6 +427,7 @@ Result<CheckReport> Checker::Verify() {
     if (Status s = CheckJournal(); !s.ok()) return s.error();
     if (Status s = CheckTouched(); !s.ok()) return s.error();
     if (Status s = CheckRegions(); !s.ok()) return s.error();
+    if (Status s = CheckSums(); !s.ok()) return s.error();
     CheckCounts();
     if (dead_rows_ > 0 && catalog_.jobs().empty() && notes_ == 0) {
         Fault(fmt::format("{} map rows are dead and no deletion is pending", dead_rows_));

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/sync.h"
+#include "cow/checksums.h"
 #include "cow/chunk_cache.h"
 #include "cow/pool.h"
 
@@ -58,12 +59,17 @@ class Head;
 /// A lane with the engine's state on it. Belongs to the lane's executor.
 struct LaneState {
     LaneState(const Lane& lane, uint64_t cache_bytes)
-        : executor(*lane.executor), blocks(*lane.blocks), epochs(executor), cache(cache_bytes) {}
+        : executor(*lane.executor),
+          blocks(*lane.blocks),
+          epochs(executor),
+          cache(cache_bytes - cache_bytes / 4),
+          sums(cache_bytes / 4) {}
 
     Executor& executor;
     BlockStore& blocks;
     ReadEpochs epochs;
     ChunkCache cache;
+    SumsCache sums;
     /// Changed chunks whose rows are not written yet, and the heads that have any.
     uint64_t unfolded = 0;
     std::set<Head*> unfolded_heads;
@@ -90,9 +96,18 @@ struct Core {
     /// The pool is closing: long work ends early, to be taken up at the next start. Any thread.
     std::atomic<bool> closing = false;
 
+    /// The frozen block at `place`, born in `birth`, does not hold what it held: logged once, with
+    /// `what`, and counted. Any thread.
+    void FoundDamage(uint64_t place, Generation birth, const std::string& what);
+    /// Blocks found damaged since the start.
+    uint64_t damaged_blocks();
+
   private:
     std::mutex failure_mutex_;
     std::string failure_;
+    std::mutex damage_mutex_;
+    std::set<std::pair<uint64_t, Generation>> damage_;  // at most kDamageMax of them
+    uint64_t damaged_blocks_ = 0;
 };
 
 }  // namespace varve::cow

@@ -51,6 +51,12 @@ std::string NoteKey(BranchId branch, ChunkIndex chunk, Generation generation, ui
 std::string JournalKey(BranchId branch, Generation generation, uint64_t number) {
     return Key('L', branch.value, generation.value, number);
 }
+std::string SumsKey(uint64_t piece) {
+    return Key('C', piece);
+}
+std::string SummedKey(SnapshotId snapshot) {
+    return Key('K', snapshot.value);
+}
 
 std::string PrefixEnd(std::string prefix) {
     while (!prefix.empty()) {

@@ -1,6 +1,6 @@
 // The rows of the metadata store: their keys and their records. docs/format.md is the reference.
 // Not the value of a map row, which is runs.h, nor a region's bitmap, which is allocator.h, nor a
-// journal row's, which is journal.h.
+// journal row's, which is journal.h, nor checksums, which are checksums.h.
 //
 // Keys begin with one letter and go on with big-endian 64-bit numbers, so that their bytewise
 // order is the numbers' order:
@@ -14,6 +14,8 @@
 //   J number                       a view was deleted; its space is not all given back
 //   W branch chunk generation n    a note to the sweeper: see sweep.h
 //   L branch generation number     map changes that are not in map rows yet: see journal.h
+//   C piece                        checksums of frozen blocks in 64 places: see checksums.h
+//   K snapshot                     all blocks of the snapshot have checksums
 // Keys that begin with 'U' belong to whoever owns the pool directory.
 #pragma once
 
@@ -37,6 +39,8 @@ std::string RegionKey(uint64_t region);
 std::string JobKey(uint64_t number);
 std::string NoteKey(BranchId branch, ChunkIndex chunk, Generation generation, uint64_t number);
 std::string JournalKey(BranchId branch, Generation generation, uint64_t number);
+std::string SumsKey(uint64_t piece);
+std::string SummedKey(SnapshotId snapshot);
 
 /// The least key greater than all keys that begin with `prefix`.
 std::string PrefixEnd(std::string prefix);

@@ -62,7 +62,6 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       host_(host),
       disk_(disk),
       branch_(place.line.front().branch),
-      generation_(place.generation),
       writers_gone_(lane.executor),
       unlocked_(lane.executor),
       unheld_(lane.executor),
@@ -70,7 +69,9 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       round_done_(lane.executor),
       unfolded_soft_(std::clamp<uint64_t>(lane.cache.limit() / (16 << 10), 2, kUnfoldedSoftMax)),
       unfolded_hard_(std::clamp<uint64_t>(lane.cache.limit() / (8 << 10), 4, kUnfoldedHardMax)),
-      fold_together_(std::max<uint64_t>(1, unfolded_soft_ / kRoundsOfPass)) {}
+      fold_together_(std::max<uint64_t>(1, unfolded_soft_ / kRoundsOfPass)) {
+    generation_ = place.generation;
+}
 
 Head::~Head() {
     // After a failure there may be changes that will never be committed.
@@ -309,7 +310,7 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
         if (Mutated(Mutant::kMappedBeforeWritten)) MapStretches(*chunk, generation, stretches);
         error = co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
     } else {
-        error = co_await WriteDetour(*chunk, stretches, offset, buffer);
+        error = co_await WriteDetour(*chunk, generation, stretches, offset, buffer);
     }
     if (error == 0 || Mutated(Mutant::kFailedWriteMapped)) {
         unsynced_ |= stretches.front().fresh || !Mutated(Mutant::kInPlaceWriteNotSynced);
@@ -322,17 +323,20 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
     co_return error;
 }
 
-Task<Errno> Head::WriteDetour(const Chunk& chunk, const Stretches& stretches, uint64_t offset,
-                              std::span<const std::byte> buffer) {
+Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
+                              uint64_t offset, std::span<const std::byte> buffer) {
     const BlockRange blocks(offset, buffer.size());
     const AlignedBuffer detour = AllocateAligned(blocks.bytes());
     // The blocks at the edges that are written in part keep the rest of their old content.
     IoPieces old;
+    FrozenList frozen;  // the damage of a block must not become part of a new one
     const auto keep = [&](uint32_t block) {
         std::byte* memory = detour.get() + (block - blocks.first) * kBlockBytes;
         const Piece piece = PieceAt(chunk.runs, block, block + 1);
         if (piece.mapped && !Mutated(Mutant::kPartOfBlockLosesRest)) {
             AppendPiece(old, piece.place * kBlockBytes, memory, kBlockBytes);
+            const bool present = piece.birth == generation || Mutated(Mutant::kDamageLaundered);
+            if (!present) frozen.push_back({piece.place, 1, piece.birth, memory});
         } else {
             std::memset(memory, 0, kBlockBytes);
         }
@@ -341,7 +345,7 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, const Stretches& stretches, ui
     const bool last_part = offset + buffer.size() != blocks.offset() + blocks.bytes();
     if (first_part) keep(blocks.first);
     if (last_part && (!first_part || blocks.end - blocks.first > 1)) keep(blocks.end - 1);
-    const Errno error = co_await TransferAll(lane_.blocks, BlockIo::Kind::kRead, old);
+    const Errno error = co_await ReadVerified(core_, lane_, old, frozen);
     if (error != 0) co_return error;
     std::memcpy(detour.get() + (offset - blocks.offset()), buffer.data(), buffer.size());
     IoPieces pieces;

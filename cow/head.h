@@ -141,8 +141,8 @@ class Head : public MappedVolume {
     Task<Errno> WriteMany(uint64_t offset, uint64_t length, const std::byte* data);
     Task<void> WriteCounted(uint64_t offset, std::span<const std::byte> buffer, Errno* error,
                             Join* join);
-    Task<Errno> WriteDetour(const Chunk& chunk, const Stretches& stretches, uint64_t offset,
-                            std::span<const std::byte> buffer);
+    Task<Errno> WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
+                            uint64_t offset, std::span<const std::byte> buffer);
     Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block);
     Task<Errno> ZeroPart(uint64_t offset, uint64_t length);
     bool Laden() const;
@@ -187,7 +187,6 @@ class Head : public MappedVolume {
     HeadHost& host_;
     const DiskId disk_;
     BranchId branch_;
-    Generation generation_;
     Generation sealed_generation_;  // from Freeze until it is folded
 
     // Requests under way that may change data, by the parity of the cuts before them.

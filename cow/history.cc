@@ -60,12 +60,17 @@ Line History::LineOf(BranchId id, Generation generation) const {
 }
 
 Line History::StretchesBelow(BranchId id, Generation generation) const {
+    return StretchesDownTo(id, generation, [](Generation) { return true; });
+}
+
+Line History::StretchesDownTo(BranchId id, Generation generation,
+                              const std::function<bool(Generation)>& counts) const {
     Line path;
     while (id.value != 0) {
         const Branch& branch = Get(id);
-        auto above = branch.snapshots.upper_bound(generation);
-        if (above != branch.snapshots.begin()) {
-            path.push_back({id, *--above, generation});
+        for (auto at = branch.snapshots.upper_bound(generation); at != branch.snapshots.begin();) {
+            if (!counts(*--at)) continue;
+            path.push_back({id, *at, generation});
             return path;
         }
         path.push_back({id, branch.fork, generation});

@@ -14,6 +14,7 @@
 // the tree is.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -80,8 +81,11 @@ class History {
     /// The region there would be without the snapshot at (`id`, `generation`), but with a segment
     /// that ends at it, `through`, which has `view` set.
     Region RegionThrough(BranchId id, Generation generation) const;
-    /// From (`id`, `generation`) down to the nearest live snapshot below it, or to the root.
+    /// From (`id`, `generation`) down to the nearest live snapshot at or below it, or to the root.
     Line StretchesBelow(BranchId id, Generation generation) const;
+    /// The same, but only snapshots whose generation `counts` end it.
+    Line StretchesDownTo(BranchId id, Generation generation,
+                         const std::function<bool(Generation)>& counts) const;
     /// From just above (`id`, `generation`) up to one of the nearest live views; empty if no live
     /// view is above.
     Line StretchesAbove(BranchId id, Generation generation) const;

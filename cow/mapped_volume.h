@@ -8,7 +8,7 @@
 #include <boost/unordered/unordered_flat_map.hpp>
 
 #include "cow/core.h"
-#include "cow/transfers.h"
+#include "cow/verified_read.h"
 #include "cow/volume.h"
 
 namespace varve::cow {
@@ -58,6 +58,8 @@ class MappedVolume : public Volume {
     Core& core_;
     LaneState& lane_;
     std::atomic<uint64_t> size_;  // bytes
+    /// The one that is being written; blocks of all others are frozen. A snapshot has none.
+    Generation generation_ = kHead;
     /// Grows whenever changed chunks may leave memory because they were committed. What a load says
     /// of chunks that are not stored is true as long as this is as it was: until then, whatever is
     /// not stored and not in memory is zeros.
@@ -66,9 +68,14 @@ class MappedVolume : public Volume {
   private:
     /// Appends what [offset, end) maps to, all in one chunk: pieces to read, zeros filled in.
     void Gather(const Chunk& chunk, uint64_t offset, std::span<std::byte> buffer, IoPieces& pieces,
-                std::vector<Allocation>* map) const;
-    Task<Errno> ReadAligned(uint64_t offset, std::span<std::byte> buffer,
-                            std::vector<Allocation>* map);
+                FrozenList& frozen, std::vector<Allocation>* map) const;
+    Task<Errno> ReadEdges(uint64_t offset, std::span<std::byte> buffer,
+                          std::vector<Allocation>* map);
+    Task<Errno> ReadDetour(uint64_t offset, std::span<std::byte> buffer,
+                           std::vector<Allocation>* map);
+    /// REQUIRES: whole blocks, and memory aligned for the store.
+    Task<Errno> ReadBlocks(uint64_t offset, std::span<std::byte> buffer,
+                           std::vector<Allocation>* map);
 
     Line line_;
     boost::unordered_flat_map<uint64_t, Chunk*> chunks_;

@@ -59,6 +59,14 @@ enum class Mutant {
     kSweepForgetsInherited,
     kNoteForgotten,
     kDeletionNotResumed,
+    // Damage is noticed, and nothing else is taken for it
+    kSumOfAnotherBirth,
+    kSumOfUnsealed,
+    kSumSoughtAfterRead,
+    kHeadReadsUnverified,
+    kDamageLaundered,
+    kSumsStayUnknown,
+    kSummedTooEarly,
 };
 
 #ifdef VARVE_MUTANTS

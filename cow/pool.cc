@@ -17,6 +17,8 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
       leases_(core_, allocator_),
       reclaimer_(core_, catalog_, committer_),
       committer_(core_, catalog_, allocator_, leases_, [this] { reclaimer_.Wake(); }),
+      checksummer_(core_, catalog_, committer_, [this](DiskId id) { return FoldSealed(id); }),
+      scrubber_(core_, catalog_, [this](DiskId id) { return FoldSealed(id); }),
       commands_(core_.home()),
       export_closed_(core_.home()),
       visit_ended_(core_.home()),
@@ -53,6 +55,7 @@ void PoolImpl::Start() {
         }
     }
     reclaimer_.Start();
+    checksummer_.Start();
 }
 
 Task<void> PoolImpl::Trimmed(DiskId id) {
@@ -69,6 +72,7 @@ Task<Status> PoolImpl::Shutdown() {
     VARVE_CHECK(exports_.empty());
     co_await background_.Drained();
     co_await reclaimer_.Stop();
+    co_await checksummer_.Stop();
     Status result;
     while (!disks_.empty()) {
         const DiskId id = disks_.begin()->first;
@@ -201,11 +205,16 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
     status.reclaimed_bytes = reclaimer_.freed_blocks() * kBlockBytes;
     status.commits = committer_.commits();
     status.map_cache_limit = options_.map_cache_bytes;
+    status.checksums_pending = checksummer_.pending();
+    status.checksummed_bytes = checksummer_.summed_blocks() * kBlockBytes;
+    status.scrub_running = scrubber_.running();
+    status.scrubbed_bytes = scrubber_.verified_blocks() * kBlockBytes;
+    status.damaged_bytes = core_.damaged_blocks() * kBlockBytes;
     status.failed = core_.failed;
     status.failure = core_.failed ? core_.failure() : reclaimer_.failure();
     for (const auto& lane : core_.lanes) {
         co_await Hop(lane->executor);
-        const uint64_t used = lane->cache.used();
+        const uint64_t used = lane->cache.used() + lane->sums.used();
         co_await Hop(core_.home());
         status.map_cache_used += used;
     }
@@ -217,6 +226,20 @@ Task<Result<CheckReport>> PoolImpl::Check() {
     co_await Hop(core_.auditor());
     Result<CheckReport> report = CheckMetadata(core_.metadata());
     co_await Hop(core_.home());
+    co_return report;
+}
+
+Task<Result<ScrubReport>> PoolImpl::Scrub(std::optional<std::string> disk) {
+    std::optional<DiskId> id;
+    if (disk) {
+        const Result<DiskId> found = catalog_.FindDisk(*disk);
+        if (!found.ok()) co_return found.error();
+        id = found.value();
+    }
+    background_.Enter();
+    co_await FoldAll();
+    Result<ScrubReport> report = co_await scrubber_.Run(id);
+    background_.Leave();
     co_return report;
 }
 

@@ -77,7 +77,12 @@ struct PoolStatus {
     uint64_t commits = 0;           // since the start
     uint64_t map_cache_used = 0;    // bytes
     uint64_t map_cache_limit = 0;
-    bool failed = false;  // a commit or sync failed: writes are refused until a restart
+    uint64_t checksums_pending = 0;  // snapshots whose blocks may lack checksums
+    uint64_t checksummed_bytes = 0;  // since the start
+    bool scrub_running = false;
+    uint64_t scrubbed_bytes = 0;  // verified by the running scrub, or the last one
+    uint64_t damaged_bytes = 0;   // of frozen blocks found damaged since the start
+    bool failed = false;          // a commit or sync failed: writes are refused until a restart
     std::string failure;
 };
 
@@ -88,7 +93,25 @@ struct CheckReport {
     uint64_t used_blocks = 0;
     uint64_t leaked_blocks = 0;   // marked used, held by nothing
     uint64_t reclaim_blocks = 0;  // marked used, waiting for a deletion to finish
+    uint64_t checksums = 0;       // stored, those of blocks that are gone included
     bool ok() const { return errors.empty() && leaked_blocks == 0; }
+};
+
+/// A frozen block that does not hold what it held, as one of the views that see it.
+struct ScrubDamage {
+    std::string disk;
+    std::string snapshot;  // empty: the disk itself
+    uint64_t offset = 0;   // bytes, in the disk
+    uint64_t place = 0;    // in the data file, blocks
+    bool unreadable = false;
+};
+
+struct ScrubReport {
+    std::vector<ScrubDamage> damage;  // at most 1000
+    uint64_t verified_blocks = 0;     // compared; a block may be met more than once
+    uint64_t unverified_blocks = 0;   // frozen, but without a checksum yet
+    uint64_t damaged_blocks = 0;      // each once
+    bool ok() const { return damaged_blocks == 0; }
 };
 
 /// What an attached client holds. `volume` stays valid until Pool::Close(export).
@@ -149,6 +172,11 @@ class Pool {
     virtual Task<Result<PoolStatus>> GetStatus() = 0;
     /// Verifies every invariant on one consistent view, while disks are in use.
     virtual Task<Result<CheckReport>> Check() = 0;
+    /// Reads all frozen blocks of `disk` and its snapshots, or of all, and compares them with their
+    /// checksums, while disks are in use. May take hours. kBusy while another one runs.
+    virtual Task<Result<ScrubReport>> Scrub(std::optional<std::string> disk) = 0;
+    /// Waits until no checksums are missing that could be made.
+    virtual Task<void> WaitForChecksums() = 0;
     /// Waits until no deletion is pending.
     virtual Task<void> WaitForReclaim() = 0;
     /// Commits what is dirty on every disk: the server calls it every commit_interval_ms.

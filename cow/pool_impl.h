@@ -9,8 +9,10 @@
 
 #include <map>
 
+#include "cow/checksummer.h"
 #include "cow/map_commit.h"
 #include "cow/reclaim.h"
+#include "cow/scrub.h"
 
 namespace varve::cow {
 
@@ -44,6 +46,8 @@ class PoolImpl : public Pool, public HeadHost {
 
     Task<Result<PoolStatus>> GetStatus() override;
     Task<Result<CheckReport>> Check() override;
+    Task<Result<ScrubReport>> Scrub(std::optional<std::string> disk) override;
+    Task<void> WaitForChecksums() override { co_await checksummer_.WaitIdle(); }
     Task<void> WaitForReclaim() override;
     Task<void> CommitDirty() override;
 
@@ -115,8 +119,8 @@ class PoolImpl : public Pool, public HeadHost {
     Task<void> CutOne(Cut& cut, bool hold, Join* frozen, Join* sealed);
     Task<void> UnholdOne(DiskId id, Head& head);
     Task<void> FinishOne(Cut cut);
-    void BuildRestore(SnapshotId id, const std::optional<std::string>& keep_as,
-                      CommitContext& context);
+    std::optional<SnapshotId> BuildRestore(SnapshotId id, const std::optional<std::string>& keep_as,
+                                           CommitContext& context);
     Task<Result<SnapshotInfo>> InfoOf(SnapshotId id);
     Task<Result<uint64_t>> UniqueBytes(SnapshotId id);
 
@@ -134,6 +138,8 @@ class PoolImpl : public Pool, public HeadHost {
     Leases leases_;
     Reclaimer reclaimer_;
     Committer committer_;
+    Checksummer checksummer_;
+    Scrubber scrubber_;
     AsyncMutex commands_;
     std::map<DiskId, Disk> disks_;
     std::map<SnapshotId, OpenSnapshot> snapshots_;  // those that are exported now

@@ -173,6 +173,9 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
         };
         result = co_await Commit(std::move(change));
     }
+    for (const Cut& cut : cuts) {
+        if (result.ok()) checksummer_.Add(cut.snapshot);
+    }
     for (Cut& cut : cuts) Spawn(FinishOne(std::move(cut)));
     co_return result;
 }
@@ -321,8 +324,11 @@ Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect) {
     co_return s;
 }
 
-void PoolImpl::BuildRestore(SnapshotId id, const std::optional<std::string>& keep_as,
-                            CommitContext& context) {
+/// Gives the snapshot that keeps the present state, if there is one.
+std::optional<SnapshotId> PoolImpl::BuildRestore(SnapshotId id,
+                                                 const std::optional<std::string>& keep_as,
+                                                 CommitContext& context) {
+    std::optional<SnapshotId> kept_id;
     const SnapshotRecord source = context.catalog.snapshot(id);
     DiskRecord disk = context.catalog.disk(source.disk).record;
     if (keep_as) {
@@ -334,7 +340,7 @@ void PoolImpl::BuildRestore(SnapshotId id, const std::optional<std::string>& kee
         kept.generation = disk.generation;
         kept.mapped_blocks = disk.mapped_blocks;
         kept.created_ms = core_.environment.now_ms();
-        context.catalog.AddSnapshot(std::move(kept), context.batch);
+        kept_id = context.catalog.AddSnapshot(std::move(kept), context.batch);
     } else {
         context.catalog.AddJob({disk.branch, disk.generation}, context.batch);
         context.noted = true;
@@ -346,6 +352,7 @@ void PoolImpl::BuildRestore(SnapshotId id, const std::optional<std::string>& kee
     disk.size = source.size;
     disk.mapped_blocks = source.mapped_blocks;
     context.catalog.UpdateDisk(source.disk, std::move(disk), context.batch);
+    return kept_id;
 }
 
 Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
@@ -365,13 +372,15 @@ Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::stri
     // Nobody writes any more. What was answered goes to the kept snapshot, if there is one.
     s = co_await Settle(*disk.head);
     while (s.ok() && disk.visitors > 0) co_await visit_ended_.Wait();
+    std::optional<SnapshotId> kept;
     if (s.ok()) {
         Change change = [&](CommitContext& context) {
-            BuildRestore(found.value(), keep_as, context);
+            kept = BuildRestore(found.value(), keep_as, context);
             return Status();
         };
         s = co_await Commit(std::move(change));
     }
+    if (s.ok() && kept) checksummer_.Add(*kept);
     if (s.ok()) {
         Head::Place place = PlaceOf(id);
         co_await Hop(disk.head->executor());

@@ -19,6 +19,8 @@ inline constexpr uint64_t kChunkBytes = kChunkBlocks * kBlockBytes;
 /// Blocks in an allocator region: 16 MiB, a bitmap of 512 bytes.
 inline constexpr uint64_t kRegionBlocks = 4096;
 inline constexpr uint64_t kRegionBytes = kRegionBlocks * kBlockBytes;
+/// Blocks of the data file whose checksums share a row.
+inline constexpr uint64_t kSumsRowBlocks = 64;
 /// The largest disk: the data file's block numbers have 48 bits in a run; half of that in bytes
 /// is kept as the bound so that offset + length never overflows anything. 256 PiB.
 inline constexpr uint64_t kDiskBytesMax = uint64_t{1} << 58;

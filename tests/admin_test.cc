@@ -231,11 +231,12 @@ std::string RefusalOf(const std::string& method, const std::string& params) {
 }
 
 TEST(DecodeCommand, KnowsTheMethodsOfTheContract) {
-    EXPECT_EQ(MethodNames(),
-              (Strings{"disk.create", "disk.list", "disk.show", "disk.resize", "disk.rename",
-                       "disk.clone", "disk.delete", "snapshot.create", "snapshot.list",
-                       "snapshot.show", "snapshot.restore", "snapshot.rename", "snapshot.delete",
-                       "client.list", "client.disconnect", "pool.status", "pool.check"}));
+    EXPECT_EQ(
+        MethodNames(),
+        (Strings{"disk.create", "disk.list", "disk.show", "disk.resize", "disk.rename",
+                 "disk.clone", "disk.delete", "snapshot.create", "snapshot.list", "snapshot.show",
+                 "snapshot.restore", "snapshot.rename", "snapshot.delete", "client.list",
+                 "client.disconnect", "pool.status", "pool.check", "pool.scrub"}));
     const auto decoded = Decode("disk.destroy", "{}");
     EXPECT_EQ(std::get<RpcError>(decoded).code, RpcCode::kMethodNotFound);
 }
@@ -339,6 +340,10 @@ TEST(Service, ServesTheVerbsOfADiskAndItsSnapshots) {
     EXPECT_EQ(check.at("ok"), true);
     EXPECT_TRUE(check.at("errors").as_array().empty());
     EXPECT_EQ(check.at("leaked_blocks"), 0);
+    const json::value scrub = client.Ask(Call("pool.scrub", R"({"disk":"d"})")).at("result");
+    EXPECT_EQ(scrub.at("ok"), true);
+    EXPECT_EQ(scrub.at("verified_blocks"), 10);
+    EXPECT_TRUE(scrub.at("damage").as_array().empty());
 }
 
 TEST(Service, ErrorsOfThePoolCarryTheirKind) {

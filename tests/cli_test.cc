@@ -346,6 +346,23 @@ TEST_F(Cli, ChecksAndExitsWith8OnDamage) {
     EXPECT_EQ(report.at("leaked_blocks"), 0);
 }
 
+TEST_F(Cli, ScrubsAndExitsWith8OnDamage) {
+    EXPECT_TRUE(Contains(Done({"scrub"}), "no damage found"));
+    EXPECT_EQ(DoneJson({"scrub"}).at("ok"), true);
+    EXPECT_EQ(Varve({"scrub", "nobody"}).code, 3);
+    server_.OnPool([](FakePool& pool) { pool.SetDamage({"something"}); });
+    const Outcome text = Varve({"scrub"});
+    EXPECT_EQ(text.code, 8);
+    EXPECT_TRUE(Contains(text.out, "disk0@snap: offset 8192: 4096 bytes are damaged (block 77"))
+        << text.out;
+    EXPECT_TRUE(Contains(text.out, "\ndisk0: offset 8192: ")) << text.out;
+    const Outcome document = Varve({"scrub", "--json"});
+    EXPECT_EQ(document.code, 8);
+    const json::value report = Parsed(document.out);
+    EXPECT_EQ(report.at("damage").at(0).at("snapshot"), "snap");
+    EXPECT_TRUE(report.at("damage").at(1).at("snapshot").is_null());
+}
+
 TEST_F(Cli, JsonOfAChangeSaysWhatWasDone) {
     EXPECT_EQ(DoneJson({"create", "d", "1M"}), (json::value{{"name", "d"}, {"size", 1 << 20}}));
     EXPECT_EQ(DoneJson({"snapshot", "d@s"}), (json::value{{"snapshots", {"d@s"}}}));
@@ -455,8 +472,9 @@ TEST_F(Cli, UsageErrorsExitWith2AndPointToHelp) {
 TEST_F(Cli, HelpHasExamplesForEveryVerb) {
     const Outcome help = Invoke({"--help"});
     EXPECT_EQ(help.code, 0);
-    for (const char* verb : {"create", "list", "show", "snapshot", "restore", "clone", "rename",
-                             "resize", "delete", "clients", "disconnect", "status", "check"}) {
+    for (const char* verb :
+         {"create", "list", "show", "snapshot", "restore", "clone", "rename", "resize", "delete",
+          "clients", "disconnect", "status", "check", "scrub"}) {
         EXPECT_TRUE(Contains(help.out, std::string("\n  varve ") + verb)) << verb;
         const Outcome more = Invoke({verb, "--help"});
         EXPECT_EQ(more.code, 0);

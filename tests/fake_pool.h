@@ -219,6 +219,18 @@ class FakePool : public cow::Pool {
         co_return std::move(report);
     }
 
+    Task<Result<cow::ScrubReport>> Scrub(std::optional<std::string> disk) override {
+        co_await Enter();
+        if (disk && !disks_.contains(*disk)) co_return NoDisk(*disk);
+        cow::ScrubReport report;
+        report.verified_blocks = 10;
+        if (!damage_.empty()) {
+            report.damage = {{"disk0", "snap", 8192, 77, false}, {"disk0", "", 8192, 77, false}};
+            report.damaged_blocks = 1;
+        }
+        co_return std::move(report);
+    }
+    Task<void> WaitForChecksums() override { co_return; }
     Task<void> WaitForReclaim() override { co_return; }
     Task<void> CommitDirty() override { co_return; }
     std::vector<cow::ExportEntry> ListExports() override { return {}; }

@@ -118,6 +118,15 @@ reclaimed() {
     done
 }
 
+# Until all snapshots have checksums.
+checksummed() {
+    local end=$((SECONDS + 60))
+    until [ "$(figure .checksums_pending status)" = 0 ]; do
+        [ $SECONDS -lt $end ] || fail "checksums are missing after a minute"
+        sleep 0.05
+    done
+}
+
 # detached DISK: until the server has noticed that its last client is gone.
 detached() {
     local end=$((SECONDS + 30))

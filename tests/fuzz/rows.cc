@@ -1,9 +1,10 @@
-// Fuzz target: every decoder of stored values - map rows, notes, records, the superblock. What is
-// accepted keeps the rules of docs/format.md and survives being encoded again.
+// Fuzz target: every decoder of stored values - map rows, notes, records, checksums, the
+// superblock. What is accepted keeps the rules of docs/format.md and survives being encoded again.
 // Input: which decoder, then (for map rows) a generation of 2 bytes, then the value.
 #include <cstring>
 
 #include "base/endian.h"
+#include "cow/checksums.h"
 #include "cow/format.h"
 #include "cow/runs.h"
 #include "cow/superblock.h"
@@ -70,6 +71,15 @@ void VerifyNote(std::string_view value) {
     VARVE_CHECK(DecodeNote(again) == note);
 }
 
+void VerifySums(std::string_view value) {
+    const std::optional<SumsRow> row = SumsRow::Decode(value);
+    if (!row) return;
+    const std::string again = SumsRow(row->Unpack()).Encode();
+    VARVE_CHECK(again.size() <= value.size());
+    const std::optional<SumsRow> same = SumsRow::Decode(again);
+    VARVE_CHECK(same && same->Unpack() == row->Unpack());
+}
+
 /// A record that was decoded is encoded to a value that decodes to the same bytes again.
 template <typename Record>
 void VerifyRecord(std::string_view value) {
@@ -131,7 +141,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace varve::cow;  // NOLINT: a function of C's
     using varve::Generation;
     varve::fuzz::Input input(data, size);
-    switch (input.Byte() % 10) {
+    switch (input.Byte() % 11) {
         case 0: {
             const Generation generation{input.Number(2)};
             VerifyRow(input.rest(), generation);
@@ -161,8 +171,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 8:
             VerifySuperblock(input);
             break;
-        default:
+        case 9:
             VerifyKey(input.rest());
+            break;
+        default:
+            VerifySums(input.rest());
     }
     return 0;
 }

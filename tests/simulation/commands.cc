@@ -9,8 +9,10 @@ Task<void> Runner::Commands(unsigned count) {
         const uint64_t kind = scheduler_.Draw(100);
         if (kind < 50) {
             co_await TakeSnapshots();
-        } else if (kind < 90) {
+        } else if (kind < 85) {
             co_await DeleteSnapshot();
+        } else if (kind < 90) {
+            co_await Scrub();
         } else {
             co_await pool().CommitDirty();
         }

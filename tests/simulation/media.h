@@ -69,6 +69,14 @@ class Media {
         unsynced_[sector].push_back({++write_order_, content});
         current_[sector] = std::move(content);
     }
+    /// A bit of a sector that was written and synced changes by itself.
+    void FlipBit(uint64_t sector, uint64_t bit) {
+        std::string content = ReadSector(sector);
+        char& byte = content[bit / 8 % kSector];
+        byte = static_cast<char>(byte ^ (1 << bit % 8));
+        durable_[sector] = content;
+        current_[sector] = std::move(content);
+    }
     /// A write that was under way when the power failed: some of its sectors arrived.
     void TearSector(uint64_t sector, std::string content) {
         if (scheduler_.Chance(0.5)) durable_[sector] = std::move(content);

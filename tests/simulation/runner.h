@@ -2,7 +2,7 @@
 // Not the model, which is model.h; not the engine's surroundings, which are world.h.
 //
 // simulation.cc: rounds; clients.cc: requests; commands.cc: commands; settle.cc: what must be
-// there.
+// there; damage.cc: checksums.
 #pragma once
 
 #include <fmt/format.h>
@@ -108,6 +108,15 @@ class Runner {
     void Verify(const std::string& full, Snapshot& state, const std::string& data);
     static void Explain(const Image& image, const std::string& data, size_t sector);
     Task<void> WaitForReclaim(bool* done);
+
+    // ---- damage
+    /// Whatever is verified must be sound; a flipped bit must be an I/O error for all who see it.
+    void VerifyChecksums();
+    Task<void> WaitForChecksums(bool* done);
+    void DamageOne();
+    void ExpectDamage(const std::string& name, uint64_t offset);
+    Errno Attempt(const std::string& name, uint64_t offset, uint64_t length, bool write);
+    Task<void> Scrub();
 
     // ---- requests
 

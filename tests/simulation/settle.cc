@@ -82,6 +82,7 @@ void Runner::VerifyAll() {
     if (!r.errors.empty()) return Violation("check: " + r.errors[0]);
     if (r.leaked_blocks != 0) return Violation(fmt::format("{} leaked", r.leaked_blocks));
     if (r.reclaim_blocks != 0) return Violation(fmt::format("{} kept", r.reclaim_blocks));
+    VerifyChecksums();
 }
 
 void Runner::VerifySnapshots(const std::string& name, Disk& disk) {
