@@ -113,9 +113,9 @@ constexpr Entry kEntries[] = {
      "a deletion that a restart met is not finished later", 20},
     // Damage is noticed, and nothing else is taken for it
     {Mutant::kSumOfAnotherBirth, "stale-checksum",
-     "a checksum counts for whatever block is at its place now", 50},
+     "a checksum counts for whatever block is at its place now", 20},
     {Mutant::kSumOfUnsealed, "checksum-too-early",
-     "blocks get checksums while they are still overwritten in place", 50},
+     "blocks get checksums while they are still overwritten in place", 20},
     {Mutant::kSumSoughtAfterRead, "checksum-sought-late",
      "a read asks for the checksum when it has the data", 100},
     {Mutant::kHeadReadsUnverified, "head-unverified", "reads of disks and clones are not verified",
@@ -123,7 +123,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kDamageLaundered, "damage-laundered",
      "the rest of a damaged block becomes part of a new one", 20},
     {Mutant::kSumsStayUnknown, "checksum-stays-unknown",
-     "the cache goes on without checksums that were made meanwhile", 50},
+     "the cache goes on without checksums that were made meanwhile", 20},
     {Mutant::kSummedTooEarly, "summed-unfolded",
      "a snapshot is marked as summed before its map rows are written", 50},
 };
