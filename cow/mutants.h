@@ -62,7 +62,6 @@ enum class Mutant {
     // Damage is noticed, and nothing else is taken for it
     kSumOfAnotherBirth,
     kSumOfUnsealed,
-    kSumSoughtAfterRead,
     kHeadReadsUnverified,
     kDamageLaundered,
     kSumsStayUnknown,

@@ -5,7 +5,6 @@
 #include "base/log.h"
 #include "cow/block_sum.h"
 #include "cow/format.h"
-#include "cow/mutants.h"
 
 namespace varve::cow {
 namespace {
@@ -86,13 +85,8 @@ Task<void> Expect(Core& core, LaneState& lane, const FrozenList& frozen, Expecte
 Task<Errno> ReadVerified(Core& core, LaneState& lane, const IoPieces& pieces,
                          const FrozenList& frozen) {
     ExpectedList expected;
-    if (!Mutated(Mutant::kSumSoughtAfterRead)) {
-        co_await Expect(core, lane, frozen, &expected);
-    }
+    co_await Expect(core, lane, frozen, &expected);
     Errno error = co_await TransferAll(lane.blocks, BlockIo::Kind::kRead, pieces);
-    if (Mutated(Mutant::kSumSoughtAfterRead)) {
-        co_await Expect(core, lane, frozen, &expected);
-    }
     if (error != 0) co_return error;
     size_t compared = 0;
     for (const Expected& block : expected) {

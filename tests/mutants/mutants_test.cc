@@ -116,8 +116,6 @@ constexpr Entry kEntries[] = {
      "a checksum counts for whatever block is at its place now", 20},
     {Mutant::kSumOfUnsealed, "checksum-too-early",
      "blocks get checksums while they are still overwritten in place", 20},
-    {Mutant::kSumSoughtAfterRead, "checksum-sought-late",
-     "a read asks for the checksum when it has the data", 100},
     {Mutant::kHeadReadsUnverified, "head-unverified", "reads of disks and clones are not verified",
      20},
     {Mutant::kDamageLaundered, "damage-laundered",
