@@ -16,7 +16,7 @@ from server import Server
 
 def needs_namespace(names):
     """Mounts of the scenarios end with a mount namespace of their own, whatever happens."""
-    if {"full", "eio"}.isdisjoint(names) or os.environ.get("VARVE_IN_NAMESPACE"):
+    if {"full", "eio", "powercut"}.isdisjoint(names) or os.environ.get("VARVE_IN_NAMESPACE"):
         return
     os.environ["VARVE_IN_NAMESPACE"] = "1"
     os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv])

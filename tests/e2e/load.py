@@ -33,6 +33,16 @@ def adopt(world, planned, method, p):
         world.apply(method, p)
 
 
+def outcomes(world, planned, command):
+    """The worlds that may be left when the server goes: a command under way is done or not."""
+    worlds = [world]
+    if command:
+        done = world.copy()
+        adopt(done, planned, *command)
+        worlds.append(done)
+    return worlds
+
+
 class Load:
     """One life of a server: from attaching until it goes."""
 
@@ -65,18 +75,22 @@ class Load:
 
     def candidates(self):
         """The worlds that may be left once the server has gone."""
-        worlds = [self.world]
-        if self.command:
-            done = self.world.copy()
-            adopt(done, self.planned, *self.command)
-            worlds.append(done)
-        return worlds
+        return outcomes(self.world, self.planned, self.command)
+
+    def moment(self):
+        """Now, for those who keep a history."""
+
+    def note(self, moment=None):
+        """For those who keep a history: from `moment` (None: now) on the model is as it is now.
+        Called before anything is sent, and when something was promised."""
 
     def step(self):
         """A batch of writes on every disk, a command beside it, sometimes a flush."""
         try:
             self._attach()
-            pending = {name: self._send_batch(name) for name in self.clients}
+            drawn = {name: self._draw_batch(name) for name in self.clients}
+            self.note()
+            pending = {name: self._send_batch(name, batch) for name, batch in drawn.items()}
             fenced = self._send_command() if self.source.random() < 0.5 else None
             for name, batch in pending.items():
                 self._collect(name, batch, name == fenced)
@@ -99,9 +113,10 @@ class Load:
             if name not in self.clients:
                 self.clients[name] = nbd.Client(self.server.nbd, name)
 
-    def _send_batch(self, name):
+    def _draw_batch(self, name):
+        """Requests for blocks that are all different. The model counts them as sent."""
         source, blocks = self.source, self.world.disks[name].blocks
-        batch, taken, size = {}, set(), len(blocks.settled)
+        batch, taken, size = [], set(), len(blocks.settled)
         for _ in range(source.randrange(16)):
             count = source.choice((1, 1, 1, 2, 5, 16, 64))
             first = source.randrange(size - count)
@@ -112,6 +127,12 @@ class Load:
             flags = nbd.FUA if source.random() < 0.1 else 0
             number = self.world.number() if kind == nbd.WRITE else 0
             blocks.started(first, count, number)
+            batch.append((kind, flags, first, count, number))
+        return batch
+
+    def _send_batch(self, name, drawn):
+        batch = {}
+        for kind, flags, first, count, number in drawn:
             data = content(number) * count if kind == nbd.WRITE else b""
             try:
                 cookie = self.clients[name].send(kind, first * BLOCK, count * BLOCK, data, flags)
@@ -128,6 +149,8 @@ class Load:
                 self.requests += 1
                 if not error:
                     blocks.answered(*batch[cookie])
+                    if batch[cookie][3]:
+                        self.note()
                 elif error in self.may_fail:
                     self.failed += 1
                 elif not (fenced and error == errno.ESHUTDOWN):
@@ -141,6 +164,7 @@ class Load:
         try:
             self.clients[name].flush()
             self.world.disks[name].blocks.flushed()
+            self.note()
         except OSError as error:
             if error.errno not in self.may_fail:
                 raise Wrong(f"{name}: a flush was answered with {error}") from error
@@ -160,6 +184,7 @@ class Load:
         self.command = (method, parameters)
         self.planned = self.world.copy()
         self.planned.apply(method, parameters)
+        self.note()
         self.admin.send(method, **parameters)
 
     def _finish_command(self):
@@ -177,11 +202,13 @@ class Load:
                 raise Ended(str(refused)) from refused
             self.command = None
             return
+        moment = self.moment()
         self.commands += 1
         self.command = None
         adopt(self.world, self.planned, method, parameters)
         if method == "snapshot.create":
             self._settle_snapshots(parameters["snapshots"])
+        self.note(moment)
         stale = parameters.get("name") if method != "disk.clone" else None
         if method == "snapshot.restore":
             stale = parameters["snapshot"].partition("@")[0]
