@@ -1,7 +1,9 @@
 #include "cow/rocks_log.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <isa-l/crc.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,11 +12,14 @@
 #include <map>
 #include <optional>
 
+#include "cow/files.h"
+
 namespace varve::cow {
 namespace {
 
 // A log is a row of blocks; a record is cut into fragments so that none crosses a block's end.
 constexpr uint64_t kLogBlock = 32768;
+constexpr uint64_t kSector = 512;      // what a device writes as a whole
 constexpr uint64_t kHeader = 7;        // crc (4), length (2), type (1), little-endian
 constexpr uint64_t kBatchHeader = 12;  // of a record: sequence (8), count of rows (4)
 
@@ -36,6 +41,19 @@ uint64_t BlockEnd(uint64_t at) {
     return (at / kLogBlock + 1) * kLogBlock;
 }
 
+uint64_t SectorEnd(uint64_t at) {
+    return (at / kSector + 1) * kSector;
+}
+
+/// Whether the checksum of the fragment at `at` is right if its payload has `length` bytes.
+bool ChecksumFits(std::string_view log, uint64_t at, uint64_t length) {
+    const char* header = log.data() + at;
+    auto* covered = reinterpret_cast<unsigned char*>(const_cast<char*>(header + 6));
+    const uint32_t crc = ~crc32_iscsi(covered, static_cast<int>(1 + length), ~0U);
+    const uint32_t masked = ((crc >> 15) | (crc << 17)) + 0xa282ead8U;
+    return masked == LoadLittle<uint32_t>(header);
+}
+
 /// The fragment at `at`, if there is a whole one.
 std::optional<Fragment> ReadFragment(std::string_view log, uint64_t at) {
     const uint64_t end = std::min<uint64_t>(log.size(), BlockEnd(at));
@@ -44,10 +62,7 @@ std::optional<Fragment> ReadFragment(std::string_view log, uint64_t at) {
     const auto length = LoadLittle<uint16_t>(header + 4);
     const auto type = static_cast<uint8_t>(header[6]);
     if (type < kFull || type > kLast || length > end - at - kHeader) return std::nullopt;
-    auto* covered = reinterpret_cast<unsigned char*>(const_cast<char*>(header + 6));
-    const uint32_t crc = ~crc32_iscsi(covered, 1 + length, ~0U);
-    const uint32_t masked = ((crc >> 15) | (crc << 17)) + 0xa282ead8U;
-    if (masked != LoadLittle<uint32_t>(header)) return std::nullopt;
+    if (!ChecksumFits(log, at, length)) return std::nullopt;
     return Fragment{type, log.substr(at + kHeader, length)};
 }
 
@@ -69,9 +84,32 @@ bool AllZero(std::string_view bytes) {
     return std::all_of(bytes.begin(), bytes.end(), [](char c) { return c == 0; });
 }
 
-/// Follows whole records from the start on; returns where the first that is not whole begins.
-uint64_t FollowRecords(std::string_view log, LogScan& scan) {
-    uint64_t at = 0;
+/// Whether a part of the fragment at `at`, which is not whole, was never written: the file ends
+/// before it does, or one of its sectors reads as zeros, from where a write may have begun.
+bool LacksPart(std::string_view log, uint64_t at) {
+    if (log.size() - at < kHeader) return true;
+    const uint64_t payload = at + kHeader;
+    const uint64_t end = payload + LoadLittle<uint16_t>(log.data() + at + 4);
+    const auto type = static_cast<uint8_t>(log[at + 6]);
+    const bool plausible = type >= kFull && type <= kLast && end <= BlockEnd(at);
+    if (plausible && end > log.size()) {
+        // Unless it ends where the file does, and what has changed is its length.
+        return !ChecksumFits(log, at, log.size() - payload);
+    }
+    const uint64_t limit = plausible ? end : log.size();
+    const auto missing = [&](uint64_t from) {
+        return AllZero(log.substr(from, std::min(limit, SectorEnd(from)) - from));
+    };
+    for (uint64_t from = at; from < limit; from = SectorEnd(from)) {
+        if (missing(from)) return true;
+    }
+    return payload < limit && missing(payload);
+}
+
+/// Follows whole records from the start on; returns where the first that is not whole begins, and
+/// in `broken` the first fragment that is not as it should be.
+uint64_t FollowRecords(std::string_view log, LogRecords records, LogScan& scan, uint64_t& broken) {
+    uint64_t& at = broken = 0;
     uint64_t record_begin = 0;
     std::string head;  // first bytes of the record being put together
     bool inside = false;
@@ -92,8 +130,8 @@ uint64_t FollowRecords(std::string_view log, LogScan& scan) {
         }
         at += kHeader + fragment->payload.size();
         inside = fragment->type == kFirst || fragment->type == kMiddle;
-        if (inside) continue;
-        if (head.size() < kBatchHeader) return record_begin;
+        if (inside || records == LogRecords::kFileChanges) continue;
+        if (head.size() < kBatchHeader) return broken = record_begin;
         const auto sequence = LoadLittle<uint64_t>(head.data());
         if (scan.first == 0) scan.first = sequence;
         scan.next = sequence + LoadLittle<uint32_t>(head.data() + sizeof(uint64_t));
@@ -130,13 +168,15 @@ Result<std::string> ReadFile(const std::string& path) {
 
 }  // namespace
 
-LogScan ScanLog(std::string_view content) {
+LogScan ScanLog(std::string_view content, LogRecords records) {
     LogScan scan;
-    scan.offset = FollowRecords(content, scan);
+    uint64_t broken = 0;
+    scan.offset = FollowRecords(content, records, scan, broken);
     if (AllZero(content.substr(scan.offset))) return scan;
     // Skip the broken record's own beginning: only a later one tells.
     const bool later = LaterRecordBegins(content, scan.offset + 1, scan.next);
-    scan.end = later ? LogScan::End::kDamaged : LogScan::End::kTorn;
+    const bool torn = !later && LacksPart(content, broken);
+    scan.end = torn ? LogScan::End::kTorn : LogScan::End::kDamaged;
     return scan;
 }
 
@@ -155,11 +195,34 @@ Result<bool> LogsAreTorn(const std::string& directory) {
                                          path, gap ? 0 : scan.offset));
         }
         // A log torn by an earlier crash may still lie there: what came after it follows on.
+        // Between others there may be gaps: a crash may bring back any of those that were deleted.
         const bool this_torn = scan.end == LogScan::End::kTorn;
         torn = torn || this_torn;
         next = this_torn ? scan.next : 0;
     }
     return torn;
+}
+
+Status CutTornFileList(const std::string& directory) {
+    Result<std::string> current = ReadFile(directory + "/CURRENT");
+    if (!current.ok()) return Status();
+    std::string& name = current.value();
+    if (name.ends_with('\n')) name.pop_back();
+    const std::string path = directory + "/" + name;
+    const Result<std::string> content = ReadFile(path);
+    if (!name.starts_with("MANIFEST-") || !content.ok()) return Status();
+    const LogScan scan = ScanLog(content.value(), LogRecords::kFileChanges);
+    if (scan.end == LogScan::End::kDamaged) {
+        return MakeError(ErrorKind::kDamaged,
+                         fmt::format("{} is damaged at byte {}; restore the pool from a backup",
+                                     path, scan.offset));
+    }
+    if (scan.end == LogScan::End::kWhole) return Status();
+    const File file = OpenFile(path, O_WRONLY);
+    if (!file.valid() || ::ftruncate(file.fd(), static_cast<off_t>(scan.offset)) != 0) {
+        return SystemError(errno, fmt::format("cannot cut {}", path));
+    }
+    return SyncFile(file, path);
 }
 
 }  // namespace varve::cow

@@ -247,10 +247,13 @@ Result<std::unique_ptr<MetadataStore>> OpenRocksStore(const std::string& path,
         return MakeError(ErrorKind::kNotFound, fmt::format("there is no metadata in {}", path));
     }
     // Every commit is synced and commits come one at a time, so a crash can only tear the log's
-    // last record, in any way: cut short, or with any of its pages missing. Dropping that one loses
-    // nothing that was promised. A record that breaks before the last one was promised. No mode of
-    // RocksDB's tells the two apart: tolerating a short tail refuses a last record with a missing
-    // page, and point in time silently drops whatever follows a broken record. So the scan decides.
+    // last record, in any way: cut short, or with any of its sectors missing. Dropping that one
+    // loses nothing that was promised; any other broken record was promised. No mode of RocksDB's
+    // tells the two apart: tolerating a short tail refuses a last record with a missing sector, and
+    // point in time silently drops whatever follows a broken record. So the scan decides. The same
+    // goes for the list of files, for which RocksDB has no modes.
+    Status files = CutTornFileList(path);
+    if (!files.ok()) return files.error();
     const Result<bool> torn = LogsAreTorn(path);
     if (!torn.ok()) return torn.error();
     const auto recovery = torn.value() ? rocksdb::WALRecoveryMode::kPointInTimeRecovery

@@ -8,6 +8,8 @@
 
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <iterator>
 #include <random>
 
 #include "cow/rocks_log.h"
@@ -63,6 +65,12 @@ class RocksStoreTest : public testing::Test {
             if (entry.path().extension() == ".log") return entry.path();
         }
         return {};
+    }
+    fs::path ListPath() const {
+        std::ifstream current(path_ / "CURRENT");
+        std::string name;
+        std::getline(current, name);
+        return path_ / name;
     }
     static void Overwrite(const fs::path& file, uint64_t offset, const std::string& bytes) {
         std::fstream stream(file, std::ios::in | std::ios::out | std::ios::binary);
@@ -199,13 +207,14 @@ TEST_F(RocksStoreTest, TornLastRecordIsDroppedHoweverItIsTorn) {
         store_.reset();
         fs::remove_all(path_);
         fs::copy(root_ / "image", path_);
-        const uint64_t back = 1 + random() % 99'000;  // a place inside the last record
+        const uint64_t back = 1 + random() % 99'000;  // inside the last record
         SCOPED_TRACE("round " + std::to_string(round) + ", " + std::to_string(back));
-        if (round % 3 == 0) {
+        if (round % 2 == 0) {
             fs::resize_file(LogPath(), size - back);
-        } else {
-            const uint64_t hole = std::min<uint64_t>(back, 4096);
-            Overwrite(LogPath(), size - back, std::string(hole, round % 3 == 1 ? '\0' : 'g'));
+        } else {  // sectors are missing
+            const uint64_t from = (size - back) / 512 * 512;
+            const uint64_t hole = std::min<uint64_t>(size - from, 512 * (1 + random() % 8));
+            Overwrite(LogPath(), from, std::string(hole, '\0'));
         }
         const Status status = Open();
         ASSERT_TRUE(status.ok()) << status.error().message;
@@ -223,17 +232,17 @@ TEST_F(RocksStoreTest, ZerosAfterTheLogAreNoDamage) {
     EXPECT_EQ(Rows(), 51U);
 }
 
-TEST_F(RocksStoreTest, DamageBeforeTheLastRecordIsRefused) {
+TEST_F(RocksStoreTest, DamageInAnyRecordIsRefused) {
     FillAndClose();
     fs::copy(path_, root_ / "image");
-    const uint64_t answered = fs::file_size(LogPath()) - 101'000;
+    const uint64_t size = fs::file_size(LogPath()) - 600;
     const uint64_t seed = std::random_device()();
     SCOPED_TRACE("seed " + std::to_string(seed));
     std::mt19937_64 random(seed);
     for (int round = 0; round < 24; ++round) {
         fs::remove_all(path_);
         fs::copy(root_ / "image", path_);
-        const uint64_t at = random() % answered;
+        const uint64_t at = random() % size;
         SCOPED_TRACE("round " + std::to_string(round) + ", byte " + std::to_string(at));
         Overwrite(LogPath(), at, std::string(1 + random() % 600, '\xee'));
         const Status status = Open();
@@ -242,6 +251,55 @@ TEST_F(RocksStoreTest, DamageBeforeTheLastRecordIsRefused) {
         EXPECT_NE(status.error().message.find(".log is damaged at byte"), std::string::npos);
         EXPECT_EQ(status.error().message.find('\n'), std::string::npos);
     }
+}
+
+/// Each bit of a file in its turn: the store must not open, and say that this file is damaged.
+void EveryBitIsRefused(const fs::path& file, const std::function<Status()>& open) {
+    std::ifstream in(file, std::ios::binary);
+    const std::string right((std::istreambuf_iterator<char>(in)), {});
+    ASSERT_FALSE(right.empty());
+    for (size_t bit = 0; bit < right.size() * 8; ++bit) {
+        SCOPED_TRACE(file.filename().string() + ", bit " + std::to_string(bit));
+        std::string wrong = right;
+        wrong[bit / 8] = static_cast<char>(wrong[bit / 8] ^ (1 << bit % 8));
+        std::ofstream(file, std::ios::binary) << wrong;
+        const Status status = open();
+        ASSERT_FALSE(status.ok());
+        EXPECT_EQ(status.error().kind, ErrorKind::kDamaged);
+        EXPECT_NE(status.error().message.find(file.filename().string()), std::string::npos)
+            << status.error().message;
+    }
+    std::ofstream(file, std::ios::binary) << right;
+}
+
+TEST_F(RocksStoreTest, AFlippedBitOfTheLogIsRefused) {
+    ASSERT_TRUE(Open(true).ok());
+    for (int i = 0; i < 4; ++i) Put("k" + std::to_string(i), std::string(30, 'x'));
+    store_.reset();
+    EveryBitIsRefused(LogPath(), [this] { return Open(); });
+    ASSERT_TRUE(Open().ok());
+    EXPECT_EQ(Rows(), 4U);
+}
+
+TEST_F(RocksStoreTest, AFlippedBitOfTheListOfFilesIsRefused) {
+    for (int life = 0; life < 3; ++life) {  // the latest list has a table in it
+        ASSERT_TRUE(Open(life == 0).ok());
+        Put("k" + std::to_string(life), "1");
+    }
+    store_.reset();
+    EveryBitIsRefused(ListPath(), [this] { return Open(); });
+    ASSERT_TRUE(Open().ok());
+    EXPECT_EQ(Rows(), 3U);
+}
+
+// RocksDB itself would refuse it.
+TEST_F(RocksStoreTest, TornListOfFilesIsCut) {
+    FillAndClose();
+    const uint64_t size = fs::file_size(ListPath());
+    fs::resize_file(ListPath(), size + 700);
+    Overwrite(ListPath(), size, "\x11\x22\x33\x44\x20\x02\x01***");  // 544 bytes long
+    ASSERT_TRUE(Open().ok());
+    EXPECT_EQ(Rows(), 51U);
 }
 
 TEST_F(RocksStoreTest, DamagedTableGivesAnErrorAndNoRows) {
@@ -316,7 +374,9 @@ TEST(RocksLogTest, AnyBytesAreScanned) {
     for (int round = 0; round < 200; ++round) {
         std::string bytes(random() % 70'000, '\0');
         for (char& c : bytes) c = static_cast<char>(random() % 6);
-        EXPECT_NE(ScanLog(bytes).end, LogScan::End::kDamaged);
+        const LogScan scan = ScanLog(bytes);
+        EXPECT_NE(scan.end, LogScan::End::kWhole);
+        EXPECT_EQ(scan.offset, 0U);
     }
 }
 
