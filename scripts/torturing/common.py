@@ -58,7 +58,9 @@ class Bench:
         return True
 
     def server(self, pool, *options):
-        server = Server(self.programs, pool, self.work, ("--log-level", "warning", *options))
+        # On a busy machine the device may take its time while a client asks for a disk.
+        always = ("--log-level", "warning", "--negotiation-timeout", "100")
+        server = Server(self.programs, pool, self.work, (*always, *options))
         self.servers.append(server)
         return server
 
@@ -116,16 +118,18 @@ class Bench:
 
     # ---- verification
 
-    def verify(self, server, candidates, legal=Blocks.after_crash, failed=False):
+    def verify(self, server, candidates, legal=Blocks.after_crash, failed=False, torn=None):
         """The one of `candidates` that the server serves, with what was found in it. `failed`: the
-        pool has failed, and refuses some things."""
+        pool has failed, and refuses some things. `torn`: see World.verify()."""
         errors = []
         admin = server.admin()
         for number, world in enumerate(candidates):
             try:
                 # Its copy: a comparison that fails half-way must leave nothing behind.
+                if torn is not None:
+                    torn.clear()
                 trial = world.copy() if len(candidates) > 1 else world
-                self.count("blocks compared", trial.verify(server, admin, legal, failed))
+                self.count("blocks compared", trial.verify(server, admin, legal, failed, torn))
                 break
             except Wrong as wrong:
                 errors.append(("done: " if number else "not done: ") + str(wrong))

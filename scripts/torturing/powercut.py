@@ -11,7 +11,6 @@ came later is there in order, in part, or torn between sectors.
 import contextlib
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import time
@@ -98,7 +97,7 @@ class Recording:
             for _ in range(STEPS):
                 load.step()
             if bench.source.random() < 0.5:
-                bench.terminate(server, failed=False)
+                terminate(server)
                 legal = Blocks.now
             else:
                 server.kill9()
@@ -140,10 +139,6 @@ class Recording:
                     if server.running():
                         server.kill9()
         except Wrong as wrong:
-            keep = os.environ.get("VARVE_KEEP")
-            if keep:
-                shutil.copy(self.log, os.path.join(keep, "log"))
-                run("cp", "--sparse=always", self.start, os.path.join(keep, "start"))
             raise Wrong(f"{what}: {wrong}") from wrong
         bench.count(f"points on {self.kind}")
         bench.count(f"points {how}")
@@ -160,12 +155,21 @@ class Recording:
         opened = time.monotonic() - started
         if status is not None:
             raise Wrong(f"varved ended with {status}: {said}")
-        world = bench.verify(server, candidates)
-        if bench.source.random() < 0.2:
+        torn = []
+        world = bench.verify(server, candidates, torn=torn)
+        bench.count("torn blocks", len(torn))
+        if not torn and bench.source.random() < 0.2:
             load = bench.load(server, world, 3)
             bench.verify(server, load.candidates(), Blocks.now)
-            bench.terminate(server, failed=False)
+            terminate(server)
         return opened
+
+
+def terminate(server):
+    """SIGTERM. How long it may take is no matter here: a replayed device is slow."""
+    status, _ = server.stop()
+    if status != 0:
+        raise Wrong(f"exit status {status} after SIGTERM")
 
 
 class NotedLoad(Load):

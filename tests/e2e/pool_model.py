@@ -10,8 +10,7 @@ import struct
 
 import nbd
 
-BLOCK = 4096
-READ_BYTES = 1 << 20
+BLOCK, SECTOR = 4096, 512
 
 
 def content(number):
@@ -152,17 +151,19 @@ class World:
 
     # ---- comparison with a server
 
-    def verify(self, server, admin, legal, failed=False):
+    def verify(self, server, admin, legal, failed=False, torn=None):
         """Everything: names, sizes and contents. `legal`: Blocks.now or Blocks.after_crash. What is
         found becomes what is expected. `failed`: the pool has failed, so that it may refuse to open
-        snapshots. Raises Wrong. Returns how many blocks were compared."""
+        snapshots. `torn`: a list, if the power failed: each sector of a disk is legal by itself; the
+        blocks that hold several contents are appended. Raises Wrong. Returns how many blocks were
+        compared."""
         self.verify_names(admin)
         compared = 0
         for name, disk in self.disks.items():
             blocks = disk.blocks
             allowed = [legal(blocks, block) for block in range(len(blocks.settled))]
             data = nbd.read_all(server.nbd, name)
-            blocks.found(numbers_of(name, data, allowed))
+            blocks.found(numbers_of(name, data, allowed, torn))
             compared += len(allowed)
             for snapshot_name, snapshot in disk.snapshots.items():
                 try:
@@ -199,8 +200,9 @@ class World:
             raise Wrong(f"{export} has changed")
 
 
-def numbers_of(export, data, allowed):
-    """The content number of each block of `data`. Raises Wrong if one is not among `allowed`."""
+def numbers_of(export, data, allowed, torn=None):
+    """The content number of each block of `data`. Raises Wrong if one is not among `allowed`, or if
+    a block holds several; with a list `torn` that is appended to it, if each sector is legal."""
     if len(data) != len(allowed) * BLOCK:
         raise Wrong(f"{export} has {len(data)} bytes, not {len(allowed) * BLOCK}")
     numbers = []
@@ -208,8 +210,16 @@ def numbers_of(export, data, allowed):
         at = data[block * BLOCK : (block + 1) * BLOCK]
         number = struct.unpack_from("<Q", at)[0]
         if at != content(number):
-            raise Wrong(f"{export}: block {block} holds parts of several contents, one is {number}")
+            if torn is None or not sectors_are_legal(at, legal):
+                raise Wrong(f"{export}: block {block} holds parts of several contents, one is "
+                            f"{number}; legal are {legal}")  # fmt: skip
+            torn.append((export, block))
         if number not in legal:
             raise Wrong(f"{export}: block {block} holds {number}; legal are {legal}")
         numbers.append(number)
     return numbers
+
+
+def sectors_are_legal(data, legal):
+    sectors = {data[at : at + SECTOR] for at in range(0, BLOCK, SECTOR)}
+    return sectors <= {content(number)[:SECTOR] for number in legal}
