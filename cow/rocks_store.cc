@@ -186,6 +186,7 @@ class RocksStore : public MetadataStore {
 
 rocksdb::Options MakeOptions(const RocksOptions& given, rocksdb::WALRecoveryMode recovery) {
     rocksdb::Options options;
+    if (given.env) options.env = given.env;
     options.create_if_missing = given.create;
     options.paranoid_checks = true;
     options.compression = rocksdb::kLZ4Compression;

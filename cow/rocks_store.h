@@ -8,6 +8,10 @@
 #include "base/result.h"
 #include "cow/stores.h"
 
+namespace rocksdb {
+class Env;
+}
+
 namespace varve::cow {
 
 struct RocksOptions {
@@ -16,6 +20,8 @@ struct RocksOptions {
     /// One memtable; at most three exist. The logs take as much again on the file system, and
     /// compaction up to eight times as much for a while.
     uint64_t buffer_bytes = 16 << 20;
+    /// Where files are written; null: the system. Tests cut its power. It must outlive the store.
+    rocksdb::Env* env = nullptr;
 };
 
 /// Opens the store in directory `path`; its parent must exist. Blocks: replays the log, at most
