@@ -1,9 +1,9 @@
 """Changed bytes in the superblock, in RocksDB's files, in the data file.
 
-What cannot be served is refused, at the start or by EIO, with a reason; what is served is right. Two
-limits are known and counted: blocks of data carry no checksums, so that changed ones are served as
-they are read; and a change in the last record of RocksDB's log looks like the record that a crash
-tore, so that the state is that of the commit before. For the same reason logs are not cut short.
+What cannot be served is refused, at the start or by EIO, with a reason; what is served is right. Every
+second cycle flips one bit, and goes through all files of metadata and evenly through each. Known and
+counted: blocks of data carry no checksums, so that changed ones are served as they are read. Logs are
+not cut short: whole records missing at their end cannot be told from a crash.
 """
 
 import errno
@@ -13,6 +13,7 @@ import shutil
 import nbd
 from pool_model import BLOCK, Blocks, World, Wrong
 from server import Refused
+from torturing.common import run
 
 CLEAR_STATUS = (1, 2, 3, 4, 5, 8)
 
@@ -21,13 +22,44 @@ def run_scenario(bench):
     pool, kept = os.path.join(bench.work, "pool"), os.path.join(bench.work, "kept")
     server = bench.server(pool)
     world = grow_pool(bench, server, kept)
+    flips = flip_everywhere(bench.source, pool)
     while bench.more():
         shutil.rmtree(pool)
-        shutil.copytree(kept, pool)
-        what, changed = change(bench, pool)
+        run("cp", "-r", "--sparse=always", kept, pool)
+        if bench.cycle % 2:
+            kind, what = next(flips)
+            changed = False
+        else:
+            kind, (what, changed) = "", change(bench, pool)
         outcome = look(server, world.copy(), changed)
-        bench.count(outcome.split(":")[0])
+        bench.count(f"{kind}{outcome.split(':')[0]}")
         bench.say(f"{what}: {outcome}")
+
+
+def flip_everywhere(source, pool):
+    """Flips a bit of one file after the other, at places that cover each evenly however long it goes
+    on. The pool is a copy of the same one each time. Yields what it flipped."""
+    meta = os.path.join(pool, "meta")
+    places = [(os.path.join(pool, "lock"), None), (os.path.join(pool, "data"), BLOCK)]
+    places += [(os.path.join(meta, name), None) for name in sorted(os.listdir(meta))]
+    start, turn = source.random(), 0
+    while True:
+        for path, length in places:
+            length = length or os.path.getsize(path)
+            if not length:
+                continue
+            offset = int((start + turn * 0.6180339887) % 1 * length)
+            bit = source.randrange(8)
+            with open(path, "r+b") as file:
+                file.seek(offset)
+                byte = file.read(1)[0]
+                file.seek(offset)
+                file.write(bytes([byte ^ 1 << bit]))
+            name = os.path.basename(path)
+            kind = os.path.splitext(name)[1].lstrip(".") or name.split("-")[0]
+            kind = "superblock" if name == "data" else kind
+            yield f"bit in {kind}: ", f"{name}, bit {bit} of byte {offset} of {length}"
+        turn += 1
 
 
 def grow_pool(bench, server, kept):
