@@ -93,6 +93,15 @@ struct History {
     }
 };
 
+/// The file with the greatest name that begins so.
+std::string Latest(const Files& files, const std::string& prefix, const std::string& suffix = "") {
+    std::string latest;
+    for (const auto& [name, content] : files) {
+        if (name.starts_with(prefix) && name.ends_with(suffix)) latest = name;
+    }
+    return latest;
+}
+
 class RocksPowerCutTest : public testing::Test {
   protected:
     RocksPowerCutTest() : seed_(Setting("VARVE_SEED", std::random_device()())), random_(seed_) {
@@ -209,15 +218,6 @@ TEST_F(RocksPowerCutTest, CommitsSurviveAtEverySyncAndBetween) {
                 history.log.position(), cuts.size());
 }
 
-/// The file with the greatest name that begins so.
-std::string Latest(const Files& files, const std::string& prefix, const std::string& suffix = "") {
-    std::string latest;
-    for (const auto& [name, content] : files) {
-        if (name.starts_with(prefix) && name.ends_with(suffix)) latest = name;
-    }
-    return latest;
-}
-
 /// What was not synced of a file ends at any byte; or at a sector, with zeros in the place of the
 /// rest.
 class TornTailTest : public RocksPowerCutTest {
@@ -271,6 +271,47 @@ TEST_F(TornTailTest, ListOfFilesTornAtAnyByteIsNoDamage) {
         if (history.Promised(at) > 0) TearAt(history, at, "MANIFEST", "", 30);
     }
     std::printf("%zu cuts\n", cuts_);
+}
+
+/// How many commits a mode of RocksDB's finds, or nothing if it refuses to open.
+std::optional<size_t> CommitsIn(const std::string& path, rocksdb::WALRecoveryMode mode) {
+    rocksdb::Options options;
+    options.wal_recovery_mode = mode;
+    rocksdb::DB* raw = nullptr;
+    if (!rocksdb::DB::Open(options, path, &raw).ok()) return std::nullopt;
+    const std::unique_ptr<rocksdb::DB> db(raw);
+    std::string counter = "0";
+    db->Get(rocksdb::ReadOptions(), kCounter, &counter);
+    return std::stoull(counter);
+}
+
+// Why the store scans its logs and chooses a mode by what it finds.
+TEST_F(RocksPowerCutTest, NoModeOfRocksDBsTellsTornFromDamaged) {
+    using Mode = rocksdb::WALRecoveryMode;
+    FileLog log;
+    const auto env = NewLoggedEnv(log);
+    auto store = Open(place_.New(), env.get(), true);
+    ASSERT_TRUE(store.ok());
+    for (size_t number = 1; number <= 3; ++number) {
+        cow::Batch batch;
+        batch.Put(kCounter, std::to_string(number));
+        batch.Put("row", std::string(3000, 'x'));
+        ASSERT_TRUE(store.value()->Commit(batch).ok());
+    }
+    Files torn = log.All(log.position());  // the third commit lacks a sector, and was not answered
+    Files damaged = torn;                  // the first one was answered
+    std::string& content = torn.at(Latest(torn, "", ".log"));
+    content.replace(content.size() / 512 * 512 - 512, 512, std::string(512, '\0'));
+    damaged.at(Latest(damaged, "", ".log"))[1000] ^= 1;
+
+    EXPECT_EQ(CommitsIn(place_.New(torn), Mode::kTolerateCorruptedTailRecords), std::nullopt);
+    EXPECT_EQ(CommitsIn(place_.New(torn), Mode::kAbsoluteConsistency), std::nullopt);
+    EXPECT_EQ(CommitsIn(place_.New(torn), Mode::kPointInTimeRecovery), 2U);
+    EXPECT_EQ(CommitsIn(place_.New(damaged), Mode::kTolerateCorruptedTailRecords), std::nullopt);
+    EXPECT_EQ(CommitsIn(place_.New(damaged), Mode::kPointInTimeRecovery), 0U);  // without a word
+
+    EXPECT_TRUE(Open(place_.New(torn), nullptr).ok());
+    EXPECT_EQ(Open(place_.New(damaged), nullptr).status().error().kind, ErrorKind::kDamaged);
 }
 
 TEST_F(RocksPowerCutTest, ADeviceThatLiesIsFound) {
