@@ -308,6 +308,7 @@ TEST_F(RocksPowerCutTest, NoModeOfRocksDBsTellsTornFromDamaged) {
     EXPECT_EQ(CommitsIn(place_.New(torn), Mode::kAbsoluteConsistency), std::nullopt);
     EXPECT_EQ(CommitsIn(place_.New(torn), Mode::kPointInTimeRecovery), 2U);
     EXPECT_EQ(CommitsIn(place_.New(damaged), Mode::kTolerateCorruptedTailRecords), std::nullopt);
+    EXPECT_EQ(CommitsIn(place_.New(damaged), Mode::kAbsoluteConsistency), std::nullopt);
     EXPECT_EQ(CommitsIn(place_.New(damaged), Mode::kPointInTimeRecovery), 0U);  // without a word
 
     EXPECT_TRUE(Open(place_.New(torn), nullptr).ok());
