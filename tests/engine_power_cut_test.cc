@@ -129,11 +129,12 @@ class Engine {
         return opened.value();
     }
     void Detach(const cow::Export& e) { Finish(DetachTask(e.id)); }
+    /// All of it; empty if that fails.
     std::string Read(const std::string& name) {
         const cow::Export e = Attach(name);
         std::string bytes(e.volume->size(), '?');
         const std::span<std::byte> span(reinterpret_cast<std::byte*>(bytes.data()), bytes.size());
-        EXPECT_EQ(0, On(*e.volume, e.volume->Read(0, span, nullptr)));
+        if (On(*e.volume, e.volume->Read(0, span, nullptr)) != 0) bytes.clear();
         Detach(e);
         return bytes;
     }
@@ -275,6 +276,7 @@ class EnginePowerCutTest : public testing::Test {
     }
 
     std::string VerifyDisk(const std::string& bytes, size_t position) const {
+        if (bytes.size() != kBlocks * kBlock) return "the disk cannot be read";
         for (uint64_t at = 0; at < bytes.size(); at += kSector) {
             const std::vector<Write>& writes = blocks_[at / kBlock];
             const std::string sector = bytes.substr(at, kSector);
