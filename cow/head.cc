@@ -312,8 +312,9 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
     } else {
         error = co_await WriteDetour(*chunk, generation, stretches, offset, buffer);
     }
+    // Even if it failed: what it overwrote in part must not change any more under a snapshot.
+    unsynced_ |= stretches.front().fresh || !Mutated(Mutant::kInPlaceWriteNotSynced);
     if (error == 0 || Mutated(Mutant::kFailedWriteMapped)) {
-        unsynced_ |= stretches.front().fresh || !Mutated(Mutant::kInPlaceWriteNotSynced);
         MapStretches(*chunk, generation, stretches);
     } else {
         GiveUp(stretches);

@@ -302,5 +302,22 @@ TEST_F(EngineTest, NamesLimitsAndAbsentThingsAreRefused) {
     Ok(pool().DeleteSnapshot("e@b", false));
 }
 
+TEST_F(EngineTest, SnapshotKeepsWhatAFailedOverwriteLeftThroughACrash) {
+    Ok(pool().CreateDisk("d", kMiB));
+    EXPECT_EQ(0, Write("d", 0, 65536, 'a'));
+    EXPECT_EQ(0, Flush("d"));
+    media.faults.write_error = 1;
+    EXPECT_EQ(EIO, Write("d", 0, 65536, 'b'));  // in place; some sectors arrive
+    media.faults.write_error = 0;
+    Ok(pool().CreateSnapshots({"d@s"}));
+    const std::string kept = Read("d@s", 0, 65536);
+    for (const char* name : {"d", "d@s"}) Close(name);
+    media.Cut();
+    (void)machine->Stop();
+    media.Restore();
+    Start();
+    EXPECT_EQ(kept, Read("d@s", 0, 65536));
+}
+
 }  // namespace
 }  // namespace varve
