@@ -93,6 +93,12 @@ class Server:
             fields = stat.read().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def written_bytes(self):
+        """What it has caused to be sent to storage so far; nothing on tmpfs."""
+        with open(f"/proc/{self.process.pid}/io") as counters:
+            return next(int(line.split()[1]) for line in counters
+                        if line.startswith("write_bytes:"))
+
     def memory_bytes(self):
         """Resident memory now, without pages of files on tmpfs, which are the file system's."""
         if not self.process:
@@ -230,6 +236,26 @@ class Varve(Server):
     def wait_for_reclaim(self):
         while self.status()["reclaim_pending"]:
             time.sleep(0.05)
+
+
+class VarveDisk:
+    """One of several disks of a running Varve server, as something to measure."""
+
+    def __init__(self, server, export):
+        self.server, self.export = server, export
+        self.name, self.size, self.snapshots = export, server.size, 0
+        self.cpu_seconds, self.memory_bytes = server.cpu_seconds, server.memory_bytes
+
+    def target(self):
+        return ["--ioengine=nbd", f"--uri=nbd+unix:///{self.export}?socket={self.server.socket}"]
+
+    def before_first_writes(self):
+        self.snapshots += 1
+        self.server.varve("snapshot", f"{self.export}@bench{self.snapshots}")
+
+    def after_first_writes(self):
+        self.server.varve("delete", f"{self.export}@bench{self.snapshots}", "--yes")
+        self.server.wait_for_reclaim()
 
 
 class VarveDirect(Varve):

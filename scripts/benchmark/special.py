@@ -10,7 +10,7 @@ import subprocess
 import time
 
 from benchmark import work
-from benchmark.servers import EXPORT, Failed
+from benchmark.servers import EXPORT, Failed, run
 
 BLOCK = 4096
 
@@ -19,6 +19,14 @@ def percentile(values, fraction):
     """The smallest value that at least that fraction of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * fraction) - 1)]
+
+
+def metadata_bytes(server):
+    """Bytes of all files of the pool but its data."""
+    return sum(os.path.getsize(os.path.join(base, name))
+               for base, _, names in os.walk(server.pool)
+               for name in names
+               if name != "data" and os.path.isfile(os.path.join(base, name)))
 
 
 class Admin:
@@ -48,8 +56,9 @@ class Admin:
 def snapshots_under_load(server, count, seed):
     """Takes `count` snapshots, ten a second, beside 4 KiB random writes at QD 32 x 4.
 
-    Half by the command line, half over one connection of the admin socket. Also the load's own
-    latency, with snapshots and without. Times in milliseconds.
+    Half by the command line, half over one connection of the admin socket. Between them /bin/true
+    is started in the same way, as often as the command: what starting any program costs then. Also
+    the load's own latency, with snapshots and without. Times in milliseconds.
     """
     load = next(kind for kind in work.ALL if kind.name == "write-c4")
     seconds = count // 10 + 1
@@ -58,16 +67,24 @@ def snapshots_under_load(server, count, seed):
     job = work.command(load, server.target(), server.size, seconds + 1, seed)
     running = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     admin = Admin(server.admin)
-    by_command, by_socket = [], []
+    by_command, by_socket, by_nothing = [], [], []
     started = time.monotonic()
+
+    def sleep_until(seconds):
+        time.sleep(max(0.0, started + 0.5 + seconds - time.monotonic()))
+
     try:
         for number in range(count):
-            time.sleep(max(0.0, started + 0.5 + 0.1 * number - time.monotonic()))
+            sleep_until(0.1 * number)
             name = f"{EXPORT}@load{number}"
             before = time.perf_counter()
             if number % 2:
                 server.varve("snapshot", name)
                 by_command.append((time.perf_counter() - before) * 1000)
+                sleep_until(0.1 * number + 0.05)
+                before = time.perf_counter()
+                run("/bin/true")
+                by_nothing.append((time.perf_counter() - before) * 1000)
             else:
                 admin.call("snapshot.create", snapshots=[name])
                 by_socket.append((time.perf_counter() - before) * 1000)
@@ -87,6 +104,8 @@ def snapshots_under_load(server, count, seed):
         "snapshots": count,
         "command_p50_ms": statistics.median(by_command),
         "command_p99_ms": percentile(by_command, 0.99),
+        "start_p50_ms": statistics.median(by_nothing),
+        "start_p99_ms": percentile(by_nothing, 0.99),
         "socket_p50_ms": statistics.median(by_socket),
         "socket_p99_ms": percentile(by_socket, 0.99),
         "io_requests_per_s_without": plain.requests_per_s,
@@ -95,6 +114,19 @@ def snapshots_under_load(server, count, seed):
         "io_p99_ms": side["clat_ns"]["percentile"]["99.000000"] / 1e6,
         "io_longest_ms": side["clat_ns"]["max"] / 1e6,
     }
+
+
+def kill_under_load(server, seed):
+    """kill -9 after a second of random writes; seconds from starting it again to its ready line."""
+    load = next(kind for kind in work.ALL if kind.name == "write-c4")
+    job = work.command(load, server.target(), server.size, 60, seed)
+    running = subprocess.Popen(job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(1)
+    server.stop(signal.SIGKILL)
+    running.wait()
+    before = time.monotonic()
+    server.start()
+    return time.monotonic() - before
 
 
 def restart_after_kill(server_class, directory, blocks, rounds, seed, scattered):
@@ -116,16 +148,9 @@ def restart_after_kill(server_class, directory, blocks, rounds, seed, scattered)
                 raise Failed("fio could not fill the disk")
         else:
             work.prefill(server)
-        load = next(kind for kind in work.ALL if kind.name == "write-c4")
         for number in range(rounds):
-            job = work.command(load, server.target(), server.size, 60, seed + number)
-            running = subprocess.Popen(job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(1)
-            server.stop(signal.SIGKILL)
-            running.wait()
-            before = time.monotonic()
-            server.start()
-            ready.append(time.monotonic() - before)
+            ready.append(kill_under_load(server, seed + number))
+            before = time.monotonic() - ready[-1]
             read = ["qemu-io", "-r", "-f", "raw", "-c", f"read -q {server.size // 2} 4k",
                     f"nbd+unix:///{EXPORT}?socket={server.socket}"]
             if subprocess.run(read, capture_output=True).returncode != 0:
@@ -141,10 +166,5 @@ def restart_after_kill(server_class, directory, blocks, rounds, seed, scattered)
         "ready_longest_s": max(ready),
         "first_read_s": statistics.median(first_read),
         "memory": memory,
-        "metadata": sum(
-            os.path.getsize(os.path.join(base, name))
-            for base, _, names in os.walk(server.pool)
-            for name in names
-            if name != "data" and os.path.isfile(os.path.join(base, name))
-        ),
+        "metadata": metadata_bytes(server),
     }

@@ -12,7 +12,8 @@ from benchmark.servers import Failed
 
 @dataclass(frozen=True)
 class Work:
-    """A kind of load. `first_writes`: a snapshot precedes each run, which writes no block twice."""
+    """A kind of load. `once`: no block is met twice. `first_writes`: nor that, and a snapshot
+    precedes each run."""
 
     name: str
     about: str
@@ -22,6 +23,7 @@ class Work:
     connections: int = 1
     flush_every: int = 0
     first_writes: bool = False
+    once: bool = False
 
     @property
     def writes(self):
@@ -72,7 +74,7 @@ def command(work, target, size, seconds, seed):
                "--output-format=json"]
     if work.flush_every:
         options.append(f"--fsync={work.flush_every}")
-    if work.first_writes:
+    if work.first_writes or work.once:
         # Without repeats (fio keeps a map of what it has written), so at most once over the disk.
         part = size // work.connections // work.block * work.block
         options += [f"--size={part}", f"--offset_increment={part}", "--norandommap=0"]
