@@ -37,6 +37,7 @@ def delete(admin):
 def alone(server, admin, size, seed):
     """A deletion with nothing beside it."""
     admin.call("snapshot.create", snapshots=[SNAPSHOT])
+    server.wait_for_checksums()
     rewrite(server, size, seed)
     used = admin.call("pool.status")["used"]  # also brings all changes into map rows
     written, cpu = server.written_bytes(), server.cpu_seconds()
@@ -52,6 +53,7 @@ def alone(server, admin, size, seed):
 def beside_load(server, admin, size, seconds, seed, directory):
     """A deletion beside random reads and writes in place, in the stretch that was written."""
     admin.call("snapshot.create", snapshots=[SNAPSHOT])
+    server.wait_for_checksums()
     rewrite(server, size, seed)
     admin.call("pool.status")
     quiet = max(2.0, seconds)  # before and after the deletion

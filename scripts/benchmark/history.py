@@ -91,6 +91,7 @@ def measure(server_class, directory, count, rounds, seconds, draw, note):
         for step in steps:
             took = take_snapshots(server, taken, step, draw)
             taken = step
+            server.wait_for_checksums()
             entry = {"snapshots": step}
             if took:
                 entry["snapshot_p50_ms"] = statistics.median(took)

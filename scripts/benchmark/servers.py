@@ -237,6 +237,10 @@ class Varve(Server):
         while self.status()["reclaim_pending"]:
             time.sleep(0.05)
 
+    def wait_for_checksums(self):
+        while self.status()["checksums_pending"]:
+            time.sleep(0.05)
+
 
 class VarveDisk:
     """One of several disks of a running Varve server, as something to measure."""
