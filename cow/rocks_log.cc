@@ -155,6 +155,10 @@ std::map<uint64_t, std::string> ListLogs(const std::string& directory) {
 }
 
 Result<std::string> ReadFile(const std::string& path) {
+    std::error_code error;
+    if (!std::filesystem::is_regular_file(path, error)) {
+        return MakeError(ErrorKind::kNotFound, fmt::format("{} is no file", path));
+    }
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     std::string content;
     if (file) {
@@ -208,9 +212,11 @@ Status CutTornFileList(const std::string& directory) {
     if (!current.ok()) return Status();
     std::string& name = current.value();
     if (name.ends_with('\n')) name.pop_back();
+    // Anything else is for RocksDB to refuse.
+    if (!name.starts_with("MANIFEST-") || name.find('/') != std::string::npos) return Status();
     const std::string path = directory + "/" + name;
     const Result<std::string> content = ReadFile(path);
-    if (!name.starts_with("MANIFEST-") || !content.ok()) return Status();
+    if (!content.ok()) return Status();
     const LogScan scan = ScanLog(content.value(), LogRecords::kFileChanges);
     if (scan.end == LogScan::End::kDamaged) {
         return MakeError(ErrorKind::kDamaged,

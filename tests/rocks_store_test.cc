@@ -97,6 +97,19 @@ TEST_F(RocksStoreTest, AbsentStoreIsNotMadeUnlessAsked) {
     EXPECT_TRUE(Open(true).ok());
 }
 
+TEST_F(RocksStoreTest, ACurrentThatNamesNoListIsRefused) {
+    FillAndClose();
+    const std::string list = ListPath().filename().string();
+    for (const std::string& name : {std::string(), std::string("\n"), std::string("."),
+                                    std::string("MANIFEST-"), "../store/" + list + "\n",
+                                    std::string(16, '\0')}) {
+        std::ofstream(path_ / "CURRENT", std::ios::trunc | std::ios::binary) << name;
+        EXPECT_FALSE(Open().ok()) << "'" << name << "'";
+    }
+    std::ofstream(path_ / "CURRENT", std::ios::trunc) << list << '\n';
+    EXPECT_TRUE(Open().ok());
+}
+
 TEST_F(RocksStoreTest, CommittedRowsSurviveReopening) {
     ASSERT_TRUE(Open(true).ok());
     Batch batch;
