@@ -93,6 +93,9 @@ struct Core {
     void Fail(const std::string& reason);
     std::string failure();
 
+    /// Recovery is over. Before, whoever opens the pool tells the failure.
+    bool opened = false;
+
     /// The pool is closing: long work ends early, to be taken up at the next start. Any thread.
     std::atomic<bool> closing = false;
 

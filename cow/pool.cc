@@ -47,6 +47,7 @@ Task<Result<std::unique_ptr<Pool>>> Pool::Open(Environment environment, PoolOpti
 }
 
 void PoolImpl::Start() {
+    core_.opened = true;
     for (const auto& [id, disk] : catalog_.disks()) {
         AddHead(id);
         if (disk.record.trimming) {
