@@ -67,7 +67,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kShrinkKeepsData, "shrink-keeps-data",
      "what is beyond a shrunk disk's end stays mapped", 20},
     {Mutant::kShrinkNotResumed, "shrink-not-resumed",
-     "a shrink that a crash met is not finished later", 20},
+     "a shrink that a crash met is not finished later", 50},
     // A snapshot is one moment and never changes
     {Mutant::kHeldBlockOverwritten, "held-block-overwritten",
      "a block that a snapshot holds is overwritten in place", 20},
