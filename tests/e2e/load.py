@@ -220,7 +220,7 @@ class Load:
         for full in names:
             disk, _, name = full.partition("@")
             snapshot = self.world.disks[disk].snapshots[name]
-            self.world.verify_snapshot(self.server, full, snapshot)
+            self._verify_snapshot(full, snapshot)
             blocks = self.world.disks[disk].blocks
             for block in list(blocks.sent):
                 if block >= snapshot.count:
@@ -229,6 +229,15 @@ class Load:
                 number = snapshot.numbers[block]
                 if held.count(number) == 1 and number != blocks.settled[block]:
                     blocks.settle(block, held.index(number))
+
+    def _verify_snapshot(self, full, snapshot):
+        """It is durable, and closed until a restart if the pool has failed."""
+        try:
+            self.world.verify_snapshot(self.server, full, snapshot)
+        except OSError as error:
+            if not self.may_fail or not self.admin.call("pool.status").get("failed"):
+                raise
+            raise Ended(str(error)) from error
 
     def fresh(self, prefix, taken):
         while True:
