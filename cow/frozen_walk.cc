@@ -73,25 +73,27 @@ Status FindSums(MetadataView& view, std::vector<FrozenBlock>& blocks) {
 
 namespace {
 
-/// Reads blocks [begin, end) of `wanted` to `memory`, and hands them over. From the loader and
-/// back.
+/// Reads `wanted` to `memory`, and hands them over on the loader. From the lane and back: the
+/// loader has several threads, and an awaited task must end on the one on which it began.
 Task<void> ReadSome(Core& core, LaneState& lane, std::span<FrozenBlock*> wanted, std::byte* memory,
                     const FrozenVisitor& visitor) {
     IoPieces pieces;
     for (size_t i = 0; i < wanted.size(); ++i) {
         AppendPiece(pieces, wanted[i]->place * kBlockBytes, memory + i * kBlockBytes, kBlockBytes);
     }
-    co_await Hop(lane.executor);
     const Errno error = co_await TransferAll(lane.blocks, BlockIo::Kind::kRead, pieces);
+    if (error != 0 && wanted.size() > 1) {  // which of them?
+        for (size_t i = 0; i < wanted.size(); ++i) {
+            co_await ReadSome(core, lane, wanted.subspan(i, 1), memory, visitor);
+        }
+        co_return;
+    }
     co_await Hop(core.loader());
     for (size_t i = 0; i < wanted.size(); ++i) {
-        if (error != 0 && wanted.size() > 1) {  // which of them?
-            co_await ReadSome(core, lane, wanted.subspan(i, 1), memory, visitor);
-            continue;
-        }
         wanted[i]->error = error;
         visitor.read(*wanted[i], error == 0 ? BlockSum(memory + i * kBlockBytes) : 0);
     }
+    co_await Hop(lane.executor);
 }
 
 }  // namespace
@@ -110,6 +112,7 @@ Task<Status> StepFrozen(Core& core, LaneState& lane, FrozenWalk& walk,
         for (FrozenBlock& block : blocks) {
             if (result.ok() && visitor.wants(block)) wanted.push_back(&block);
         }
+        co_await Hop(lane.executor);
         const AlignedBuffer memory = AllocateAligned(kReadTogether * kBlockBytes);
         for (size_t i = 0; i < wanted.size() && result.ok(); i += kReadTogether) {
             if (core.closing) result = MakeError(ErrorKind::kFailed, "the server is stopping");
@@ -118,7 +121,6 @@ Task<Status> StepFrozen(Core& core, LaneState& lane, FrozenWalk& walk,
             co_await ReadSome(core, lane, std::span(wanted).subspan(i, count), memory.get(),
                               visitor);
         }
-        co_await Hop(lane.executor);
     }
     co_await Hop(core.home());
     co_return result;
