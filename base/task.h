@@ -2,7 +2,8 @@
 // Not a scheduler: a task runs on whatever executor its awaits leave it on.
 //
 // A task finishes on the executor on which it was started: whoever hops away hops back. So its
-// awaiter needs no lock to learn that it finished. (A spawned task has no awaiter and may end
+// awaiter needs no lock to learn that it finished, if that executor has one thread: on one that has
+// several, tasks may go on but not be awaited. (A spawned task has no awaiter and may end
 // anywhere.)
 //
 // A child is resumed inline by its awaiter, which suspends only if the child did not finish:
@@ -28,6 +29,8 @@ void FreeFrame(void* frame, size_t bytes);
 
 namespace internal {
 
+inline thread_local char thread_mark;  // its address is the thread's
+
 struct FinalAwaiter {
     bool await_ready() const noexcept { return false; }
     template <typename Promise>
@@ -36,14 +39,18 @@ struct FinalAwaiter {
             self.destroy();
         } else if (auto parent = self.promise().parent) {
             parent.resume();
+        } else {
+            // Else the awaiter may be about to suspend, and nobody would ever resume it.
+            VARVE_CHECK(self.promise().awaited_on == &thread_mark);
         }
     }
     void await_resume() const noexcept {}
 };
 
 struct PromiseBase {
-    std::coroutine_handle<> parent;  // set only once the awaiter has really suspended
-    bool detached = false;           // nobody awaits it: it frees itself
+    std::coroutine_handle<> parent;    // set only once the awaiter has really suspended
+    const char* awaited_on = nullptr;  // the awaiter's thread
+    bool detached = false;             // nobody awaits it: it frees itself
 
     static void* operator new(size_t bytes) { return AllocateFrame(bytes); }
     static void operator delete(void* frame, size_t bytes) { FreeFrame(frame, bytes); }
@@ -92,6 +99,7 @@ class [[nodiscard]] Task {
 
     bool await_ready() const noexcept { return false; }
     bool await_suspend(std::coroutine_handle<> parent) {
+        handle_.promise().awaited_on = &internal::thread_mark;
         handle_.resume();
         if (handle_.done()) return false;
         handle_.promise().parent = parent;
