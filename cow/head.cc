@@ -219,9 +219,11 @@ Task<void> Head::Answerable() {
     if (lane_.unfolded > unfolded_soft_) FoldLane();
     while (!core_.failed && (journal_.changes.size() > kJournalHard ||
                              (lane_.unfolded > unfolded_hard_ && unfolded_ > 0))) {
+        const uint64_t done = rounds_done_;
         RequestRound();
         FoldLane();
-        co_await round_done_.Wait();
+        // A round that has nothing to commit is over by now.
+        if (rounds_done_ == done) co_await round_done_.Wait();
     }
 }
 

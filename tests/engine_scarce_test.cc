@@ -30,6 +30,21 @@ class ScarceTest : public EngineTest {
         }
         *done = true;
     }
+    Task<void> TrimOrWrite(cow::Volume* volume, uint64_t offset, bool write, size_t* answered) {
+        const std::vector<std::byte> block(4096);
+        const std::span<const std::byte> bytes(block);
+        for (uint64_t hops = 1 + scheduler.Draw(60); hops > 0; --hops) {
+            co_await Hop(volume->executor());
+        }
+        Errno error = 0;
+        if (write) {
+            error = co_await volume->Write(offset, bytes);
+        } else {
+            error = co_await volume->Trim(offset + 65536, 4096);
+        }
+        EXPECT_EQ(0, error);
+        ++*answered;
+    }
     Task<void> ZeroAll(cow::Volume* volume, bool* done) {
         co_await Hop(volume->executor());
         const Errno error = co_await volume->WriteZeroes(0, volume->size(), false);
@@ -57,6 +72,35 @@ TEST_F(ScarceTest, ZeroesReachWhatIsCommittedAndEvictedWhileTheyRun) {
         Expect(name, offset, 4096, 0);
         Close(name);
         Ok(pool().DeleteDisk(name, false, false));
+    }
+}
+
+// A round that has nothing to commit ends at once: whoever waits for one must not begin to wait
+// after it.
+TEST_F(ScarceTest, TrimsOfHolesAreAnsweredWhileTheirLaneHoldsTooManyChanges) {
+    cow::PoolOptions options;
+    options.map_cache_bytes = 4096;
+    Restart(options);
+    std::vector<cow::Volume*> volumes;
+    for (const std::string name : {"a", "b", "c", "d"}) {
+        Ok(pool().CreateDisk(name, 64 * kChunkBytes));
+        volumes.push_back(&Volume(name));
+        for (uint64_t chunk = 0; chunk < 64; ++chunk) {
+            ASSERT_EQ(0, Write(name, chunk * kChunkBytes, 4096, 'x'));
+        }
+        ASSERT_EQ(0, Flush(name));
+    }
+    for (uint64_t seed = 1; seed <= 200; ++seed) {
+        scheduler.random().seed(seed);
+        size_t answered = 0, sent = 0;
+        for (cow::Volume* volume : volumes) {
+            for (uint64_t i = 0; i < 24; ++i, ++sent) {
+                const uint64_t offset = scheduler.Draw(64) * kChunkBytes + 8192;
+                Spawn(TrimOrWrite(volume, offset, scheduler.Draw(4) == 0, &answered));
+            }
+        }
+        ASSERT_TRUE(scheduler.RunUntil([&] { return answered == sent; }))
+            << answered << " of " << sent << " answered, seed " << seed;
     }
 }
 
