@@ -255,7 +255,8 @@ class Progress {
 int WaitForReclaim(RpcClient& client, uint64_t before) {
     Progress progress;
     for (;;) {
-        const RpcClient::Answer answer = client.Call("pool.status", {});
+        json::object params = {{"hurry", true}};
+        const RpcClient::Answer answer = client.Call("pool.status", std::move(params));
         if (!answer.status.ok()) {
             progress.End();
             return FailCall(answer);

@@ -137,7 +137,8 @@ Task<Result<Reply>> ClientDisconnect(CommandTarget target, Command command) {
     co_return Reply(reply);
 }
 
-Task<Result<Reply>> PoolGetStatus(CommandTarget target, Command) {
+Task<Result<Reply>> PoolGetStatus(CommandTarget target, Command command) {
+    if (command.hurry) target.pool->HurryReclaim();
     co_return ReplyOr(co_await target.pool->GetStatus());
 }
 
@@ -204,7 +205,7 @@ const std::vector<Method>& Methods() {
          {{"snapshot", &C::snapshot}, {"disconnect", &C::disconnect}}},
         {"client.list", false, ClientList, {{"disk", &C::disk}}},
         {"client.disconnect", true, ClientDisconnect, {{"disk", &C::name}}},
-        {"pool.status", false, PoolGetStatus, {}},
+        {"pool.status", false, PoolGetStatus, {{"hurry", &C::hurry}}},
         {"pool.check", false, PoolCheck, {}},
         {"pool.scrub", false, PoolScrub, {{"disk", &C::disk}}},
     };

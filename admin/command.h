@@ -39,6 +39,7 @@ struct Command {
     bool shrink = false;
     bool delete_snapshots = false;
     bool disconnect = false;
+    bool hurry = false;
 };
 
 /// The method was carried out and has nothing more to tell.

@@ -132,14 +132,17 @@ Task<Status> Checksummer::SumSnapshot(SnapshotId id) {
         }
     };
     while (!walk.done()) {
+        const Pacer::Step step = core_.pacer.Begin();
         Status s = co_await StepFrozen(core_, lane, walk, visitor);
         if (!s.ok()) co_return s;
         if (!catalog_.snapshots().contains(id)) co_return Status();
         const bool last = walk.done() && unreadable == 0;
-        if (!walk.done() && sums.size() < kStoreTogether) continue;
-        std::vector<Sum> some = std::exchange(sums, {});
-        s = co_await Store(id, std::move(some), last);
-        if (!s.ok()) co_return s;
+        if (walk.done() || sums.size() >= kStoreTogether) {
+            std::vector<Sum> some = std::exchange(sums, {});
+            s = co_await Store(id, std::move(some), last);
+            if (!s.ok()) co_return s;
+        }
+        co_await core_.pacer.Rest(step, Pacer::Work::kChecksums);
     }
     if (unreadable != 0) co_return SystemError(unreadable, "its data cannot be read");
     co_return Status();

@@ -3,8 +3,9 @@
 // docs/design/checksums.md has the reasons.
 //
 // Belongs to the home executor; rows are read and sums computed on the loader, data is read on
-// the disk's lane. Nothing waits for it. What is missing follows from the store: a snapshot without
-// a mark (K row) is looked at again after a crash, and what has a checksum keeps it.
+// the disk's lane. Gives way to requests (pacer.h). Nothing waits for it. What is missing follows
+// from the store: a snapshot without a mark (K row) is looked at again after a crash, and what has
+// a checksum keeps it.
 #pragma once
 
 #include <functional>

@@ -12,6 +12,7 @@
 #include "base/sync.h"
 #include "cow/checksums.h"
 #include "cow/chunk_cache.h"
+#include "cow/pacer.h"
 #include "cow/pool.h"
 
 namespace varve::cow {
@@ -70,6 +71,7 @@ struct LaneState {
     ReadEpochs epochs;
     ChunkCache cache;
     SumsCache sums;
+    LoadMeter load;
     /// Changed chunks whose rows are not written yet, and the heads that have any.
     uint64_t unfolded = 0;
     std::set<Head*> unfolded_heads;
@@ -98,6 +100,9 @@ struct Core {
 
     /// The pool is closing: long work ends early, to be taken up at the next start. Any thread.
     std::atomic<bool> closing = false;
+
+    /// Of all background work. On home.
+    Pacer pacer{environment.clock, *environment.home, closing};
 
     /// The frozen block at `place`, born in `birth`, does not hold what it held: logged once, with
     /// `what`, and counted. Any thread.

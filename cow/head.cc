@@ -238,6 +238,7 @@ Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer) {
     if (!InRange(offset, buffer.size())) co_return EINVAL;
     if (core_.failed) co_return EIO;
     if (buffer.empty()) co_return 0;
+    const LoadMeter::Request counted(lane_.load);
     Errno error = 0;
     if (offset / kChunkBytes == (offset + buffer.size() - 1) / kChunkBytes) {
         error = co_await WriteSegment(offset, buffer);
@@ -397,6 +398,7 @@ Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block) {
 Task<Errno> Head::Trim(uint64_t offset, uint64_t length) {
     if (!InRange(offset, length)) co_return EINVAL;
     if (core_.failed) co_return EIO;
+    const LoadMeter::Request counted(lane_.load);
     const uint64_t begin = (offset + kBlockBytes - 1) / kBlockBytes;
     const uint64_t end = (offset + length) / kBlockBytes;
     Errno error = 0;
@@ -444,6 +446,7 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate) {
     if (!InRange(offset, length)) co_return EINVAL;
     if (core_.failed) co_return EIO;
     if (length == 0) co_return 0;
+    const LoadMeter::Request counted(lane_.load);
     Errno error = 0;
     if (allocate) {
         error = co_await WriteMany(offset, length, nullptr);

@@ -133,10 +133,12 @@ Task<void> Leases::GiveBack() {
     giving_ = true;
     background_.Enter();
     while (const std::optional<uint64_t> region = allocator_.TakeSurplus()) {
+        const Pacer::Step step = core_.pacer.Begin();
         co_await Hop(core_.loader());
         core_.environment.space->Discard(*region * kRegionBytes, kRegionBytes);
         co_await Hop(core_.home());
         allocator_.Discarded(*region);
+        co_await core_.pacer.Rest(step, Pacer::Work::kSpace);
     }
     background_.Leave();
     giving_ = false;

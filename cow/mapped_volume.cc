@@ -161,6 +161,7 @@ Task<Errno> MappedVolume::ReadBlocks(uint64_t offset, std::span<std::byte> buffe
 Task<Errno> MappedVolume::Read(uint64_t offset, std::span<std::byte> buffer,
                                std::vector<Allocation>* map) {
     if (!InRange(offset, buffer.size())) co_return EINVAL;
+    const LoadMeter::Request counted(lane_.load);
     const auto address = reinterpret_cast<uintptr_t>(buffer.data());
     const bool aligned = (address & (lane_.blocks.alignment() - 1)) == 0;
     if (((offset | buffer.size()) & (kBlockBytes - 1)) != 0) {

@@ -7,6 +7,15 @@
 #include "cow/pool_impl.h"
 
 namespace varve::cow {
+namespace {
+
+/// Of the pool's capacity, free: with less, deletions do not give way to requests.
+constexpr uint64_t kScarcePart = 16;
+constexpr uint64_t kScarceBytesMax = 1 << 30;
+/// How long that holds for whoever asks for the status and waits.
+constexpr int64_t kHurryUs = 1'000'000;
+
+}  // namespace
 
 PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog)
     : core_(std::move(environment)),
@@ -15,7 +24,7 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
       allocator_(core_.metadata(), *core_.environment.space, catalog_.mutable_pool(),
                  options.capacity_max),
       leases_(core_, allocator_),
-      reclaimer_(core_, catalog_, committer_),
+      reclaimer_(core_, catalog_, committer_, [this] { return Scarce(); }),
       committer_(core_, catalog_, allocator_, leases_, [this] { reclaimer_.Wake(); }),
       checksummer_(core_, catalog_, committer_, [this](DiskId id) { return FoldSealed(id); }),
       scrubber_(core_, catalog_, [this](DiskId id) { return FoldSealed(id); }),
@@ -26,6 +35,7 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
     const uint64_t share = options.map_cache_bytes / core_.environment.lanes.size();
     for (const Lane& lane : core_.environment.lanes) {
         core_.lanes.push_back(std::make_unique<LaneState>(lane, share));
+        core_.pacer.Watch(core_.lanes.back()->load);
     }
 }
 
@@ -118,6 +128,7 @@ Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk) {
                                       [](const auto& d) { return d.second.head->changed(); });
     if (full_ && !changing && full_at_release_ == committer_.released_blocks()) co_return full;
     background_.Enter();
+    const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
     co_await RecallLeases(for_disk);
     Result<std::vector<Extent>> lease = co_await leases_.Take();
     if (!lease.ok()) {
@@ -245,9 +256,26 @@ Task<Result<ScrubReport>> PoolImpl::Scrub(std::optional<std::string> disk) {
 }
 
 Task<void> PoolImpl::WaitForReclaim() {
+    const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
     co_await FoldAll();
     co_await reclaimer_.WaitIdle();
     co_await committer_.Idle();
+}
+
+Task<void> PoolImpl::WaitForChecksums() {
+    const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kChecksums);
+    co_await checksummer_.WaitIdle();
+}
+
+void PoolImpl::HurryReclaim() {
+    core_.pacer.HurryFor(Pacer::Work::kSpace, kHurryUs);
+}
+
+/// Whether writers may soon have to wait for deletions.
+bool PoolImpl::Scarce() const {
+    const uint64_t capacity = allocator_.Capacity();
+    const uint64_t used = catalog_.pool().used_blocks * kBlockBytes;
+    return used + std::min(capacity / kScarcePart, kScarceBytesMax) >= capacity;
 }
 
 }  // namespace varve::cow

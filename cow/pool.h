@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/clock.h"
 #include "base/executor.h"
 #include "base/task.h"
 #include "cow/stores.h"
@@ -32,6 +33,7 @@ struct Environment {
     SpaceStore* space = nullptr;
     MetadataStore* metadata = nullptr;
     std::function<int64_t()> now_ms;  // wall clock, milliseconds since 1970
+    Clock* clock = nullptr;           // to pace background work by; without it nothing is paced
 };
 
 /// Settings with their defaults. Counts and sizes are limits: going over gives ErrorKind::kLimit.
@@ -175,10 +177,12 @@ class Pool {
     /// Reads all frozen blocks of `disk` and its snapshots, or of all, and compares them with their
     /// checksums, while disks are in use. May take hours. kBusy while another one runs.
     virtual Task<Result<ScrubReport>> Scrub(std::optional<std::string> disk) = 0;
-    /// Waits until no checksums are missing that could be made.
+    /// Waits until no checksums are missing that could be made, which goes at full speed then.
     virtual Task<void> WaitForChecksums() = 0;
-    /// Waits until no deletion is pending.
+    /// Waits until no deletion is pending. Meanwhile deletions do not give way to requests.
     virtual Task<void> WaitForReclaim() = 0;
+    /// Somebody waits for deletions by asking for the status: they do not give way for a second.
+    virtual void HurryReclaim() = 0;
     /// Commits what is dirty on every disk: the server calls it every commit_interval_ms.
     virtual Task<void> CommitDirty() = 0;
 

@@ -47,8 +47,9 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Result<PoolStatus>> GetStatus() override;
     Task<Result<CheckReport>> Check() override;
     Task<Result<ScrubReport>> Scrub(std::optional<std::string> disk) override;
-    Task<void> WaitForChecksums() override { co_await checksummer_.WaitIdle(); }
+    Task<void> WaitForChecksums() override;
     Task<void> WaitForReclaim() override;
+    void HurryReclaim() override;
     Task<void> CommitDirty() override;
 
     std::vector<ExportEntry> ListExports() override;
@@ -89,6 +90,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Status> Commit(Change change);
     Task<Result<std::vector<Extent>>> FindSpace(DiskId for_disk);
     Task<void> RecallLeases(DiskId for_disk);
+    bool Scarce() const;
     void EndVisit(DiskId id);
     Task<void> CommitOne(DiskId id, bool fold, Join* join);
     Task<void> CommitChanged(bool fold);

@@ -43,10 +43,12 @@ bool AnyRow(MetadataStore& store, const std::string& key) {
 
 }  // namespace
 
-Reclaimer::Reclaimer(Core& core, Catalog& catalog, Committer& committer)
+Reclaimer::Reclaimer(Core& core, Catalog& catalog, Committer& committer,
+                     std::function<bool()> scarce)
     : core_(core),
       catalog_(catalog),
       committer_(committer),
+      scarce_(std::move(scarce)),
       wake_(core.home()),
       stepped_(core.home()) {}
 
@@ -81,6 +83,7 @@ Task<bool> Reclaimer::WaitStep() {
 Task<void> Reclaimer::Run() {
     while (!stopping_) {
         woken_ = false;
+        const Pacer::Step step = core_.pacer.Begin();
         Result<bool> swept = co_await SweepNotes();
         Status s = swept.status();
         if (swept.ok() && !swept.value() && !catalog_.jobs().empty()) {
@@ -89,6 +92,8 @@ Task<void> Reclaimer::Run() {
             woken_ = true;
         } else if (swept.ok() && swept.value()) {
             woken_ = true;
+            stepped_.WakeAll();
+            co_await Rest(step);
         } else if (swept.ok()) {
             s = co_await PruneBranches();
         }
@@ -108,6 +113,10 @@ Task<void> Reclaimer::Run() {
     idle_ = true;
     running_ = false;
     stepped_.WakeAll();
+}
+
+Task<void> Reclaimer::Rest(Pacer::Step step) {
+    if (!scarce_()) co_await core_.pacer.Rest(step, Pacer::Work::kSpace);
 }
 
 /// Sweeps the chunks of some notes. False if there are none.
@@ -143,6 +152,7 @@ Task<Status> Reclaimer::RunJob(uint64_t number, JobRecord job) {
     CandidateScan scan(history.StretchesBelow(job.branch, job.generation),
                        history.StretchesAbove(job.branch, job.generation));
     while (!scan.done() && !stopping_) {
+        const Pacer::Step step = core_.pacer.Begin();
         std::vector<ChunkIndex> chunks;
         co_await Hop(core_.loader());
         const auto view = core_.metadata().View();
@@ -152,6 +162,7 @@ Task<Status> Reclaimer::RunJob(uint64_t number, JobRecord job) {
         s = co_await SweepChunks(job.branch, job.generation, std::move(chunks));
         if (!s.ok()) co_return s;
         stepped_.WakeAll();
+        co_await Rest(step);
     }
     const bool resume = !Mutated(Mutant::kDeletionNotResumed);
     if (!scan.done() && resume) co_return Status();  // stopping; goes on after the next start

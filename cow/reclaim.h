@@ -1,11 +1,12 @@
 // Reclaimer: gives back, in the background and in small steps, what deleted views held.
 // What is dead is decided in sweep.h; this does the scanning, the commits and the order.
 //
+// Gives way to requests (pacer.h), unless space is scarce or somebody waits for it.
 // Belongs to the home executor; reads on the loader. Jobs are rows of the store, so a deletion
 // goes on after a crash; a step that was not committed is simply done again.
 #pragma once
 
-#include <deque>
+#include <functional>
 
 #include "cow/committer.h"
 #include "cow/sweep.h"
@@ -14,7 +15,8 @@ namespace varve::cow {
 
 class Reclaimer {
   public:
-    Reclaimer(Core& core, Catalog& catalog, Committer& committer);
+    /// `scarce`: whether there is little space left, on home.
+    Reclaimer(Core& core, Catalog& catalog, Committer& committer, std::function<bool()> scarce);
 
     /// Starts the background work, which looks for notes and jobs first of all.
     void Start();
@@ -43,10 +45,12 @@ class Reclaimer {
                              std::vector<ChunkIndex> chunks);
     Task<Status> FinishJob(uint64_t number);
     Task<Status> PruneBranches();
+    Task<void> Rest(Pacer::Step step);
 
     Core& core_;
     Catalog& catalog_;
     Committer& committer_;
+    const std::function<bool()> scarce_;
     bool running_ = false;
     bool stopping_ = false;
     bool woken_ = true;

@@ -113,6 +113,7 @@ Status Daemon::OpenPool(const Options& options) {
     if (!plane.ok()) return plane.error();
     plane_ = std::move(plane.value());
 
+    clock_ = std::make_unique<SystemClock>();
     home_ = std::make_unique<Worker>("home", 1);
     loader_ = std::make_unique<Worker>("loader", kLoaderThreads);
     auditor_ = std::make_unique<Worker>("auditor", 1);
@@ -124,6 +125,7 @@ Status Daemon::OpenPool(const Options& options) {
     environment.space = &directory_->space();
     environment.metadata = &directory_->metadata();
     environment.now_ms = NowMs;
+    environment.clock = clock_.get();
     Result<std::unique_ptr<cow::Pool>> pool =
         RunOn(*home_, cow::Pool::Open(std::move(environment), options.pool_options));
     if (!pool.ok()) return pool.error();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "admin/service.h"
+#include "base/clock.h"
 #include "base/result.h"
 #include "base/worker.h"
 #include "cow/pool.h"
@@ -47,6 +48,7 @@ class Daemon {
     Task<void> LeaveCommandBehind();
 
     std::unique_ptr<cow::PoolDirectory> directory_;
+    std::unique_ptr<SystemClock> clock_;
     std::unique_ptr<Worker> home_;
     std::unique_ptr<Worker> loader_;
     std::unique_ptr<Worker> auditor_;

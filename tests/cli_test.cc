@@ -280,6 +280,7 @@ TEST_F(Cli, WaitsForTheSpaceToComeBackWithProgress) {
     EXPECT_EQ(outcome.out, "");
     EXPECT_TRUE(Contains(outcome.err, "reclaiming: 1 pending")) << outcome.err;
     EXPECT_EQ(DoneJson({"status"}).at("reclaim_pending"), 0);
+    server_.OnPool([](FakePool& pool) { EXPECT_GT(pool.hurries(), 0u); });
     const Outcome document = Varve({"delete", "disk0@b", "--yes", "--wait", "--json"});
     EXPECT_EQ(Parsed(document.out).at("snapshot"), "disk0@b");
 }

@@ -28,6 +28,7 @@ class FakePool : public cow::Pool {
     }
     uint64_t waiting() const { return waiting_; }
     uint64_t commands() const { return commands_; }
+    uint64_t hurries() const { return hurries_; }
     void SetClients(const std::string& disk, uint64_t clients) { disks_[disk].clients = clients; }
     void SetFull(bool full) { full_ = full; }
     void SetFailure(std::string failure) { failure_ = std::move(failure); }
@@ -188,6 +189,7 @@ class FakePool : public cow::Pool {
         co_return Status();
     }
 
+    void HurryReclaim() override { ++hurries_; }
     Task<Result<cow::PoolStatus>> GetStatus() override {
         co_await Enter();
         cow::PoolStatus status;
@@ -304,6 +306,7 @@ class FakePool : public cow::Pool {
     bool holding_ = false;
     uint64_t waiting_ = 0;
     uint64_t commands_ = 0;
+    uint64_t hurries_ = 0;
     bool full_ = false;
     std::string failure_;
     std::vector<std::string> damage_;

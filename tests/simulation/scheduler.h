@@ -62,6 +62,13 @@ class Scheduler {
         events_.push_back({std::move(event), steps_ + delay});
     }
 
+    /// Something that happens after `steps` steps, or earlier if there is nothing else to do.
+    void After(uint64_t steps, std::function<void()> event) {
+        events_.push_back({std::move(event), steps_ + steps});
+    }
+
+    uint64_t steps() const { return steps_; }
+
     /// One step. False if there is nothing to do.
     bool Step() {
         VARVE_CHECK(++steps_ < kStepsMax);  // else it runs in circles

@@ -197,6 +197,21 @@ class SimMetadata : public cow::MetadataStore {
     Media& media_;
 };
 
+/// Time as the scheduler's steps. Sleepers wake earlier if there is nothing else to do.
+class SimClock : public Clock {
+  public:
+    explicit SimClock(Scheduler& scheduler) : scheduler_(scheduler) {}
+    int64_t NowUs() override { return static_cast<int64_t>(scheduler_.steps()) * kStepUs; }
+    void PostAfter(int64_t us, Executor& executor, Runnable* runnable) override {
+        const auto steps = static_cast<uint64_t>((us + kStepUs - 1) / kStepUs);
+        scheduler_.After(steps, [&executor, runnable] { executor.Post(runnable); });
+    }
+
+  private:
+    static constexpr int64_t kStepUs = 50;
+    Scheduler& scheduler_;
+};
+
 /// The engine, running on a medium.
 class Machine {
   public:
@@ -207,7 +222,9 @@ class Machine {
           loader_(scheduler.NewLane(true)),
           auditor_(scheduler.NewLane()),
           space_(media),
-          metadata_(media) {
+          metadata_(media),
+          clock_(scheduler) {
+        environment_.clock = &clock_;
         environment_.home = &home_;
         environment_.loader = &loader_;
         environment_.auditor = &auditor_;
@@ -241,6 +258,7 @@ class Machine {
     Executor& home() { return home_; }
     Scheduler& scheduler() { return scheduler_; }
     cow::MetadataStore& metadata() { return metadata_; }
+    Clock& clock() { return clock_; }
 
     /// Runs a pool command to its end.
     template <typename T>
@@ -255,6 +273,7 @@ class Machine {
     Executor& auditor_;
     SimSpace space_;
     SimMetadata metadata_;
+    SimClock clock_;
     std::vector<std::unique_ptr<SimBlockStore>> stores_;
     cow::Environment environment_;
     cow::PoolOptions options_;
