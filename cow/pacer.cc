@@ -1,7 +1,6 @@
 #include "cow/pacer.h"
 
 #include <algorithm>
-#include <utility>
 
 namespace varve::cow {
 namespace {
@@ -10,6 +9,9 @@ namespace {
 constexpr int64_t kRestPerWork = 9;
 /// Rest for one step at most: with this the work goes on, however slow the machine.
 constexpr int64_t kRestUsMax = 500'000;
+/// Lanes without requests for so long are idle. A busy client on a busy machine may be kept from
+/// running for some milliseconds.
+constexpr int64_t kIdleUs = 10'000;
 /// How often a rest looks whether it is still needed.
 constexpr int64_t kLookUs = 2000;
 
@@ -23,35 +25,37 @@ bool Pacer::Hurried(Work work) const {
     return closing_ || hurries_[Index(work)] > 0 || clock_->NowUs() < hurry_until_us_[Index(work)];
 }
 
-uint64_t Pacer::Served() const {
+/// Looks at the lanes, and says whether no request has been seen for a while.
+bool Pacer::Idle(int64_t now_us) {
     uint64_t served = 0;
-    for (const LoadMeter* meter : meters_) served += meter->ended();
-    return served;
+    bool under_way = false;
+    for (const LoadMeter* meter : meters_) {
+        const uint64_t ended = meter->ended();
+        served += ended;
+        under_way |= meter->begun() != ended;
+    }
+    if (under_way || served != served_) busy_us_ = now_us;
+    served_ = served;
+    return now_us - busy_us_ >= kIdleUs;
 }
 
-bool Pacer::Busy(uint64_t served_before, uint64_t served_now) const {
-    return served_now != served_before ||
-           std::any_of(meters_.begin(), meters_.end(),
-                       [](const LoadMeter* meter) { return meter->begun() != meter->ended(); });
-}
-
-Pacer::Step Pacer::Begin() const {
+Pacer::Step Pacer::Begin() {
     if (!clock_) return Step();
-    return {clock_->NowUs(), Served()};
+    const int64_t now = clock_->NowUs();
+    Idle(now);
+    return {now};
 }
 
 Task<void> Pacer::Rest(Step step, Work work) {
     if (!clock_ || Hurried(work)) co_return;
     int64_t now = clock_->NowUs();
-    uint64_t served = Served();
-    if (!Busy(step.served, served)) co_return;
+    if (Idle(now)) co_return;
     const int64_t rest = std::min(kRestPerWork * (now - step.began_us), kRestUsMax);
     rest_until_us_ = std::max(rest_until_us_, now) + rest;
     while (now < rest_until_us_ && !Hurried(work)) {
         co_await Sleep(*clock_, std::min(rest_until_us_ - now, kLookUs), home_);
         now = clock_->NowUs();
-        const uint64_t before = std::exchange(served, Served());
-        if (!Busy(before, served)) rest_until_us_ = now;  // for the other workers as well
+        if (Idle(now)) rest_until_us_ = now;  // for the other workers as well
     }
 }
 

@@ -65,18 +65,16 @@ class Pacer {
     /// A step of work begins.
     struct Step {
         int64_t began_us = 0;
-        uint64_t served = 0;
     };
-    Step Begin() const;
-    /// The step is over: returns when the next one may begin. At once if no requests were served
-    /// beside it, or somebody is in a hurry. On home.
+    Step Begin();
+    /// The step is over: returns when the next one may begin. At once if the lanes are idle, or
+    /// somebody is in a hurry. On home.
     Task<void> Rest(Step step, Work work);
 
   private:
     static size_t Index(Work work) { return static_cast<size_t>(work); }
     bool Hurried(Work work) const;
-    bool Busy(uint64_t served_before, uint64_t served_now) const;
-    uint64_t Served() const;
+    bool Idle(int64_t now_us);
 
     Clock* const clock_;
     Executor& home_;
@@ -85,6 +83,8 @@ class Pacer {
     uint64_t hurries_[2] = {0, 0};
     int64_t hurry_until_us_[2] = {0, 0};
     int64_t rest_until_us_ = 0;  // of all workers
+    uint64_t served_ = 0;        // when it was last looked
+    int64_t busy_us_ = 0;        // when requests were last seen
 };
 
 }  // namespace varve::cow

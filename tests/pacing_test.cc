@@ -88,6 +88,7 @@ TEST_F(PacerTest, WorkTakesATenthBesideRequests) {
 
 TEST_F(PacerTest, WithoutRequestsNothingRests) {
     EXPECT_EQ(0, RestUs(Worked(10'000, false), kSpace));
+    EXPECT_EQ(0, RestUs(Worked(1'000, false), kSpace));
 }
 
 TEST_F(PacerTest, ARequestThatIsUnderWayIsLoad) {
@@ -96,7 +97,13 @@ TEST_F(PacerTest, ARequestThatIsUnderWayIsLoad) {
 }
 
 TEST_F(PacerTest, TheRestEndsWhenTheRequestsDo) {
-    EXPECT_EQ(8'000, RestUs(Worked(10'000), kSpace, 3));
+    EXPECT_EQ(6'000 + 10'000, RestUs(Worked(10'000), kSpace, 3));
+    EXPECT_EQ(0, RestUs(Worked(1'000, false), kSpace, 0));
+}
+
+TEST_F(PacerTest, AClientThatIsKeptFromRunningIsNotIdle) {
+    EXPECT_EQ(90'000, RestUs(Worked(10'000), kSpace));
+    EXPECT_EQ(10'000, RestUs(Worked(4'000, false), kSpace, 0) + 4'000);
 }
 
 TEST_F(PacerTest, ARestIsBounded) {
