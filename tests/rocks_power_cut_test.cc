@@ -57,14 +57,14 @@ Rows After(const Batches& batches, size_t count) {
     return rows;
 }
 
-Rows RowsOf(cow::MetadataStore& store) {
+Result<Rows> RowsOf(cow::MetadataStore& store) {
     Rows rows;
     const auto view = store.View();
     const auto cursor = view->Range("!", "z");
     for (cursor->Seek("!"); cursor->valid(); cursor->Next()) {
         rows.emplace(cursor->key(), cursor->value());
     }
-    EXPECT_TRUE(cursor->status().ok()) << cursor->status().error().message;
+    if (!cursor->status().ok()) return cursor->status().error();
     return rows;
 }
 
@@ -128,7 +128,12 @@ class RocksPowerCutTest : public testing::Test {
     /// something else is there than after `least` to `most` commits; `wrong_` says what.
     std::optional<size_t> Verify(cow::MetadataStore& store, const Batches& batches, size_t least,
                                  size_t most) {
-        const Rows rows = RowsOf(store);
+        const Result<Rows> read = RowsOf(store);
+        if (!read.ok()) {
+            wrong_ = "cannot be read: " + read.error().message;
+            return std::nullopt;
+        }
+        const Rows& rows = read.value();
         const auto counter = rows.find(kCounter);
         const size_t count = counter == rows.end() ? 0 : std::stoull(counter->second);
         if (count < least || count > most) {
