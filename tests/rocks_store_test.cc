@@ -100,9 +100,9 @@ TEST_F(RocksStoreTest, AbsentStoreIsNotMadeUnlessAsked) {
 TEST_F(RocksStoreTest, ACurrentThatNamesNoListIsRefused) {
     FillAndClose();
     const std::string list = ListPath().filename().string();
-    for (const std::string& name : {std::string(), std::string("\n"), std::string("."),
-                                    std::string("MANIFEST-"), "../store/" + list + "\n",
-                                    std::string(16, '\0')}) {
+    for (const std::string& name :
+         {std::string(), std::string("\n"), std::string("."), std::string("MANIFEST-"),
+          "../store/" + list + "\n", std::string(16, '\0')}) {
         std::ofstream(path_ / "CURRENT", std::ios::trunc | std::ios::binary) << name;
         EXPECT_FALSE(Open().ok()) << "'" << name << "'";
     }
