@@ -8,19 +8,26 @@
 #pragma once
 
 #include <algorithm>
-#include <boost/container/small_vector.hpp>
 #include <cstdint>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "base/check.h"
-#include "tests/simulation/content.h"
 
 namespace varve::simulation {
 
 using Time = uint64_t;
 inline constexpr Time kForever = ~Time{0};
+inline constexpr uint64_t kSectorBytes = 512;
+
+/// 512 bytes; empty stands for zeros.
+using Content = std::string;
+
+inline Content Normal(Content content) {
+    const bool zero = std::all_of(content.begin(), content.end(), [](char c) { return c == 0; });
+    return zero ? Content() : content;
+}
 
 /// Bytes [from, from + bytes.size()) of a sector are replaced.
 struct Edit {
@@ -28,11 +35,10 @@ struct Edit {
     size_t from = 0;
     std::string bytes;
 
-    Content Apply(Content old) const {
-        char sector[kSectorBytes];
-        std::memcpy(sector, old.bytes().data(), kSectorBytes);
-        std::memcpy(sector + from, bytes.data(), bytes.size());
-        return Content::Of(sector);
+    Content Apply(const Content& old) const {
+        Content content = old.empty() ? Content(kSectorBytes, 0) : old;
+        content.replace(from, bytes.size(), bytes);
+        return Normal(std::move(content));
     }
 };
 
@@ -45,17 +51,14 @@ class Sector {
         bool overwritten = false;  // durably: no crash can bring it back
     };
 
-    /// Mostly one: it needs no memory of its own.
-    using States = boost::container::small_vector<State, 1>;
-
-    States Possible(Time from, Time to) const {
-        States states;
+    std::vector<State> Possible(Time from, Time to) const {
+        std::vector<State> states;
         for (const State& state : states_) {
             if (state.ended > from && state.began <= to) states.push_back(state);
         }
         return states;
     }
-    bool MayBe(Content content, Time from, Time to) const {
+    bool MayBe(const Content& content, Time from, Time to) const {
         for (const State& state : states_) {
             if (state.ended > from && state.began <= to && state.content == content) return true;
         }
@@ -70,13 +73,13 @@ class Sector {
         for (size_t i = 0; i < states_.size() && states_.size() < kStatesMax; ++i) {
             if (states_[i].ended != kForever) continue;
             for (const Edit& change : in_flight_) {
-                const Content content = change.Apply(states_[i].content);
+                Content content = change.Apply(states_[i].content);
                 const bool known =
                     std::any_of(states_.begin(), states_.end(), [&](const State& state) {
                         return state.ended == kForever && state.content == content;
                     });
                 if (!known) states_.push_back({content, now, kForever, false});
-                results.push_back(content);
+                results.push_back(std::move(content));
             }
         }
         return results;
@@ -101,27 +104,25 @@ class Sector {
     }
     /// Forgets what can be seen no more. REQUIRES: no read or cut under way.
     void Forget() {
-        const auto old = [](const State& state) { return state.overwritten; };
-        states_.erase(std::remove_if(states_.begin(), states_.end(), old), states_.end());
+        std::erase_if(states_, [](const State& state) { return state.overwritten; });
     }
     /// Now it is known.
     void Settle(Content content, Time now) {
-        states_.clear();
-        states_.push_back({content, now, kForever, false});
+        states_ = {{std::move(content), now, kForever, false}};
         in_flight_.clear();
         overlapped_ = false;
     }
-    const States& states() const { return states_; }
+    const std::vector<State>& states() const { return states_; }
 
   private:
     static constexpr size_t kStatesMax = 4096;
-    States states_{1};
+    std::vector<State> states_ = {State{}};
     std::vector<Edit> in_flight_;
     bool overlapped_ = false;
 };
 
 /// What each sector of an image may hold, and from when to when; one state where it is known.
-using Image = std::vector<Sector::States>;
+using Image = std::vector<std::vector<Sector::State>>;
 
 /// The moments at which a cut may have been taken: those at which all that was seen of it, on all
 /// its disks, was possible at once. A state is possible from its `began` on, before its `ended`.
@@ -174,7 +175,7 @@ class ModelDisk {
     Image Remains() const {
         Image image;
         for (const Sector& sector : sectors_) {
-            Sector::States states;
+            std::vector<Sector::State> states;
             for (const Sector::State& state : sector.states()) {
                 if (!state.overwritten) states.push_back(state);
             }
@@ -183,7 +184,7 @@ class ModelDisk {
         return image;
     }
     void Settle(const Image& known, Time now) {
-        sectors_.resize(known.size());
+        sectors_.assign(known.size(), Sector());
         for (size_t i = 0; i < known.size(); ++i) {
             VARVE_CHECK(known[i].size() == 1);
             sectors_[i].Settle(known[i][0].content, now);
@@ -199,23 +200,17 @@ class ModelDisk {
 inline int64_t Compare(Image& image, const std::string& data, Moments* moments = nullptr) {
     if (data.size() != image.size() * kSectorBytes) return 0;
     std::vector<Content> contents;
+    std::vector<std::vector<const Sector::State*>> matching(image.size());
     for (size_t i = 0; i < image.size(); ++i) {
-        const Content content = Content::Of(data.data() + i * kSectorBytes);
-        const auto same = [&](const Sector::State& state) { return state.content == content; };
-        if (std::none_of(image[i].begin(), image[i].end(), same)) return static_cast<int64_t>(i);
-        contents.push_back(content);
-    }
-    std::vector<const Sector::State*> seen;
-    for (size_t i = 0; i < image.size(); ++i) {
-        Sector::States& states = image[i];
-        if (states.size() == 1 && states[0].began == 0 && states[0].ended == kForever) continue;
-        seen.clear();
-        for (const Sector::State& state : states) {
-            if (state.content == contents[i]) seen.push_back(&state);
+        contents.push_back(Normal(data.substr(i * kSectorBytes, kSectorBytes)));
+        for (const Sector::State& state : image[i]) {
+            if (state.content == contents[i]) matching[i].push_back(&state);
         }
-        if (moments) moments->Restrict(seen);
-        states.clear();
-        states.push_back({contents[i]});
+        if (matching[i].empty()) return static_cast<int64_t>(i);
+    }
+    for (size_t i = 0; i < image.size(); ++i) {
+        if (moments) moments->Restrict(matching[i]);
+        image[i] = {Sector::State{std::move(contents[i])}};
     }
     return -1;
 }

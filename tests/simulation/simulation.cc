@@ -1,5 +1,3 @@
-#include "tests/simulation/simulation.h"
-
 #include "tests/simulation/runner.h"
 
 namespace varve::simulation {
@@ -10,217 +8,139 @@ constexpr uint64_t kCaches[] = {256, 4096, 1 << 20};
 }  // namespace
 
 SimulationResult Runner::Run() {
-    lanes_ = 1 + static_cast<unsigned>(dice_.Draw(4));
-    alignment_ = dice_.Chance(0.25) ? 4096 : 512;
-    pool_options_.map_cache_bytes = kCaches[dice_.Draw(3)];
-    Restart();
-    while (round_ < options_.rounds && Fine() && !Struck()) {
-        ++round_;
-        Round();
+    lanes_ = 1 + static_cast<unsigned>(scheduler_.Draw(4));
+    alignment_ = scheduler_.Chance(0.5) ? 512 : 4096;
+    if (alignment_ == 4096) alignment_ = scheduler_.Chance(0.5) ? 4096 : 512;
+    pool_options_.map_cache_bytes = kCaches[scheduler_.Draw(3)];
+    Open();
+    for (unsigned round = 0; round < options_.rounds && Fine(); ++round) {
+        if (disks_.size() < 2) CreateDisk();
+        BusyRound();
+        if (Fine() && media_.power() && !failed_) QuietCommands();
+        const bool must = !media_.power() || failed_ || reopen_;
+        if (Fine() && (must || scheduler_.Chance(0.3))) Reopen();
+        if (Fine()) VerifyAll();
     }
-    result_.operations = media_.operations();
-    if (Fine() && !Struck()) {
+    if (Fine()) {
         Do(machine_->Stop());
         machine_.reset();
     }
-    // After a violation the engine is in no state to be closed; after a mishap it has been.
-    if (machine_) (void)machine_.release();  // NOLINT
+    // After a violation the engine is in no state to be closed.
+    if (!Fine()) (void)machine_.release();  // NOLINT
+    result_.operations = media_.operations();
     return result_;
 }
 
-void Runner::Round() {
-    if (disks_.size() < 2) CreateDisk();
-    if (Fine() && media_.power() && !failed_) BusyRound();
-    if (Fine() && media_.power() && !failed_ && !Struck()) QuietCommands();
-    Begin(kRound, 0);
-    const bool must = !media_.power() || failed_ || reopen_ || Struck();
-    if (Fine() && (must || dice_.Chance(0.3))) Reopen();
-    if (!Fine()) return;
-    const bool before = Struck();
-    VerifyAll();
-    if (!Fine() || (media_.power() && Struck() == before)) return;
-    Reopen();
-    if (Fine()) VerifyAll();
-}
-
-bool Runner::Open() {
+void Runner::Open() {
     failed_ = reopen_ = false;
     machine_ = std::make_unique<Machine>(scheduler_, media_, lanes_, pool_options_, alignment_);
     const Status s = machine_->Start();
-    const bool excused = Faulty() || !media_.power();
-    if (!s.ok() && !excused) Violation("does not open: " + s.error().message);
-    scheduler_.RunAll();  // an interrupted shrink is finished before its disk may be opened
-    return s.ok();
-}
-
-/// Off and on again, until nothing has met the recovery itself.
-void Runner::Restart() {
-    for (bool whole = false; Fine() && !whole;) {
-        if (media_.power()) media_.Cut();
-        media_.Restore();
-        media_.faults = Faults{};
-        if (machine_) past_.push_back(std::move(machine_));
-        faulty_ = false;
-        if (dice_.Chance(0.2)) media_.CutAfter(1 + dice_.Draw(40));
-        const bool before = Struck();
-        {
-            const Exposed exposed(*this);
-            whole = Open();
-        }
-        whole = whole && media_.power() && Struck() == before;
-        CancelCut();
-        if (whole || !Fine()) return;
-        ++result_.crashes;
-        if (machine_->runs()) (void)machine_->Stop();
-    }
+    if (!s.ok()) Violation("does not open: " + s.error().message);
 }
 
 void Runner::Reopen() {
-    Begin(kRestart, 0);
-    if (Struck() && media_.power() && dice_.Chance(0.5)) media_.Cut();
-    const bool before = Struck();
-    Status stopped;
-    {
-        const Exposed exposed(*this);
-        stopped = machine_->Stop();
-    }
-    const bool failed = failed_ || (!stopped.ok() && Faulty());
-    const bool crashed = !media_.power() || failed || Struck() != before;
+    const bool crashed = !media_.power() || failed_;
+    const Status stopped = machine_->Stop();
     if (!stopped.ok() && !crashed) Violation("does not close: " + stopped.error().message);
     if (crashed) ++result_.crashes;
-    Restart();
+    if (media_.power()) media_.Cut();
+    media_.Restore();
+    media_.faults = Faults{};
+    machine_.reset();
+    Open();
+    scheduler_.RunAll();  // an interrupted shrink is finished before its disk may be opened
     if (Fine()) SettleAll(crashed);
 }
 
 void Runner::BusyRound() {
     std::vector<uint64_t> exports;
     clients_ = 1;
-    if (Begin(kRound, 1) && dice_.Chance(options_.crash)) DrawCut(400, 12);
-    if (Begin(kRound, 2) && options_.faults && dice_.Chance(0.7)) DrawFaults();
-    Begin(kRound, 3);
-    const uint64_t commands = dice_.Draw(scale_.commands);
-    clients_ += StartClients(&exports);
-    if (!Fine()) return;
-    Spawn(Commands(static_cast<unsigned>(commands)));
-    {
-        const Exposed exposed(*this);
-        if (!scheduler_.RunUntil([this] { return clients_ == 0; })) Violation("deadlock");
+    if (scheduler_.Chance(options_.crash)) DrawCut(400, 12);
+    if (options_.faults && scheduler_.Chance(0.7)) DrawFaults();
+    const unsigned commands = static_cast<unsigned>(scheduler_.Draw(10));
+    for (auto& [name, disk] : disks_) {
+        const uint64_t count = 1 + scheduler_.Draw(3);
+        for (uint64_t i = 0; i < count; ++i) {
+            const auto opened = machine_->Do(pool().OpenExport(name));
+            if (!opened.ok()) return Violation(opened.error().message);
+            exports.push_back(opened.value().id);
+            ++clients_;
+            Spawn(Client(name, &disk, opened.value().volume,
+                         5 + static_cast<unsigned>(scheduler_.Draw(30))));
+        }
     }
+    Spawn(Commands(commands));
+    if (!scheduler_.RunUntil([this] { return clients_ == 0; })) Violation("deadlock");
     media_.faults = Faults{};
     CancelCut();
     for (const uint64_t id : exports) Close(id);
-    if (!Faulty() || !media_.power()) return;
+    if (!options_.faults || !media_.power()) return;
     // A round that nobody waited for may have met the fault.
     if (machine_->Do(pool().GetStatus()).value().failed) failed_ = true;
-    if (!Struck()) faulty_ = false;
-}
-
-/// Returns how many.
-uint64_t Runner::StartClients(std::vector<uint64_t>* exports) {
-    struct Planned {
-        const std::string& name;
-        Disk& disk;
-        uint64_t requests;
-        cow::Volume* volume = nullptr;
-    };
-    std::vector<Planned> clients;
-    for (auto& [name, disk] : disks_) {
-        for (uint64_t i = 1 + dice_.Draw(scale_.clients); i > 0; --i) {
-            clients.push_back({name, disk, 5 + dice_.Draw(scale_.requests)});
-        }
-    }
-    for (Planned& client : clients) {
-        const auto opened = machine_->Do(pool().OpenExport(client.name));
-        if (!opened.ok()) {
-            Violation(opened.error().message);
-            return 0;
-        }
-        exports->push_back(opened.value().id);
-        client.volume = opened.value().volume;
-    }
-    for (size_t i = 0; i < clients.size(); ++i) {
-        const Planned& c = clients[i];
-        Spawn(Client(kClients + i, c.name, &c.disk, c.volume, static_cast<unsigned>(c.requests)));
-    }
-    return clients.size();
 }
 
 void Runner::DrawFaults() {
     Faults& faults = media_.faults;
-    faulty_ = true;
-    switch (dice_.Draw(5)) {
+    switch (scheduler_.Draw(5)) {
         case 0:
             faults.read_error = 0.05;
-            return Note("reads fail");
+            return;
         case 1:
             faults.write_error = 0.05;
-            return Note("writes fail");
+            return;
         case 2:
             faults.sync_error = 0.1;
-            return Note("syncs fail");
+            return;
         case 3:
             faults.commit_error = 0.1;
-            return Note("commits fail");
+            return;
         default:
             faults.no_space = 0.5;
-            return Note("space runs out");
+            return;
     }
 }
 
 void Runner::CreateDisk() {
-    Begin(kRound, 4);
     const std::string name = NewName('d');
-    const uint64_t size = scale_.sizes[dice_.Draw(4)];
-    Note("create disk {} {}", name, size);
-    const Exposed exposed(*this);
-    const Status s = machine_->Do(pool().CreateDisk(name, size));
-    if (s.ok() && media_.power()) {
-        disks_.emplace(name, Disk(size));
-    } else {
-        uncertain_disks_.insert(name);
-        uncertain_disk_ = std::make_unique<Disk>(size);
-    }
-    Do(s);
+    const uint64_t size = kSizes[scheduler_.Draw(4)];
+    Do(machine_->Do(pool().CreateDisk(name, size)));
+    disks_.emplace(name, Disk(size));
 }
 
 void Runner::QuietCommands() {
-    const Exposed exposed(*this);
-    Begin(kRound, 5);
-    const uint64_t count = dice_.Draw(4);
-    if (Begin(kRound, 6) && dice_.Chance(0.3)) DrawCut(30, 3);
-    for (uint64_t i = 0; i < count && media_.power() && Fine() && !reopen_ && !failed_; ++i) {
-        if (!Begin(kQuiet, i)) continue;
+    const unsigned count = static_cast<unsigned>(scheduler_.Draw(4));
+    if (scheduler_.Chance(0.3)) DrawCut(30, 3);
+    for (unsigned i = 0; i < count && media_.power() && Fine() && !reopen_; ++i) {
         auto it = disks_.begin();
-        std::advance(it, static_cast<std::ptrdiff_t>(dice_.Draw(disks_.size())));
-        QuietCommand(it->first, it->second);
+        std::advance(it, static_cast<std::ptrdiff_t>(scheduler_.Draw(disks_.size())));
+        switch (scheduler_.Draw(7)) {
+            case 0:
+                Restore(it->first, it->second);
+                break;
+            case 1:
+                Clone(it->first, it->second);
+                break;
+            case 2:
+            case 5:
+                Resize(it->first, it->second);
+                break;
+            case 3:
+                DeleteDisk(it->first);
+                break;
+            case 4:
+                DeleteAndClose(it->first, it->second);
+                break;
+            default:
+                DeleteCounted(it->first, it->second);
+                break;
+        }
         Answered();
     }
     CancelCut();
 }
 
-void Runner::QuietCommand(const std::string& name, Disk& disk) {
-    switch (dice_.Draw(7)) {
-        case 0:
-            return Restore(name, disk);
-        case 1:
-            return Clone(name, disk);
-        case 2:
-        case 5:
-            return Resize(name, disk);
-        case 3:
-            return DeleteDisk(name);
-        case 4:
-            return DeleteAndClose(name, disk);
-        default:
-            return DeleteCounted(name, disk);
-    }
-}
-
 SimulationResult Simulate(const SimulationOptions& options) {
-    Runner runner(options);
-    SimulationResult result = runner.Run();
-    if (options.on_end) options.on_end(result);
-    return result;
+    return Runner(options).Run();
 }
 
 }  // namespace varve::simulation
