@@ -181,6 +181,7 @@ TEST_F(ScarceTest, ASnapshotWhoseCommitFailedIsNotServed) {
     Ok(pool().CreateSnapshots(std::move(first)));
     Expect("d@good", 0, 4096, 'a');
     ASSERT_EQ(0, Write("d", 0, 4096, 'b'));
+    scheduler.RunAll();  // no other commit may be the one that fails
     media.faults.commit_error = 1;
     std::vector<std::string> second{"d@bad"};
     EXPECT_EQ(ErrorKind::kIo, Fails(pool().CreateSnapshots(std::move(second))));
