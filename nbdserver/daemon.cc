@@ -8,12 +8,12 @@
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
-#include <future>
 #include <thread>
 #include <utility>
 
 #include "base/log.h"
 #include "base/priority.h"
+#include "base/run_on.h"
 #include "base/units.h"
 
 namespace varve::nbdserver {
@@ -24,22 +24,6 @@ namespace {
 constexpr uint64_t kDrainMsMax = 1000;
 constexpr uint64_t kCommandMsMax = 500;
 constexpr unsigned kLoaderThreads = 2;
-
-template <typename T>
-Task<void> RunInto(Executor& executor, Task<T> task, std::shared_ptr<std::promise<T>> result) {
-    co_await Hop(executor);
-    T value = co_await task;
-    result->set_value(std::move(value));
-}
-
-/// Runs `task` on `executor` and waits for it, on a thread that is not the executor's.
-template <typename T>
-T RunOn(Executor& executor, Task<T> task) {
-    auto result = std::make_shared<std::promise<T>>();
-    std::future<T> future = result->get_future();
-    Spawn(RunInto(executor, std::move(task), std::move(result)));
-    return future.get();
-}
 
 Task<bool> Prefer() {
     PreferThisThread();

@@ -27,6 +27,7 @@
 #include "base/check.h"
 #include "base/worker.h"
 #include "tests/fake_pool.h"
+#include "tests/run_on.h"
 
 namespace varve::testing {
 
@@ -62,22 +63,6 @@ class FakeClients : public admin::ClientDirectory {
 
     std::vector<admin::ClientInfo> clients;  // on home
 };
-
-/// Runs `function` on `executor` and waits for it.
-inline void RunOn(Executor& executor, const std::function<void()>& function) {
-    struct Call : Runnable {
-        const std::function<void()>* function;
-        std::promise<void> done;
-    } call;
-    call.function = &function;
-    call.run = [](Runnable* self) {
-        auto* me = static_cast<Call*>(self);
-        (*me->function)();
-        me->done.set_value();
-    };
-    executor.Post(&call);
-    call.done.get_future().wait();
-}
 
 class AdminServer {
   public:

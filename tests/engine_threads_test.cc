@@ -7,9 +7,9 @@
 
 #include <chrono>
 #include <filesystem>
-#include <future>
 #include <thread>
 
+#include "base/run_on.h"
 #include "base/worker.h"
 #include "cow/pool.h"
 #include "cow/pool_directory.h"
@@ -85,29 +85,17 @@ class EngineThreadsTest : public testing::Test {
         environment.space = &directory_->space();
         environment.metadata = &directory_->metadata();
         environment.now_ms = [] { return int64_t{0}; };
-        auto pool = Run(home_, cow::Pool::Open(environment, {}));
+        auto pool = RunOn(home_, cow::Pool::Open(environment, {}));
         VARVE_CHECK(pool.ok());
         pool_ = std::move(pool.value());
     }
     ~EngineThreadsTest() override {
-        EXPECT_TRUE(Run(home_, pool_->Shutdown()).ok());
+        EXPECT_TRUE(RunOn(home_, pool_->Shutdown()).ok());
         pool_.reset();
         directory_.reset();
         fs::remove_all(root_);
     }
 
-    template <typename T>
-    static Task<void> RunInto(Executor* executor, Task<T> task, std::promise<T>* result) {
-        co_await Hop(*executor);
-        T value = co_await task;
-        result->set_value(std::move(value));
-    }
-    template <typename T>
-    static T Run(Executor& executor, Task<T> task) {
-        std::promise<T> result;
-        Spawn(RunInto(&executor, std::move(task), &result));
-        return result.get_future().get();
-    }
     static Task<bool> Settle(cow::Pool* pool) {
         co_await pool->WaitForChecksums();
         co_await pool->WaitForReclaim();
@@ -119,7 +107,7 @@ class EngineThreadsTest : public testing::Test {
     }
     Errno Write(cow::Volume& volume, char fill) {
         const std::string data(kDiskBytes, fill);
-        return Run(lane_, volume.Write(0, std::as_bytes(std::span(data))));
+        return RunOn(lane_, volume.Write(0, std::as_bytes(std::span(data))));
     }
 
     fs::path root_;
@@ -130,22 +118,22 @@ class EngineThreadsTest : public testing::Test {
 };
 
 TEST_F(EngineThreadsTest, EveryTaskEndsOnTheThreadWhereItsAwaiterIs) {
-    ASSERT_TRUE(Run(home_, pool_->CreateDisk("d", kDiskBytes)).ok());
-    const auto disk = Run(home_, pool_->OpenExport("d"));
+    ASSERT_TRUE(RunOn(home_, pool_->CreateDisk("d", kDiskBytes)).ok());
+    const auto disk = RunOn(home_, pool_->OpenExport("d"));
     ASSERT_TRUE(disk.ok());
     ASSERT_EQ(0, Write(*disk.value().volume, 'a'));
     std::vector<std::string> names{"d@s"};
-    ASSERT_TRUE(Run(home_, pool_->CreateSnapshots(std::move(names))).ok());
-    Run(home_, Settle(pool_.get()));
+    ASSERT_TRUE(RunOn(home_, pool_->CreateSnapshots(std::move(names))).ok());
+    RunOn(home_, Settle(pool_.get()));
     ASSERT_EQ(0, Write(*disk.value().volume, 'b'));
-    const auto report = Run(home_, pool_->Scrub(std::nullopt));
+    const auto report = RunOn(home_, pool_->Scrub(std::nullopt));
     ASSERT_TRUE(report.ok());
     EXPECT_EQ(kDiskBytes / cow::kBlockBytes, report.value().verified_blocks);
     EXPECT_EQ(0U, report.value().damaged_blocks);
-    ASSERT_TRUE(Run(home_, pool_->DeleteSnapshot("d@s", false)).ok());
-    Run(home_, Settle(pool_.get()));
-    EXPECT_EQ(kDiskBytes, Run(home_, pool_->GetStatus()).value().used);
-    Run(home_, Close(pool_.get(), disk.value().id));
+    ASSERT_TRUE(RunOn(home_, pool_->DeleteSnapshot("d@s", false)).ok());
+    RunOn(home_, Settle(pool_.get()));
+    EXPECT_EQ(kDiskBytes, RunOn(home_, pool_->GetStatus()).value().used);
+    RunOn(home_, Close(pool_.get(), disk.value().id));
 }
 
 }  // namespace
