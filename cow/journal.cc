@@ -13,7 +13,7 @@ namespace varve::cow {
 namespace {
 
 /// Neighbours whose rows are read together.
-constexpr uint64_t kReadTogether = 16;
+constexpr uint64_t kIndicesTogether = 16;
 /// A varint for the chunk and one for the place, two bytes for the blocks.
 constexpr size_t kChangeBytesMax = 2 * kVarintBytesMax + 2;
 
@@ -90,7 +90,7 @@ Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line&
     while (next < part.changes.size() && chunks.size() < most) {
         const ChunkIndex index = part.changes[next].chunk;
         if (index >= known) {
-            known.value = index.value + kReadTogether;
+            known.value = index.value + kIndicesTogether;
             Result<MapRows> read = ReadMap(view, line, index, known);
             if (!read.ok()) return read.error();
             rows = std::move(read.value().rows);
