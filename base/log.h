@@ -9,7 +9,7 @@
 
 namespace varve {
 
-enum class LogLevel { kDebug, kInfo, kWarning, kError };
+enum class LogLevel { kDebug, kInfo, kWarning, kError, kNothing };
 enum class LogFormat { kText, kJson };
 
 /// Set once, before threads start.

@@ -72,9 +72,10 @@ struct LaneState {
     ChunkCache cache;
     SumsCache sums;
     LoadMeter load;
-    /// Changed chunks whose rows are not written yet, and the heads that have any.
+    /// Changed chunks whose rows are not written yet, and the heads that have any, in the order in
+    /// which they came to have some.
     uint64_t unfolded = 0;
-    std::set<Head*> unfolded_heads;
+    std::vector<Head*> unfolded_heads;
 };
 
 struct Core {

@@ -79,7 +79,7 @@ Head::~Head() {
         for (Chunk* chunk : *list) --chunk->pins;
     }
     lane_.unfolded -= unfolded_;
-    lane_.unfolded_heads.erase(this);
+    std::erase(lane_.unfolded_heads, this);
 }
 
 void Head::Rebase(Place place) {
@@ -228,7 +228,7 @@ Task<void> Head::Answerable() {
 }
 
 void Head::FoldLane() {
-    const std::vector<Head*> heads(lane_.unfolded_heads.begin(), lane_.unfolded_heads.end());
+    const std::vector<Head*> heads = lane_.unfolded_heads;
     for (Head* head : heads) {
         if (!head->pass_ && !head->pass_wanted_) head->RequestFold();
     }

@@ -12,7 +12,7 @@ void Head::Pin(std::vector<Chunk*>& list, Chunk& chunk) {
     ++chunk.pins;
     list.push_back(&chunk);
     ++lane_.unfolded;
-    if (++unfolded_ == 1) lane_.unfolded_heads.insert(this);
+    if (++unfolded_ == 1) lane_.unfolded_heads.push_back(this);
     changed_ = true;
 }
 

@@ -80,7 +80,7 @@ void Head::Unpin(std::vector<Chunk*>& chunks) {
     for (Chunk* chunk : chunks) --chunk->pins;
     unfolded_ -= chunks.size();
     lane_.unfolded -= chunks.size();
-    if (unfolded_ == 0) lane_.unfolded_heads.erase(this);
+    if (unfolded_ == 0) std::erase(lane_.unfolded_heads, this);
     lane_.cache.Shrink();
 }
 

@@ -9,6 +9,8 @@
 #include <string_view>
 
 #include "tests/mutants/hunt.h"
+#include "tests/simulation/explore.h"
+#include "tests/simulation/shrink.h"
 
 namespace varve::simulation {
 namespace {
@@ -79,7 +81,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kRoundDuringCut, "round-during-cut",
      "rows of the new generation are committed before the snapshot", 20},
     {Mutant::kCutWithoutHold, "cut-without-hold", "a cut across disks is taken one after the other",
-     50},
+     100},
     // The journal
     {Mutant::kDeletedUnfolded, "deleted-unfolded",
      "a snapshot is deleted while its generation is in the journal", 50},
@@ -91,7 +93,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kJournalOutOfOrder, "journal-out-of-order",
      "recovery applies the journal's changes in the wrong order", 50},
     {Mutant::kSealNotJournaled, "seal-not-journaled",
-     "a snapshot is answered without the last changes of its generation", 20},
+     "a snapshot is answered without the last changes of its generation", 100},
     // Branches
     {Mutant::kWrongVersionAtFork, "wrong-version-at-fork",
      "a branch reads its parent's newest rows, not those at the fork", 20},
@@ -122,7 +124,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kDamageLaundered, "damage-laundered",
      "the rest of a damaged block becomes part of a new one", 20},
     {Mutant::kSumsStayUnknown, "checksum-stays-unknown",
-     "the cache goes on without checksums that were made meanwhile", 20},
+     "the cache goes on without checksums that were made meanwhile", 100},
     {Mutant::kSummedTooEarly, "summed-unfolded",
      "a snapshot is marked as summed before its map rows are written", 50},
 };
@@ -169,6 +171,29 @@ TEST(MutantsTest, WithoutMutantTheSameSeedsFindNothing) {
     for (const Catch& result : Hunt(prey, kTogether, true)) {
         EXPECT_EQ(result.found, 0) << "seed " << result.seed << ": " << result.how;
     }
+}
+
+/// A mishap at every call finds a mutant too; the call replays it, and it becomes a short list.
+TEST(MutantsTest, ExploringFindsOneAndMakesItShort) {
+    cow::present_mutant = Mutant::kRowsBeforeData;
+    ExploreOptions options;
+    options.simulation.small = true;
+    options.simulation.rounds = 3;
+    ExploreResult result;
+    for (uint64_t seed = 1; seed <= 20 && result.number == 0; ++seed) {
+        options.simulation.seed = seed;
+        result = Explore(options);
+    }
+    ASSERT_NE(result.number, 0);
+    SimulationOptions replay = options.simulation;
+    replay.probe = At(result.number, result.mishap);
+    const Outcome outcome = RunInChild(replay);
+    EXPECT_EQ(outcome.found, result.violation);
+    const Shrunk shrunk = Shrink(options.simulation, JudgeEveryCall(true, false));
+    fmt::print("{}", Describe(shrunk));
+    EXPECT_NE(shrunk.found, "");
+    EXPECT_LT(shrunk.steps.size(), outcome.steps.size());
+    cow::present_mutant = Mutant::kNone;
 }
 
 }  // namespace

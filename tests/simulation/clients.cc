@@ -6,20 +6,26 @@ namespace varve::simulation {
 std::string Runner::Fill(const std::string& disk, uint64_t length) {
     // Each piece of 32 bytes says which disk it was written to and when, and differs from all
     // others.
-    std::string text;
+    constexpr size_t kPiece = 32;
     const std::string tag = fmt::format("{}#{}#", disk, ++sequence_);
-    while (text.size() < length) text += fmt::format("{:-<31}|", tag + std::to_string(text.size()));
+    std::string text((length + kPiece - 1) / kPiece * kPiece, '-');
+    for (size_t at = 0; at < text.size(); at += kPiece) {
+        tag.copy(text.data() + at, tag.size());
+        const fmt::format_int number(at);
+        std::memcpy(text.data() + at + tag.size(), number.data(), number.size());
+        text[at + kPiece - 1] = '|';
+    }
     text.resize(length);
     return text;
 }
 
 Runner::Range Runner::DrawRange(uint64_t size) {
     const uint64_t kinds[] = {1, 512, 4096, 4096, 65536};
-    const uint64_t unit = kinds[scheduler_.Draw(5)];
-    uint64_t length = unit * (1 + scheduler_.Draw(unit == 1 ? 9000 : 12));
+    const uint64_t unit = kinds[dice_.Draw(5)];
+    uint64_t length = unit * (1 + dice_.Draw(unit == 1 ? 9000 : 12));
     length = std::min(length, size);
-    uint64_t offset = scheduler_.Draw(size - length + 1);
-    if (scheduler_.Chance(0.6)) offset = std::min(offset, uint64_t{40960});  // a hot spot
+    uint64_t offset = dice_.Draw(size - length + 1);
+    if (dice_.Chance(0.6)) offset = std::min(offset, uint64_t{40960});  // a hot spot
     offset = offset / unit * unit;
     return {offset, std::min(length, size - offset)};
 }
@@ -52,45 +58,64 @@ void Runner::EndChange(ModelDisk& model, const Change& change, Errno error) {
 
 void Runner::Judge(Errno error, const char* what) {
     if (error == 0 || !media_.power()) return;
-    const bool faulty = options_.faults && (error == EIO || error == ENOSPC);
+    const bool faulty = Faulty() && (error == EIO || error == ENOSPC);
     const bool full = tight_ && error == ENOSPC;
     if (!faulty && !full) return Violation(fmt::format("{} fails with {}", what, error));
 }
 
-Task<void> Runner::Client(std::string name, Disk* disk, cow::Volume* volume, unsigned requests) {
+Task<void> Runner::Client(uint64_t actor, std::string name, Disk* disk, cow::Volume* volume,
+                          unsigned requests) {
     co_await Hop(volume->executor());
     for (unsigned i = 0; i < requests && media_.power() && Fine(); ++i) {
+        if (!Begin(actor, i)) continue;
         ++result_.requests;
-        const uint64_t kind = scheduler_.Draw(100);
-        const Range range = DrawRange(disk->model.size());
-        if (kind < 45) {
-            const std::string data = Fill(name, range.length);
-            Buffer buffer(data.size(), scheduler_.Chance(0.7));
-            buffer.Fill(data);
-            const std::span<const std::byte> bytes = buffer.span();
-            const Change change = BeginChange(disk->model, range, &data);
-            const Errno error = co_await volume->Write(range.offset, bytes);
-            EndChange(disk->model, change, error);
-            Judge(error, "write");
-            if (kind < 10 && error == 0) co_await FlushOnce(disk, volume);  // FUA
-        } else if (kind < 60) {
-            const Range whole{0, disk->model.size()};
-            const Range read = scheduler_.Chance(0.2) ? whole : range;
-            co_await ReadOnce(name, disk, volume, read);
-        } else if (kind < 75) {
-            co_await TrimOnce(disk, volume, range);
-        } else if (kind < 90) {
-            const Change change = BeginChange(disk->model, range, nullptr);
-            const bool allocate = kind < 80;
-            const Errno error = co_await volume->WriteZeroes(range.offset, range.length, allocate);
-            EndChange(disk->model, change, error);
-            Judge(error, "write zeroes");
-        } else {
-            co_await FlushOnce(disk, volume);
-        }
+        co_await Request(name, disk, volume);
     }
     co_await Hop(machine_->home());
     --clients_;
+}
+
+Task<void> Runner::Request(const std::string& name, Disk* disk, cow::Volume* volume) {
+    const uint64_t kind = dice_.Draw(100);
+    const Range range = DrawRange(disk->model.size());
+    const auto note = [&](const char* what) {
+        Note("{} {} {}+{}", what, name, range.offset, range.length);
+    };
+    if (kind < 45) {
+        note(kind < 10 ? "write and flush" : "write");
+        co_await WriteOnce(name, disk, volume, range, kind < 10);
+    } else if (kind < 60) {
+        const Range whole{0, disk->model.size()};
+        const Range read = dice_.Chance(0.2) ? whole : range;
+        Note("read {} {}+{}", name, read.offset, read.length);
+        co_await ReadOnce(name, disk, volume, read);
+    } else if (kind < 75) {
+        note("trim");
+        co_await TrimOnce(disk, volume, range);
+    } else if (kind < 90) {
+        note("zero");
+        const Change change = BeginChange(disk->model, range, nullptr);
+        const bool allocate = kind < 80;
+        const Errno error = co_await volume->WriteZeroes(range.offset, range.length, allocate);
+        EndChange(disk->model, change, error);
+        Judge(error, "write zeroes");
+    } else {
+        Note("flush {}", name);
+        co_await FlushOnce(disk, volume);
+    }
+}
+
+Task<void> Runner::WriteOnce(const std::string& name, Disk* disk, cow::Volume* volume, Range range,
+                             bool fua) {
+    const std::string data = Fill(name, range.length);
+    Buffer buffer(data.size(), dice_.Chance(0.7));
+    buffer.Fill(data);
+    const std::span<const std::byte> bytes = buffer.span();
+    const Change change = BeginChange(disk->model, range, &data);
+    const Errno error = co_await volume->Write(range.offset, bytes);
+    EndChange(disk->model, change, error);
+    Judge(error, "write");
+    if (fua && error == 0) co_await FlushOnce(disk, volume);
 }
 
 Task<void> Runner::TrimOnce(Disk* disk, cow::Volume* volume, Range range) {
@@ -114,7 +139,7 @@ Task<void> Runner::FlushOnce(Disk* disk, cow::Volume* volume) {
 }
 
 Task<void> Runner::ReadOnce(std::string name, Disk* disk, cow::Volume* volume, Range range) {
-    Buffer buffer(range.length, scheduler_.Chance(0.7));
+    Buffer buffer(range.length, dice_.Chance(0.7));
     const Time start = Now();
     std::vector<cow::Allocation> map;
     const Errno error = co_await volume->Read(range.offset, buffer.span(), &map);
@@ -128,9 +153,10 @@ Task<void> Runner::ReadOnce(std::string name, Disk* disk, cow::Volume* volume, R
     const uint64_t end = range.offset + range.length;
     for (uint64_t s = (range.offset + kSectorBytes - 1) / kSectorBytes;
          (s + 1) * kSectorBytes <= end; ++s) {
-        const Content seen = Normal(data.substr(s * kSectorBytes - range.offset, kSectorBytes));
+        const Content seen = Content::Of(data.data() + s * kSectorBytes - range.offset);
         if (!disk->model.sectors()[s].MayBe(seen, start, time_)) {
-            Explain({disk->model.sectors()[s].Possible(start, time_)}, seen, 0);
+            const Sector::States possible = disk->model.sectors()[s].Possible(start, time_);
+            Explain(Image(1, possible), std::string(seen.bytes()), 0);
             Violation(fmt::format("a read of {} sector {} shows what it never held", name, s));
         }
     }

@@ -1,4 +1,6 @@
 // Commands: those beside clients, and those that need their disks without clients.
+#include <fmt/ranges.h>
+
 #include "tests/simulation/runner.h"
 
 namespace varve::simulation {
@@ -6,14 +8,17 @@ namespace varve::simulation {
 Task<void> Runner::Commands(unsigned count) {
     co_await Hop(machine_->home());
     for (unsigned i = 0; i < count && media_.power() && Fine() && !failed_; ++i) {
-        const uint64_t kind = scheduler_.Draw(100);
+        if (!Begin(kCommander, i)) continue;
+        const uint64_t kind = dice_.Draw(100);
         if (kind < 50) {
             co_await TakeSnapshots();
         } else if (kind < 85) {
             co_await DeleteSnapshot();
         } else if (kind < 90) {
+            Note("scrub");
             co_await Scrub();
         } else {
+            Note("commit what is dirty");
             co_await pool().CommitDirty();
         }
     }
@@ -23,14 +28,17 @@ Task<void> Runner::Commands(unsigned count) {
 Task<void> Runner::TakeSnapshots() {
     std::vector<std::string> names;
     std::vector<std::pair<std::string, std::string>> keys;
-    const bool several = scheduler_.Chance(0.6);
+    const bool several = dice_.Chance(0.6);
     for (auto& [name, disk] : disks_) {
-        if (disk.snapshots.size() >= kSnapshotsMax || scheduler_.Chance(0.3)) continue;
+        if (disk.snapshots.size() >= scale_.snapshots || dice_.Chance(0.3)) continue;
         keys.emplace_back(name, NewName('s'));
         names.push_back(name + "@" + keys.back().second);
         if (!several) break;
     }
     if (names.empty()) co_return;
+    const bool look = dice_.Chance(0.3);
+    const auto [seen, shot] = keys[dice_.Draw(keys.size())];
+    Note("snapshot {}", fmt::join(names, " "));
     const Time start = Now();
     Status s = co_await pool().CreateSnapshots(names);
     const auto moments = std::make_shared<Moments>(start, time_);
@@ -44,18 +52,15 @@ Task<void> Runner::TakeSnapshots() {
             uncertain_snapshots_[{name, snapshot}] = {std::move(taken), true};
         }
     }
-    if (!s.ok() && options_.faults) failed_ = true;
     Do(s);
     if (s.ok()) Answered();
-    if (!s.ok() || !scheduler_.Chance(0.3)) co_return;
-    const auto& [name, snapshot] = keys[scheduler_.Draw(keys.size())];
-    co_await LookAt(name + "@" + snapshot, disks_.at(name), snapshot);
+    if (s.ok() && look) co_await LookAt(seen + "@" + shot, disks_.at(seen), shot);
 }
 
 Task<void> Runner::LookAt(std::string full, Disk& disk, std::string snapshot) {
     const Result<cow::Export> opened = co_await pool().OpenExport(full);
     if (!opened.ok()) {
-        const bool excused = !media_.power() || options_.faults;
+        const bool excused = !media_.power() || Faulty();
         if (!excused) Violation("cannot open " + full + ": " + opened.error().message);
         co_return;
     }
@@ -72,16 +77,16 @@ Task<void> Runner::LookAt(std::string full, Disk& disk, std::string snapshot) {
 
 Task<void> Runner::DeleteSnapshot() {
     for (auto& [name, disk] : disks_) {
-        if (disk.snapshots.empty() || scheduler_.Chance(0.5)) continue;
+        if (disk.snapshots.empty() || dice_.Chance(0.5)) continue;
         auto victim = disk.snapshots.begin();
-        std::advance(victim, static_cast<std::ptrdiff_t>(scheduler_.Draw(disk.snapshots.size())));
+        std::advance(victim, static_cast<std::ptrdiff_t>(dice_.Draw(disk.snapshots.size())));
         const std::string snapshot = victim->first;
+        Note("delete {}@{}", name, snapshot);
         Status s = co_await pool().DeleteSnapshot(name + "@" + snapshot, false);
         if (s.ok() && media_.power()) {
             disk.snapshots.erase(snapshot);
         } else {
             uncertain_snapshots_[{name, snapshot}] = {disk.snapshots.at(snapshot), false};
-            if (options_.faults) failed_ = true;
         }
         Do(s);
         if (s.ok()) Answered();
@@ -92,15 +97,15 @@ Task<void> Runner::DeleteSnapshot() {
 Snapshot* Runner::DrawSnapshot(Disk& disk, std::string* name) {
     if (disk.snapshots.empty()) return nullptr;
     auto it = disk.snapshots.begin();
-    std::advance(it, static_cast<std::ptrdiff_t>(scheduler_.Draw(disk.snapshots.size())));
+    std::advance(it, static_cast<std::ptrdiff_t>(dice_.Draw(disk.snapshots.size())));
     *name = it->first;
     return &it->second;
 }
 
 bool Runner::Know(const std::string& disk, const std::string& name, Snapshot& snapshot) {
-    const std::string data = ReadAll(disk + "@" + name);
-    if (!media_.power()) return false;  // nothing was read
-    const int64_t bad = Compare(snapshot.image, data, snapshot.moments.get());
+    const std::optional<std::string> data = ReadAll(disk + "@" + name);
+    if (!data) return false;
+    const int64_t bad = Compare(snapshot.image, *data, snapshot.moments.get());
     if (bad >= 0) Violation("snapshot " + disk + "@" + name + " is wrong");
     return bad < 0;
 }
@@ -110,7 +115,8 @@ void Runner::Restore(const std::string& name, Disk& disk) {
     Snapshot* snapshot = DrawSnapshot(disk, &from);
     if (!snapshot || !Know(name, from, *snapshot)) return;
     std::optional<std::string> keep;
-    if (scheduler_.Chance(0.5) && disk.snapshots.size() < kSnapshotsMax) keep = NewName('k');
+    if (dice_.Chance(0.5) && disk.snapshots.size() < scale_.snapshots) keep = NewName('k');
+    Note("restore {}@{}{}", name, from, keep ? " keep as " + *keep : "");
     const auto moments = std::make_shared<Moments>(time_, time_);
     const Snapshot kept{disk.model.Cut(time_, time_), moments};
     const Image image = snapshot->image;
@@ -129,8 +135,9 @@ void Runner::Restore(const std::string& name, Disk& disk) {
 void Runner::Clone(const std::string& name, Disk& disk) {
     std::string from;
     Snapshot* snapshot = DrawSnapshot(disk, &from);
-    if (!snapshot || disks_.size() >= kDisksMax || !Know(name, from, *snapshot)) return;
+    if (!snapshot || disks_.size() >= scale_.disks || !Know(name, from, *snapshot)) return;
     const std::string clone = NewName('c');
+    Note("clone {}@{} {}", name, from, clone);
     Disk fresh(snapshot->image.size() * kSectorBytes);
     fresh.model.Settle(snapshot->image, Now());
     const Status s = machine_->Do(pool().CloneSnapshot(name + "@" + from, clone));
@@ -145,19 +152,20 @@ void Runner::Clone(const std::string& name, Disk& disk) {
 
 void Runner::Resize(const std::string& name, Disk& disk) {
     const uint64_t before = disk.model.size();
-    const uint64_t size = kSizes[scheduler_.Draw(4)];
-    if (size < before && scheduler_.Chance(0.6)) {
+    const uint64_t size = scale_.sizes[dice_.Draw(4)];
+    if (size < before && dice_.Chance(0.6)) {
         // The new size, what it unmaps, the end of it: three commits.
         Quiet();
-        media_.CutAfter(1 + scheduler_.Draw(3));
+        media_.CutAfter(1 + dice_.Draw(3));
     }
     ResizeTo(name, disk, size);
     if (size >= before) return;
-    if (media_.power() && scheduler_.Chance(0.5)) ResizeTo(name, disk, before);
+    if (media_.power() && !failed_ && dice_.Chance(0.5)) ResizeTo(name, disk, before);
     if (!media_.power()) grow_ = name;
 }
 
 void Runner::ResizeTo(const std::string& name, Disk& disk, uint64_t size) {
+    Note("resize {} {}", name, size);
     const Status s = machine_->Do(pool().ResizeDisk(name, size, true, false));
     if (s.ok() && media_.power()) {
         disk.model.Resize(size);
@@ -173,6 +181,7 @@ void Runner::ResizeTo(const std::string& name, Disk& disk, uint64_t size) {
 
 void Runner::DeleteDisk(const std::string& name) {
     if (disks_.size() < 3) return;
+    Note("delete disk {}", name);
     const Status s = machine_->Do(pool().DeleteDisk(name, true, false));
     if (s.ok() && media_.power()) {
         disks_.erase(name);
@@ -188,12 +197,14 @@ void Runner::DeleteCounted(const std::string& name, Disk& disk) {
     const auto info = machine_->Do(pool().ShowSnapshot(name + "@" + victim));
     if (!Quiet() || !info.ok()) return;
     const auto before = machine_->Do(pool().GetStatus());
+    Note("delete {}@{} when all is quiet", name, victim);
     const Status s = machine_->Do(pool().DeleteSnapshot(name + "@" + victim, false));
     if (s.ok() && media_.power()) {
         disk.snapshots.erase(victim);
-        if (!Quiet()) return;
+        if (!Quiet() || Struck()) return;
         const auto after = machine_->Do(pool().GetStatus());
-        if (media_.power() && before.value().used - after.value().used != info.value().unique) {
+        const bool certain = media_.power() && !Struck();
+        if (certain && before.value().used - after.value().used != info.value().unique) {
             Violation(fmt::format("{}@{}: unique was {}, deleting freed {}", name, victim,
                                   info.value().unique, before.value().used - after.value().used));
         }
@@ -206,6 +217,7 @@ void Runner::DeleteCounted(const std::string& name, Disk& disk) {
 void Runner::DeleteAndClose(const std::string& name, Disk& disk) {
     std::string victim;
     if (!DrawSnapshot(disk, &victim)) return;
+    Note("delete {}@{} and close", name, victim);
     const Status s = machine_->Do(pool().DeleteSnapshot(name + "@" + victim, false));
     if (s.ok() && media_.power()) {
         disk.snapshots.erase(victim);

@@ -36,7 +36,7 @@ Task<void> Runner::Scrub() {
         co_return;
     }
     for (const cow::ScrubDamage& damage : report.value().damage) {
-        const bool excused = damage.unreadable && (options_.faults || !media_.power());
+        const bool excused = damage.unreadable && (Faulty() || !media_.power());
         if (excused) continue;
         Violation(fmt::format("a scrub finds damage in {}@{} at {}", damage.disk, damage.snapshot,
                               damage.offset));
@@ -44,10 +44,14 @@ Task<void> Runner::Scrub() {
 }
 
 void Runner::VerifyChecksums() {
-    if (!Fine() || !media_.power() || scheduler_.Chance(0.5)) return;
-    bool done = false;
-    Spawn(WaitForChecksums(&done));
-    scheduler_.RunUntil([&] { return done; });
+    if (!Fine() || !media_.power() || dice_.Chance(0.5)) return;
+    {
+        const Exposed exposed(*this);
+        bool done = false;
+        Spawn(WaitForChecksums(&done));
+        scheduler_.RunUntil([&] { return done; });
+        if (Struck() || !media_.power()) return;
+    }
     const auto report = machine_->Do(pool().Scrub(std::nullopt));
     if (!report.ok()) return Violation("scrub: " + report.error().message);
     for (const cow::ScrubDamage& damage : report.value().damage) {
@@ -67,7 +71,7 @@ Errno Runner::Attempt(const std::string& name, uint64_t offset, uint64_t length,
     const auto opened = machine_->Do(pool().OpenExport(name));
     if (!opened.ok()) return 0;
     cow::Volume& volume = *opened.value().volume;
-    Buffer data(length, scheduler_.Chance(0.5));
+    Buffer data(length, dice_.Chance(0.5));
     Errno error = 0;
     if (write) {
         error = Await(scheduler_, volume.executor(), volume.Write(offset, data.span()));
@@ -81,7 +85,7 @@ Errno Runner::Attempt(const std::string& name, uint64_t offset, uint64_t length,
 /// `name` has a damaged block at `offset`.
 void Runner::ExpectDamage(const std::string& name, uint64_t offset) {
     if (!Fine()) return;
-    const uint64_t part = scheduler_.Draw(7) * kSector;
+    const uint64_t part = dice_.Draw(7) * kSector;
     if (Attempt(name, offset, cow::kBlockBytes, false) != EIO) {
         return Violation(fmt::format("{} at {} is damaged and read nevertheless", name, offset));
     }
@@ -97,8 +101,9 @@ void Runner::ExpectDamage(const std::string& name, uint64_t offset) {
 }
 
 void Runner::DamageOne() {
+    if (disks_.empty()) return;
     auto it = disks_.begin();
-    std::advance(it, static_cast<std::ptrdiff_t>(scheduler_.Draw(disks_.size())));
+    std::advance(it, static_cast<std::ptrdiff_t>(dice_.Draw(disks_.size())));
     std::string snapshot;
     if (!DrawSnapshot(it->second, &snapshot)) return;
     const std::string full = it->first + "@" + snapshot;
@@ -106,11 +111,11 @@ void Runner::DamageOne() {
     const cow::Catalog catalog = std::move(cow::Catalog::Load(*view).value());
     const auto& record = catalog.snapshot(catalog.FindSnapshot(full).value());
     const cow::Line line = catalog.history().LineOf(record.branch, record.generation);
-    const uint64_t offset = scheduler_.Draw(record.size / cow::kBlockBytes) * cow::kBlockBytes;
+    const uint64_t offset = dice_.Draw(record.size / cow::kBlockBytes) * cow::kBlockBytes;
     const uint64_t place = PlaceIn(*view, line, offset);
     if (place == 0) return;
-    const uint64_t sector = place * cow::kBlockBytes / kSector + scheduler_.Draw(8);
-    const uint64_t bit = scheduler_.Draw(kSector * 8);
+    const uint64_t sector = place * cow::kBlockBytes / kSector + dice_.Draw(8);
+    const uint64_t bit = dice_.Draw(kSector * 8);
     media_.FlipBit(sector, bit);
     ExpectDamage(full, offset);
     for (const auto& [id, disk] : catalog.disks()) {

@@ -2,6 +2,7 @@
 // Not the stores themselves, which are in world.h.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <set>
@@ -9,11 +10,35 @@
 #include <unordered_map>
 #include <vector>
 
+#include "tests/simulation/content.h"
 #include "tests/simulation/scheduler.h"
 
 namespace varve::simulation {
 
-inline constexpr uint64_t kSector = 512;
+inline constexpr uint64_t kSector = kSectorBytes;
+
+/// Calls of the engine at its stores.
+enum class Call : uint8_t {
+    kSubmit,  // of a transfer
+    kRead,    // these three complete
+    kWrite,
+    kSync,
+    kCommit,
+    kProvision,
+    kLookup,  // a row of the metadata store, or the next rows from some key on
+};
+
+inline const char* NameOf(Call call) {
+    static constexpr const char* kNames[] = {"submission", "read",      "write", "sync",
+                                             "commit",     "provision", "lookup"};
+    return kNames[static_cast<size_t>(call)];
+}
+
+/// What happens at a call.
+enum class Mishap : uint8_t { kNone, kPowerCut, kError };
+
+/// How a call ends. kDark: there is no power, nothing happens any more.
+enum class Fate : uint8_t { kDone, kError, kDark };
 
 /// Faults that may be injected. Probabilities are for each call.
 struct Faults {
@@ -32,14 +57,21 @@ class Media {
           capacity_(capacity),
           metadata_(std::make_shared<std::map<std::string, std::string>>()) {}
 
-    /// Counts an operation; the power may fail at it. False if the power is off.
-    bool Tick() {
-        ++operations_;
-        if (power_ && operations_ == cut_at_) Cut();
-        return power_;
+    /// Says what happens at each call while there is power. None: nothing.
+    std::function<Mishap(Call call)> probe;
+
+    /// A call of the engine's: the power may fail at it, or it may fail.
+    Fate Next(Call call) {
+        if (call != Call::kLookup && ++operations_ == cut_at_ && power_) Cut();
+        const Mishap mishap = power_ && probe ? probe(call) : Mishap::kNone;
+        if (mishap == Mishap::kPowerCut) Cut();
+        if (!power_) return Fate::kDark;
+        const double chance = ChanceToFail(call);
+        const bool fails = chance > 0 && scheduler_.Chance(chance);
+        return fails || mishap == Mishap::kError ? Fate::kError : Fate::kDone;
     }
 
-    /// The power fails at the `operations`-th operation from now.
+    /// The power fails at the `operations`-th operation from now; lookups are none.
     void CutAfter(uint64_t operations) { cut_at_ = operations_ + operations; }
     bool power() const { return power_; }
     uint64_t operations() const { return operations_; }
@@ -57,37 +89,41 @@ class Media {
         power_ = true;
         cut_at_ = 0;
         unsynced_.clear();
-        current_ = durable_;
+        still_read_.clear();
     }
 
     // ---- the data file, by sectors; absent sectors hold a previous owner's rubbish
-    std::string ReadSector(uint64_t sector) const {
-        const auto found = current_.find(sector);
-        return found != current_.end() ? found->second : std::string(kSector, '\xEE');
+    Content ReadSector(uint64_t sector) const {
+        const auto failed = still_read_.find(sector);
+        if (failed != still_read_.end()) return failed->second;
+        const auto written = unsynced_.find(sector);
+        if (written != unsynced_.end()) return written->second.back().content;
+        const auto found = durable_.find(sector);
+        return found != durable_.end() ? found->second : rubbish_;
     }
-    void WriteSector(uint64_t sector, std::string content) {
+    void WriteSector(uint64_t sector, Content content) {
         unsynced_[sector].push_back({++write_order_, content});
-        current_[sector] = std::move(content);
+        still_read_.erase(sector);
     }
     /// A bit of a sector that was written and synced changes by itself.
     void FlipBit(uint64_t sector, uint64_t bit) {
-        std::string content = ReadSector(sector);
-        char& byte = content[bit / 8 % kSector];
+        std::string bytes(ReadSector(sector).bytes());
+        char& byte = bytes[bit / 8 % kSector];
         byte = static_cast<char>(byte ^ (1 << bit % 8));
-        durable_[sector] = content;
-        current_[sector] = std::move(content);
+        durable_[sector] = Content::Of(bytes.data());
     }
     /// A write that was under way when the power failed: some of its sectors arrived.
-    void TearSector(uint64_t sector, std::string content) {
-        if (scheduler_.Chance(0.5)) durable_[sector] = std::move(content);
+    void TearSector(uint64_t sector, Content content) {
+        if (scheduler_.Chance(0.5)) durable_[sector] = content;
     }
     uint64_t write_order() const { return write_order_; }
     /// A sync fails, as on Linux: of what was to be synced, some will never be, whatever later
-    /// syncs say. Those under way fail with it.
+    /// syncs say. The next sync of every other open file fails too.
     void FailSync(uint64_t order) {
         ++failed_syncs_;
         for (auto it = unsynced_.begin(); it != unsynced_.end();) {
             auto& states = it->second;
+            still_read_.emplace(it->first, states.back().content);
             std::erase_if(states, [&](const State& state) {
                 return state.order <= order && scheduler_.Chance(0.5);
             });
@@ -114,12 +150,27 @@ class Media {
         metadata_ = std::move(rows);
     }
     uint64_t capacity() const { return capacity_; }
-    bool Fails(double probability) { return probability > 0 && scheduler_.Chance(probability); }
 
   private:
+    double ChanceToFail(Call call) const {
+        switch (call) {
+            case Call::kRead:
+                return faults.read_error;
+            case Call::kWrite:
+                return faults.write_error;
+            case Call::kSync:
+                return faults.sync_error;
+            case Call::kCommit:
+                return faults.commit_error;
+            case Call::kProvision:
+                return faults.no_space;
+            default:
+                return 0;
+        }
+    }
     struct State {
         uint64_t order;
-        std::string content;
+        Content content;
     };
     Scheduler& scheduler_;
     const uint64_t capacity_;
@@ -128,8 +179,10 @@ class Media {
     uint64_t cut_at_ = 0;
     uint64_t write_order_ = 0;
     uint64_t failed_syncs_ = 0;
-    std::unordered_map<uint64_t, std::string> current_, durable_;
-    std::map<uint64_t, std::vector<State>> unsynced_;
+    const Content rubbish_ = Content::Of(std::string(kSector, '\xEE').data());
+    std::unordered_map<uint64_t, Content> durable_;
+    std::map<uint64_t, std::vector<State>> unsynced_;   // the last one is what is read
+    std::unordered_map<uint64_t, Content> still_read_;  // for now, although its sync failed
     std::shared_ptr<const std::map<std::string, std::string>> metadata_;
 };
 

@@ -8,26 +8,19 @@
 #pragma once
 
 #include <algorithm>
+#include <boost/container/small_vector.hpp>
 #include <cstdint>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "base/check.h"
+#include "tests/simulation/content.h"
 
 namespace varve::simulation {
 
 using Time = uint64_t;
 inline constexpr Time kForever = ~Time{0};
-inline constexpr uint64_t kSectorBytes = 512;
-
-/// 512 bytes; empty stands for zeros.
-using Content = std::string;
-
-inline Content Normal(Content content) {
-    const bool zero = std::all_of(content.begin(), content.end(), [](char c) { return c == 0; });
-    return zero ? Content() : content;
-}
 
 /// Bytes [from, from + bytes.size()) of a sector are replaced.
 struct Edit {
@@ -35,10 +28,11 @@ struct Edit {
     size_t from = 0;
     std::string bytes;
 
-    Content Apply(const Content& old) const {
-        Content content = old.empty() ? Content(kSectorBytes, 0) : old;
-        content.replace(from, bytes.size(), bytes);
-        return Normal(std::move(content));
+    Content Apply(Content old) const {
+        char sector[kSectorBytes];
+        std::memcpy(sector, old.bytes().data(), kSectorBytes);
+        std::memcpy(sector + from, bytes.data(), bytes.size());
+        return Content::Of(sector);
     }
 };
 
@@ -51,14 +45,17 @@ class Sector {
         bool overwritten = false;  // durably: no crash can bring it back
     };
 
-    std::vector<State> Possible(Time from, Time to) const {
-        std::vector<State> states;
+    /// Mostly one: it needs no memory of its own.
+    using States = boost::container::small_vector<State, 1>;
+
+    States Possible(Time from, Time to) const {
+        States states;
         for (const State& state : states_) {
             if (state.ended > from && state.began <= to) states.push_back(state);
         }
         return states;
     }
-    bool MayBe(const Content& content, Time from, Time to) const {
+    bool MayBe(Content content, Time from, Time to) const {
         for (const State& state : states_) {
             if (state.ended > from && state.began <= to && state.content == content) return true;
         }
@@ -73,13 +70,13 @@ class Sector {
         for (size_t i = 0; i < states_.size() && states_.size() < kStatesMax; ++i) {
             if (states_[i].ended != kForever) continue;
             for (const Edit& change : in_flight_) {
-                Content content = change.Apply(states_[i].content);
+                const Content content = change.Apply(states_[i].content);
                 const bool known =
                     std::any_of(states_.begin(), states_.end(), [&](const State& state) {
                         return state.ended == kForever && state.content == content;
                     });
                 if (!known) states_.push_back({content, now, kForever, false});
-                results.push_back(std::move(content));
+                results.push_back(content);
             }
         }
         return results;
@@ -104,25 +101,27 @@ class Sector {
     }
     /// Forgets what can be seen no more. REQUIRES: no read or cut under way.
     void Forget() {
-        std::erase_if(states_, [](const State& state) { return state.overwritten; });
+        const auto old = [](const State& state) { return state.overwritten; };
+        states_.erase(std::remove_if(states_.begin(), states_.end(), old), states_.end());
     }
     /// Now it is known.
     void Settle(Content content, Time now) {
-        states_ = {{std::move(content), now, kForever, false}};
+        states_.clear();
+        states_.push_back({content, now, kForever, false});
         in_flight_.clear();
         overlapped_ = false;
     }
-    const std::vector<State>& states() const { return states_; }
+    const States& states() const { return states_; }
 
   private:
     static constexpr size_t kStatesMax = 4096;
-    std::vector<State> states_ = {State{}};
+    States states_{1};
     std::vector<Edit> in_flight_;
     bool overlapped_ = false;
 };
 
 /// What each sector of an image may hold, and from when to when; one state where it is known.
-using Image = std::vector<std::vector<Sector::State>>;
+using Image = std::vector<Sector::States>;
 
 /// The moments at which a cut may have been taken: those at which all that was seen of it, on all
 /// its disks, was possible at once. A state is possible from its `began` on, before its `ended`.
@@ -175,7 +174,7 @@ class ModelDisk {
     Image Remains() const {
         Image image;
         for (const Sector& sector : sectors_) {
-            std::vector<Sector::State> states;
+            Sector::States states;
             for (const Sector::State& state : sector.states()) {
                 if (!state.overwritten) states.push_back(state);
             }
@@ -184,7 +183,7 @@ class ModelDisk {
         return image;
     }
     void Settle(const Image& known, Time now) {
-        sectors_.assign(known.size(), Sector());
+        sectors_.resize(known.size());
         for (size_t i = 0; i < known.size(); ++i) {
             VARVE_CHECK(known[i].size() == 1);
             sectors_[i].Settle(known[i][0].content, now);
@@ -200,17 +199,23 @@ class ModelDisk {
 inline int64_t Compare(Image& image, const std::string& data, Moments* moments = nullptr) {
     if (data.size() != image.size() * kSectorBytes) return 0;
     std::vector<Content> contents;
-    std::vector<std::vector<const Sector::State*>> matching(image.size());
     for (size_t i = 0; i < image.size(); ++i) {
-        contents.push_back(Normal(data.substr(i * kSectorBytes, kSectorBytes)));
-        for (const Sector::State& state : image[i]) {
-            if (state.content == contents[i]) matching[i].push_back(&state);
-        }
-        if (matching[i].empty()) return static_cast<int64_t>(i);
+        const Content content = Content::Of(data.data() + i * kSectorBytes);
+        const auto same = [&](const Sector::State& state) { return state.content == content; };
+        if (std::none_of(image[i].begin(), image[i].end(), same)) return static_cast<int64_t>(i);
+        contents.push_back(content);
     }
+    std::vector<const Sector::State*> seen;
     for (size_t i = 0; i < image.size(); ++i) {
-        if (moments) moments->Restrict(matching[i]);
-        image[i] = {Sector::State{std::move(contents[i])}};
+        Sector::States& states = image[i];
+        if (states.size() == 1 && states[0].began == 0 && states[0].ended == kForever) continue;
+        seen.clear();
+        for (const Sector::State& state : states) {
+            if (state.content == contents[i]) seen.push_back(&state);
+        }
+        if (moments) moments->Restrict(seen);
+        states.clear();
+        states.push_back({contents[i]});
     }
     return -1;
 }

@@ -16,9 +16,17 @@
 
 namespace varve::simulation {
 
-inline constexpr uint64_t kDisksMax = 4;
-inline constexpr uint64_t kSnapshotsMax = 6;                                       // of one disk
-inline constexpr uint64_t kSizes[] = {64 << 10, 200 << 10, 300 << 10, 528 << 10};  // up to 3 chunks
+/// How much there is of everything.
+struct Scale {
+    uint64_t disks;
+    uint64_t snapshots;  // of one disk
+    uint64_t sizes[4];   // of disks; a chunk has 256 KiB
+    uint64_t clients;    // of one disk
+    uint64_t requests;   // of one client
+    uint64_t commands;
+};
+inline constexpr Scale kLarge{4, 6, {64 << 10, 200 << 10, 300 << 10, 528 << 10}, 3, 30, 10};
+inline constexpr Scale kSmall{3, 3, {12 << 10, 20 << 10, 40 << 10, 264 << 10}, 2, 6, 4};
 inline constexpr uint64_t kRoomy = 256 << 20;
 /// One region of the allocator: disks take it from each other, and what is freed is soon reused.
 inline constexpr uint64_t kTight = 16 << 20;
@@ -54,9 +62,13 @@ class Runner {
   public:
     explicit Runner(const SimulationOptions& options)
         : options_(options),
-          scheduler_(options.seed),
-          tight_(scheduler_.Chance(0.5)),
-          media_(scheduler_, tight_ ? kTight : kRoomy) {}
+          scale_(options.small ? kSmall : kLarge),
+          dice_(Dice::Of(options.seed, 0)),
+          scheduler_(options.seed + (options.order << 32)),
+          tight_(dice_.Chance(0.5)),
+          media_(scheduler_, tight_ ? kTight : kRoomy) {
+        if (options_.probe) media_.probe = [this](Call call) { return Ask(call); };
+    }
 
     SimulationResult Run();
 
@@ -67,8 +79,59 @@ class Runner {
         if (Fine()) result_.violation = fmt::format("seed {}: {}", options_.seed, what);
     }
 
+    /// The result of a command.
     void Do(const Status& s) {
-        if (!s.ok() && media_.power() && !failed_) Violation("refused: " + s.error().message);
+        if (s.ok()) return;
+        if (Faulty()) failed_ = true;
+        if (media_.power() && !failed_) Violation("refused: " + s.error().message);
+    }
+
+    /// Errors are excused.
+    bool Faulty() const { return faulty_; }
+
+    // ---- mishaps
+
+    Mishap Ask(Call call) {
+        if (!exposed_ || mishap_ != Mishap::kNone) return Mishap::kNone;
+        mishap_ = options_.probe(++asked_, call);
+        if (mishap_ != Mishap::kNone) {
+            Note("{} at call {}, a {}", mishap_ == Mishap::kError ? "an error" : "a power cut",
+                 asked_, NameOf(call));
+        }
+        if (mishap_ == Mishap::kError) faulty_ = true;
+        return mishap_;
+    }
+    /// While it lives, mishaps may happen: where they do, all code copes with them.
+    class Exposed {
+      public:
+        explicit Exposed(Runner& runner) : runner_(runner), before_(runner.exposed_) {
+            runner.exposed_ = true;
+        }
+        Exposed(const Exposed&) = delete;
+        ~Exposed() { runner_.exposed_ = before_; }
+
+      private:
+        Runner& runner_;
+        const bool before_;
+    };
+    bool Struck() const { return mishap_ != Mishap::kNone; }
+
+    // ---- steps
+
+    // Who begins one. Clients count on from kClients.
+    enum Actor : uint64_t { kRound, kCommander, kQuiet, kRestart, kVerifier, kClients };
+
+    /// The next draws, until the first wait, are those of this step. False if it is left out.
+    bool Begin(uint64_t actor, uint64_t index) {
+        step_ = uint64_t{round_} << 16 | actor << 8 | index;
+        dice_ = Dice::Of(options_.seed, step_);
+        return !options_.skipped.contains(step_);
+    }
+    template <typename... Args>
+    void Note(fmt::format_string<Args...> format, Args&&... args) {
+        if (!options_.on_step) return;
+        const std::string what = fmt::format(format, std::forward<Args>(args)...);
+        options_.on_step(step_, fmt::format("round {}: {}", round_, what));
     }
 
     /// What was promised just now holds from now on: a good moment for the power to fail.
@@ -77,10 +140,13 @@ class Runner {
     }
 
     void DrawCut(uint64_t operations, uint64_t answers) {
-        if (scheduler_.Chance(0.5)) {
-            media_.CutAfter(1 + scheduler_.Draw(operations));
+        if (dice_.Chance(0.5)) {
+            const uint64_t after = 1 + dice_.Draw(operations);
+            Note("the power fails after {} operations", after);
+            media_.CutAfter(after);
         } else {
-            cut_at_answer_ = 1 + scheduler_.Draw(answers);
+            cut_at_answer_ = 1 + dice_.Draw(answers);
+            Note("the power fails after {} answers", cut_at_answer_);
         }
     }
 
@@ -97,8 +163,9 @@ class Runner {
 
     // ---- life and death
 
-    void Open();
+    bool Open();
     void Reopen();
+    void Restart();
 
     /// After a restart each disk and snapshot must be something that was legal.
     void SettleAll(bool crashed);
@@ -120,7 +187,8 @@ class Runner {
 
     // ---- requests
 
-    std::string ReadAll(const std::string& name);
+    /// Nothing if it cannot be read and that is excused.
+    std::optional<std::string> ReadAll(const std::string& name);
     void Close(uint64_t id);
     Task<void> CloseTask(uint64_t id, bool* done);
     std::string Fill(const std::string& disk, uint64_t length);
@@ -138,7 +206,11 @@ class Runner {
     Change BeginChange(ModelDisk& model, Range range, const std::string* data);
     void EndChange(ModelDisk& model, const Change& change, Errno error);
     void Judge(Errno error, const char* what);
-    Task<void> Client(std::string name, Disk* disk, cow::Volume* volume, unsigned requests);
+    Task<void> Client(uint64_t actor, std::string name, Disk* disk, cow::Volume* volume,
+                      unsigned requests);
+    Task<void> Request(const std::string& name, Disk* disk, cow::Volume* volume);
+    Task<void> WriteOnce(const std::string& name, Disk* disk, cow::Volume* volume, Range range,
+                         bool fua);
     Task<void> TrimOnce(Disk* disk, cow::Volume* volume, Range range);
     Task<void> FlushOnce(Disk* disk, cow::Volume* volume);
     Task<void> ReadOnce(std::string name, Disk* disk, cow::Volume* volume, Range range);
@@ -154,12 +226,15 @@ class Runner {
 
     // ---- rounds
 
+    void Round();
     void BusyRound();
+    uint64_t StartClients(std::vector<uint64_t>* exports);
     void DrawFaults();
     void CreateDisk();
 
     /// Commands that need their disks without clients.
     void QuietCommands();
+    void QuietCommand(const std::string& name, Disk& disk);
     Snapshot* DrawSnapshot(Disk& disk, std::string* name);
 
     /// A snapshot's image, made certain by reading it.
@@ -178,6 +253,8 @@ class Runner {
     bool Quiet();
 
     const SimulationOptions options_;
+    const Scale& scale_;
+    Dice dice_;  // of the step that was begun last
     Scheduler scheduler_;
     const bool tight_;
     Media media_;
@@ -185,12 +262,19 @@ class Runner {
     unsigned lanes_ = 1;
     uint32_t alignment_ = 512;
     std::unique_ptr<Machine> machine_;
+    std::vector<std::unique_ptr<Machine>> past_;  // taking them down is dear where a process ends
     std::map<std::string, Disk> disks_;
     SimulationResult result_;
     Time time_ = 0;
     uint64_t names_ = 0;
     uint64_t sequence_ = 0;
     uint64_t clients_ = 0;
+    unsigned round_ = 0;
+    uint64_t step_ = 0;
+    bool exposed_ = false;
+    uint64_t asked_ = 0;  // calls at which there might have been a mishap
+    Mishap mishap_ = Mishap::kNone;
+    bool faulty_ = false;         // there was an error since the start, or one may be drawn now
     bool failed_ = false;         // the pool refuses writes: only a restart helps
     bool reopen_ = false;         // at once
     uint64_t cut_at_answer_ = 0;  // the power fails when so many more were given; 0: no

@@ -2,34 +2,34 @@
 // Not a clock: there is no time, only order.
 //
 // Each executor keeps the order of what is posted to it, as a thread would; which executor goes
-// next, and which transfer completes next, is drawn; now and then one rests for a while. A slow
-// executor takes a while over each thing it runs: what that posts to others arrives at some later
-// step.
+// next, and which transfer completes next, is drawn; now and then one rests for a while. In half
+// of the seeds one may also rest in the middle of what it runs, between one post and the next; in
+// half of them some rests, and in half of them some transfers, are long: bugs that need one of
+// these seldom need another, and hide behind it. A slow executor takes a while over each thing it
+// runs: what that posts to others arrives at some later step.
 #pragma once
 
 #include <deque>
 #include <functional>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "base/executor.h"
 #include "base/task.h"
+#include "tests/simulation/dice.h"
 
 namespace varve::simulation {
 
-using Random = std::mt19937_64;
-
-class Scheduler {
+class Scheduler : public Dice {
   public:
-    explicit Scheduler(uint64_t seed) : random_(seed) {}
+    explicit Scheduler(uint64_t seed)
+        : Dice(seed), interrupts_(Chance(0.5)), rests_long_(Chance(0.5)), some_slow_(Chance(0.5)) {}
 
     class Lane : public Executor {
       public:
         explicit Lane(Scheduler& scheduler, bool slow) : scheduler_(scheduler), slow_(slow) {}
         void Post(Runnable* runnable) override {
-            const bool held = scheduler_.running_ && scheduler_.running_->slow_;
-            if (held) {
+            if (scheduler_.running_ && scheduler_.running_->holds_) {
                 scheduler_.running_->held_.emplace_back(this, runnable);
             } else {
                 queue_.push_back(runnable);
@@ -41,16 +41,11 @@ class Scheduler {
         Scheduler& scheduler_;
         const bool slow_;
         bool busy_ = false;
+        bool holds_ = false;        // what it runs now takes a while
         uint64_t rests_until_ = 0;  // as a thread that others keep from running
         std::deque<Runnable*> queue_;
-        std::vector<std::pair<Lane*, Runnable*>> held_;  // posted by what it runs
+        std::deque<std::pair<Lane*, Runnable*>> held_;  // posted by what it runs
     };
-
-    Random& random() { return random_; }
-    uint64_t Draw(uint64_t below) { return random_() % below; }
-    bool Chance(double probability) {
-        return std::uniform_real_distribution<double>(0, 1)(random_) < probability;
-    }
 
     Lane& NewLane(bool slow = false) {
         return *lanes_.emplace_back(std::make_unique<Lane>(*this, slow));
@@ -58,8 +53,8 @@ class Scheduler {
 
     /// Something that happens at some later step: a transfer's completion. Some take long.
     void Later(std::function<void()> event) {
-        const uint64_t delay = Draw(8) == 0 ? Draw(kTransferMax) : 0;
-        events_.push_back({std::move(event), steps_ + delay});
+        const uint64_t most = some_slow_ && Draw(4) == 0 ? kLongTransferMax : kTransferMax;
+        In(Draw(8) == 0 ? Draw(most) : 0, std::move(event));
     }
 
     /// Something that happens after `steps` steps, or earlier if there is nothing else to do.
@@ -72,7 +67,7 @@ class Scheduler {
     /// One step. False if there is nothing to do.
     bool Step() {
         VARVE_CHECK(++steps_ < kStepsMax);  // else it runs in circles
-        if (Draw(24) == 0) lanes_[Draw(lanes_.size())]->rests_until_ = steps_ + Draw(kRestMax);
+        if (Draw(24) == 0) lanes_[Draw(lanes_.size())]->rests_until_ = steps_ + DrawRest();
         Choose(steps_);
         if (ready_.empty() && due_.empty()) Choose(~uint64_t{0});  // nobody else: no need to wait
         const size_t choices = ready_.size() + due_.size();
@@ -88,6 +83,9 @@ class Scheduler {
         }
         return true;
     }
+
+    /// Something runs: what is called now is called by the engine, not by a test that looks at it.
+    bool running() const { return running_ != nullptr; }
 
     void RunAll() {
         while (Step()) {
@@ -106,7 +104,9 @@ class Scheduler {
     static constexpr uint64_t kStepsMax = 20'000'000;
     // In steps:
     static constexpr uint64_t kTransferMax = 400;
+    static constexpr uint64_t kLongTransferMax = 3000;
     static constexpr uint64_t kRestMax = 80;
+    static constexpr uint64_t kLongRestMax = 800;
 
     struct Event {
         std::function<void()> run;
@@ -130,18 +130,36 @@ class Scheduler {
         Runnable* runnable = lane.queue_.front();
         lane.queue_.pop_front();
         running_ = &lane;
+        lane.holds_ = lane.slow_ || (interrupts_ && Draw(12) == 0);
         runnable->run(runnable);
         running_ = nullptr;
-        if (!lane.slow_) return;
+        if (!lane.holds_) return;
         lane.busy_ = true;
-        Later([&lane] {
-            for (const auto& [to, posted] : lane.held_) to->queue_.push_back(posted);
-            lane.held_.clear();
-            lane.busy_ = false;
-        });
+        LetGo(lane);
     }
 
-    Random random_;
+    /// Of what it posted, a slow lane lets go of everything at its end; another was kept from
+    /// running between one and the next.
+    void LetGo(Lane& lane) {
+        std::function<void()> event = [this, &lane] {
+            do {
+                if (lane.held_.empty()) break;
+                lane.held_.front().first->queue_.push_back(lane.held_.front().second);
+                lane.held_.pop_front();
+            } while (lane.slow_);
+            lane.busy_ = !lane.held_.empty();
+            if (lane.busy_) LetGo(lane);
+        };
+        if (lane.slow_) return Later(std::move(event));
+        In(DrawRest(), std::move(event));
+    }
+
+    void In(uint64_t steps, std::function<void()> event) {
+        events_.push_back({std::move(event), steps_ + steps});
+    }
+    uint64_t DrawRest() { return Draw(rests_long_ && Draw(6) == 0 ? kLongRestMax : kRestMax); }
+
+    const bool interrupts_, rests_long_, some_slow_;
     uint64_t steps_ = 0;
     Lane* running_ = nullptr;
     std::vector<std::unique_ptr<Lane>> lanes_;

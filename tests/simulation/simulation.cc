@@ -1,3 +1,5 @@
+#include "tests/simulation/simulation.h"
+
 #include "tests/simulation/runner.h"
 
 namespace varve::simulation {
@@ -8,135 +10,210 @@ constexpr uint64_t kCaches[] = {256, 4096, 1 << 20};
 }  // namespace
 
 SimulationResult Runner::Run() {
-    lanes_ = 1 + static_cast<unsigned>(scheduler_.Draw(4));
-    alignment_ = scheduler_.Chance(0.5) ? 512 : 4096;
-    if (alignment_ == 4096) alignment_ = scheduler_.Chance(0.5) ? 4096 : 512;
-    pool_options_.map_cache_bytes = kCaches[scheduler_.Draw(3)];
-    Open();
-    for (unsigned round = 0; round < options_.rounds && Fine(); ++round) {
-        if (disks_.size() < 2) CreateDisk();
-        BusyRound();
-        if (Fine() && media_.power() && !failed_) QuietCommands();
-        const bool must = !media_.power() || failed_ || reopen_;
-        if (Fine() && (must || scheduler_.Chance(0.3))) Reopen();
-        if (Fine()) VerifyAll();
+    lanes_ = 1 + static_cast<unsigned>(dice_.Draw(4));
+    alignment_ = dice_.Chance(0.25) ? 4096 : 512;
+    pool_options_.map_cache_bytes = kCaches[dice_.Draw(3)];
+    Restart();
+    while (round_ < options_.rounds && Fine() && !Struck()) {
+        ++round_;
+        Round();
     }
-    if (Fine()) {
+    result_.operations = media_.operations();
+    if (Fine() && !Struck()) {
         Do(machine_->Stop());
         machine_.reset();
     }
-    // After a violation the engine is in no state to be closed.
-    if (!Fine()) (void)machine_.release();  // NOLINT
-    result_.operations = media_.operations();
+    // After a violation the engine is in no state to be closed; after a mishap it has been.
+    if (machine_) (void)machine_.release();  // NOLINT
     return result_;
 }
 
-void Runner::Open() {
+void Runner::Round() {
+    if (disks_.size() < 2) CreateDisk();
+    if (Fine() && media_.power() && !failed_) BusyRound();
+    if (Fine() && media_.power() && !failed_ && !Struck()) QuietCommands();
+    Begin(kRound, 0);
+    const bool must = !media_.power() || failed_ || reopen_ || Struck();
+    if (Fine() && (must || dice_.Chance(0.3))) Reopen();
+    if (!Fine()) return;
+    const bool before = Struck();
+    VerifyAll();
+    if (!Fine() || (media_.power() && Struck() == before)) return;
+    Reopen();
+    if (Fine()) VerifyAll();
+}
+
+bool Runner::Open() {
     failed_ = reopen_ = false;
     machine_ = std::make_unique<Machine>(scheduler_, media_, lanes_, pool_options_, alignment_);
     const Status s = machine_->Start();
-    if (!s.ok()) Violation("does not open: " + s.error().message);
+    const bool excused = Faulty() || !media_.power();
+    if (!s.ok() && !excused) Violation("does not open: " + s.error().message);
+    scheduler_.RunAll();  // an interrupted shrink is finished before its disk may be opened
+    return s.ok();
+}
+
+/// Off and on again, until nothing has met the recovery itself.
+void Runner::Restart() {
+    for (bool whole = false; Fine() && !whole;) {
+        if (media_.power()) media_.Cut();
+        media_.Restore();
+        media_.faults = Faults{};
+        if (machine_) past_.push_back(std::move(machine_));
+        faulty_ = false;
+        if (dice_.Chance(0.2)) media_.CutAfter(1 + dice_.Draw(40));
+        const bool before = Struck();
+        {
+            const Exposed exposed(*this);
+            whole = Open();
+        }
+        whole = whole && media_.power() && Struck() == before;
+        CancelCut();
+        if (whole || !Fine()) return;
+        ++result_.crashes;
+        if (machine_->runs()) (void)machine_->Stop();
+    }
 }
 
 void Runner::Reopen() {
-    const bool crashed = !media_.power() || failed_;
-    const Status stopped = machine_->Stop();
+    Begin(kRestart, 0);
+    if (Struck() && media_.power() && dice_.Chance(0.5)) media_.Cut();
+    const bool before = Struck();
+    Status stopped;
+    {
+        const Exposed exposed(*this);
+        stopped = machine_->Stop();
+    }
+    const bool failed = failed_ || (!stopped.ok() && Faulty());
+    const bool crashed = !media_.power() || failed || Struck() != before;
     if (!stopped.ok() && !crashed) Violation("does not close: " + stopped.error().message);
     if (crashed) ++result_.crashes;
-    if (media_.power()) media_.Cut();
-    media_.Restore();
-    media_.faults = Faults{};
-    machine_.reset();
-    Open();
-    scheduler_.RunAll();  // an interrupted shrink is finished before its disk may be opened
+    Restart();
     if (Fine()) SettleAll(crashed);
 }
 
 void Runner::BusyRound() {
     std::vector<uint64_t> exports;
     clients_ = 1;
-    if (scheduler_.Chance(options_.crash)) DrawCut(400, 12);
-    if (options_.faults && scheduler_.Chance(0.7)) DrawFaults();
-    const unsigned commands = static_cast<unsigned>(scheduler_.Draw(10));
-    for (auto& [name, disk] : disks_) {
-        const uint64_t count = 1 + scheduler_.Draw(3);
-        for (uint64_t i = 0; i < count; ++i) {
-            const auto opened = machine_->Do(pool().OpenExport(name));
-            if (!opened.ok()) return Violation(opened.error().message);
-            exports.push_back(opened.value().id);
-            ++clients_;
-            Spawn(Client(name, &disk, opened.value().volume,
-                         5 + static_cast<unsigned>(scheduler_.Draw(30))));
-        }
+    if (Begin(kRound, 1) && dice_.Chance(options_.crash)) DrawCut(400, 12);
+    if (Begin(kRound, 2) && options_.faults && dice_.Chance(0.7)) DrawFaults();
+    Begin(kRound, 3);
+    const uint64_t commands = dice_.Draw(scale_.commands);
+    clients_ += StartClients(&exports);
+    if (!Fine()) return;
+    Spawn(Commands(static_cast<unsigned>(commands)));
+    {
+        const Exposed exposed(*this);
+        if (!scheduler_.RunUntil([this] { return clients_ == 0; })) Violation("deadlock");
     }
-    Spawn(Commands(commands));
-    if (!scheduler_.RunUntil([this] { return clients_ == 0; })) Violation("deadlock");
     media_.faults = Faults{};
     CancelCut();
     for (const uint64_t id : exports) Close(id);
-    if (!options_.faults || !media_.power()) return;
+    if (!Faulty() || !media_.power()) return;
     // A round that nobody waited for may have met the fault.
     if (machine_->Do(pool().GetStatus()).value().failed) failed_ = true;
+    if (!Struck()) faulty_ = false;
+}
+
+/// Returns how many.
+uint64_t Runner::StartClients(std::vector<uint64_t>* exports) {
+    struct Planned {
+        const std::string& name;
+        Disk& disk;
+        uint64_t requests;
+        cow::Volume* volume = nullptr;
+    };
+    std::vector<Planned> clients;
+    for (auto& [name, disk] : disks_) {
+        for (uint64_t i = 1 + dice_.Draw(scale_.clients); i > 0; --i) {
+            clients.push_back({name, disk, 5 + dice_.Draw(scale_.requests)});
+        }
+    }
+    for (Planned& client : clients) {
+        const auto opened = machine_->Do(pool().OpenExport(client.name));
+        if (!opened.ok()) {
+            Violation(opened.error().message);
+            return 0;
+        }
+        exports->push_back(opened.value().id);
+        client.volume = opened.value().volume;
+    }
+    for (size_t i = 0; i < clients.size(); ++i) {
+        const Planned& c = clients[i];
+        Spawn(Client(kClients + i, c.name, &c.disk, c.volume, static_cast<unsigned>(c.requests)));
+    }
+    return clients.size();
 }
 
 void Runner::DrawFaults() {
     Faults& faults = media_.faults;
-    switch (scheduler_.Draw(5)) {
+    faulty_ = true;
+    switch (dice_.Draw(5)) {
         case 0:
             faults.read_error = 0.05;
-            return;
+            return Note("reads fail");
         case 1:
             faults.write_error = 0.05;
-            return;
+            return Note("writes fail");
         case 2:
             faults.sync_error = 0.1;
-            return;
+            return Note("syncs fail");
         case 3:
             faults.commit_error = 0.1;
-            return;
+            return Note("commits fail");
         default:
             faults.no_space = 0.5;
-            return;
+            return Note("space runs out");
     }
 }
 
 void Runner::CreateDisk() {
+    Begin(kRound, 4);
     const std::string name = NewName('d');
-    const uint64_t size = kSizes[scheduler_.Draw(4)];
-    Do(machine_->Do(pool().CreateDisk(name, size)));
-    disks_.emplace(name, Disk(size));
+    const uint64_t size = scale_.sizes[dice_.Draw(4)];
+    Note("create disk {} {}", name, size);
+    const Exposed exposed(*this);
+    const Status s = machine_->Do(pool().CreateDisk(name, size));
+    if (s.ok() && media_.power()) {
+        disks_.emplace(name, Disk(size));
+    } else {
+        uncertain_disks_.insert(name);
+        uncertain_disk_ = std::make_unique<Disk>(size);
+    }
+    Do(s);
 }
 
 void Runner::QuietCommands() {
-    const unsigned count = static_cast<unsigned>(scheduler_.Draw(4));
-    if (scheduler_.Chance(0.3)) DrawCut(30, 3);
-    for (unsigned i = 0; i < count && media_.power() && Fine() && !reopen_; ++i) {
+    const Exposed exposed(*this);
+    Begin(kRound, 5);
+    const uint64_t count = dice_.Draw(4);
+    if (Begin(kRound, 6) && dice_.Chance(0.3)) DrawCut(30, 3);
+    for (uint64_t i = 0; i < count && media_.power() && Fine() && !reopen_ && !failed_; ++i) {
+        if (!Begin(kQuiet, i)) continue;
         auto it = disks_.begin();
-        std::advance(it, static_cast<std::ptrdiff_t>(scheduler_.Draw(disks_.size())));
-        switch (scheduler_.Draw(7)) {
-            case 0:
-                Restore(it->first, it->second);
-                break;
-            case 1:
-                Clone(it->first, it->second);
-                break;
-            case 2:
-            case 5:
-                Resize(it->first, it->second);
-                break;
-            case 3:
-                DeleteDisk(it->first);
-                break;
-            case 4:
-                DeleteAndClose(it->first, it->second);
-                break;
-            default:
-                DeleteCounted(it->first, it->second);
-                break;
-        }
+        std::advance(it, static_cast<std::ptrdiff_t>(dice_.Draw(disks_.size())));
+        QuietCommand(it->first, it->second);
         Answered();
     }
     CancelCut();
+}
+
+void Runner::QuietCommand(const std::string& name, Disk& disk) {
+    switch (dice_.Draw(7)) {
+        case 0:
+            return Restore(name, disk);
+        case 1:
+            return Clone(name, disk);
+        case 2:
+        case 5:
+            return Resize(name, disk);
+        case 3:
+            return DeleteDisk(name);
+        case 4:
+            return DeleteAndClose(name, disk);
+        default:
+            return DeleteCounted(name, disk);
+    }
 }
 
 SimulationResult Simulate(const SimulationOptions& options) {

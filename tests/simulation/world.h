@@ -15,13 +15,17 @@ namespace varve::simulation {
 class SimBlockStore : public cow::BlockStore {
   public:
     SimBlockStore(Media& media, Executor& executor, uint32_t alignment)
-        : media_(media), executor_(executor), alignment_(alignment) {}
+        : media_(media),
+          executor_(executor),
+          alignment_(alignment),
+          failed_syncs_seen_(media.failed_syncs()) {}
 
     uint32_t alignment() const override { return alignment_; }
 
     void Submit(cow::BlockIo& io) override {
         VARVE_CHECK(io.offset % alignment_ == 0);
-        const Start start{media_.write_order(), media_.failed_syncs(), media_.Tick()};
+        const bool on = media_.Next(Call::kSubmit) != Fate::kDark;
+        const Start start{media_.write_order(), on};
         cow::BlockIo* op = &io;
         media_.scheduler().Later([this, op, start] { Complete(*op, start); });
     }
@@ -32,16 +36,16 @@ class SimBlockStore : public cow::BlockStore {
     };
     struct Start {  // how things were when a transfer was submitted
         uint64_t order;
-        uint64_t failed_syncs;
         bool was_on;
     };
 
     void Complete(cow::BlockIo& io, const Start& start) {
-        const bool on = media_.Tick();
-        io.error = on ? 0 : EIO;
+        const Fate fate = media_.Next(CallOf(io.kind));
+        const bool on = fate != Fate::kDark;
+        io.error = fate == Fate::kDone ? 0 : EIO;
         if (start.was_on && !on && io.kind == cow::BlockIo::Kind::kWrite) {
             ForEachSector(io, [this](uint64_t sector, std::byte* memory) {
-                media_.TearSector(sector, Text(memory));
+                media_.TearSector(sector, Content::Of(memory));
             });
         }
         if (on) Perform(io, start);
@@ -55,33 +59,35 @@ class SimBlockStore : public cow::BlockStore {
         executor_.Post(completion);
     }
 
+    static Call CallOf(cow::BlockIo::Kind kind) {
+        if (kind == cow::BlockIo::Kind::kSync) return Call::kSync;
+        return kind == cow::BlockIo::Kind::kRead ? Call::kRead : Call::kWrite;
+    }
+
+    /// What a transfer does, even one that fails.
     void Perform(cow::BlockIo& io, const Start& start) {
-        const Faults& faults = media_.faults;
         switch (io.kind) {
             case cow::BlockIo::Kind::kRead:
-                if (media_.Fails(faults.read_error)) io.error = EIO;
                 ForEachSector(io, [this](uint64_t sector, std::byte* memory) {
-                    const std::string content = media_.ReadSector(sector);
-                    std::memcpy(memory, content.data(), kSector);
+                    std::memcpy(memory, media_.ReadSector(sector).bytes().data(), kSector);
                 });
                 return;
             case cow::BlockIo::Kind::kWrite:
-                if (media_.Fails(faults.write_error)) io.error = EIO;
                 ForEachSector(io, [&](uint64_t sector, std::byte* memory) {
                     if (io.error == 0 || media_.scheduler().Chance(0.5)) {
-                        media_.WriteSector(sector, Text(memory));
+                        media_.WriteSector(sector, Content::Of(memory));
                     }
                 });
                 return;
             case cow::BlockIo::Kind::kSync:
-                if (media_.failed_syncs() != start.failed_syncs) {
+                if (media_.failed_syncs() != failed_syncs_seen_) {
                     io.error = EIO;
-                } else if (media_.Fails(faults.sync_error)) {
-                    io.error = EIO;
+                } else if (io.error != 0) {
                     media_.FailSync(start.order);
                 } else {
                     media_.SyncUpTo(start.order);
                 }
+                failed_syncs_seen_ = media_.failed_syncs();
                 return;
         }
     }
@@ -98,13 +104,11 @@ class SimBlockStore : public cow::BlockStore {
             }
         }
     }
-    static std::string Text(const std::byte* memory) {
-        return std::string(reinterpret_cast<const char*>(memory), kSector);
-    }
 
     Media& media_;
     Executor& executor_;
     const uint32_t alignment_;
+    uint64_t failed_syncs_seen_;  // every open file is told once of each
 };
 
 /// A file system of media.capacity() bytes with nothing but the data file on it. Like the real one
@@ -114,7 +118,8 @@ class SimSpace : public cow::SpaceStore {
     explicit SimSpace(Media& media) : media_(media) {}
     Status Provision(uint64_t offset, uint64_t length) override {
         const bool room = (media_.held.size() + 1) * length <= media_.capacity();
-        if (!room || offset + length > media_.capacity() || media_.Fails(media_.faults.no_space)) {
+        const bool refused = media_.Next(Call::kProvision) == Fate::kError;
+        if (!room || offset + length > media_.capacity() || refused) {
             return MakeError(ErrorKind::kNoSpace, "the simulated device is full");
         }
         media_.held.insert(offset);
@@ -133,17 +138,16 @@ class SimMetadata : public cow::MetadataStore {
     explicit SimMetadata(Media& media) : media_(media) {}
 
     std::unique_ptr<cow::MetadataView> View() override {
-        return std::make_unique<RowsView>(media_.metadata());
+        return std::make_unique<RowsView>(media_);
     }
 
     Status Commit(const cow::Batch& batch) override {
         const bool was_on = media_.power();
-        const bool on = media_.Tick();
+        const Fate fate = media_.Next(Call::kCommit);
         const Error failed = MakeError(ErrorKind::kIo, "the simulated store failed");
         // A commit that the power cut met, or that failed, may be there afterwards or not.
-        const bool faulty = on && media_.Fails(media_.faults.commit_error);
-        const bool indeterminate = (was_on && !on) || faulty;
-        if ((!on && !was_on) || (indeterminate && media_.scheduler().Chance(0.5))) return failed;
+        const bool indeterminate = was_on && fate != Fate::kDone;
+        if (!was_on || (indeterminate && media_.scheduler().Chance(0.5))) return failed;
         auto rows = std::make_shared<Rows>(*media_.metadata());
         for (const cow::Batch::Op& op : batch.ops()) {
             if (op.value) {
@@ -160,10 +164,17 @@ class SimMetadata : public cow::MetadataStore {
   private:
     class RowsCursor : public cow::Cursor {
       public:
-        RowsCursor(std::shared_ptr<const Rows> rows, std::string_view lower, std::string_view upper)
-            : rows_(std::move(rows)), lower_(lower), upper_(upper), at_(rows_->end()) {}
+        RowsCursor(Media& media, std::shared_ptr<const Rows> rows, std::string_view lower,
+                   std::string_view upper)
+            : media_(media),
+              rows_(std::move(rows)),
+              lower_(lower),
+              upper_(upper),
+              at_(rows_->end()) {}
         void Seek(std::string_view key) override {
-            at_ = rows_->lower_bound(std::max(lower_, std::string(key)));
+            status_ = Lookup(media_);
+            at_ = status_.ok() ? rows_->lower_bound(std::max(lower_, std::string(key)))
+                               : rows_->end();
         }
         void Next() override { ++at_; }
         bool valid() const override {
@@ -171,29 +182,42 @@ class SimMetadata : public cow::MetadataStore {
         }
         std::string_view key() const override { return at_->first; }
         std::string_view value() const override { return at_->second; }
-        Status status() const override { return Status(); }
+        Status status() const override { return status_; }
 
       private:
+        Media& media_;
         std::shared_ptr<const Rows> rows_;
         const std::string lower_, upper_;
+        Status status_;
         Rows::const_iterator at_;
     };
     class RowsView : public cow::MetadataView {
       public:
-        explicit RowsView(std::shared_ptr<const Rows> rows) : rows_(std::move(rows)) {}
+        explicit RowsView(Media& media) : media_(media), rows_(media.metadata()) {}
         Result<std::optional<std::string>> Get(std::string_view key) override {
+            const Status s = Lookup(media_);
+            if (!s.ok()) return s.error();
             const auto row = rows_->find(std::string(key));
             if (row == rows_->end()) return std::optional<std::string>();
             return std::optional<std::string>(row->second);
         }
         std::unique_ptr<cow::Cursor> Range(std::string_view lower,
                                            std::string_view upper) override {
-            return std::make_unique<RowsCursor>(rows_, lower, upper);
+            return std::make_unique<RowsCursor>(media_, rows_, lower, upper);
         }
 
       private:
+        Media& media_;
         const std::shared_ptr<const Rows> rows_;
     };
+
+    /// Reads need no power here: without any, nothing that comes of them is believed.
+    static Status Lookup(Media& media) {
+        const bool fails = media.scheduler().running() && media.Next(Call::kLookup) == Fate::kError;
+        if (fails) return MakeError(ErrorKind::kIo, "the simulated store cannot be read");
+        return Status();
+    }
+
     Media& media_;
 };
 
@@ -254,6 +278,8 @@ class Machine {
         return s;
     }
 
+    /// Started, and not stopped.
+    bool runs() const { return pool_ != nullptr; }
     cow::Pool& pool() { return *pool_; }
     Executor& home() { return home_; }
     Scheduler& scheduler() { return scheduler_; }
