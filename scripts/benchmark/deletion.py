@@ -57,7 +57,9 @@ def beside_load(server, admin, size, seconds, seed, directory):
     rewrite(server, size, seed)
     admin.call("pool.status")
     quiet = max(2.0, seconds)  # before and after the deletion
-    job = work.command(BESIDE, server.target(), size, round(3 * quiet + 8 * seconds + 2), seed + 1)
+    # Deletions give way to a load: they take many times as long beside one.
+    longest = 3 * quiet + 60 * size / 2**30 + 8
+    job = work.command(BESIDE, server.target(), size, round(longest), seed + 1)
     load = LoggedLoad(job, directory, WINDOW_MS)
     try:
         time.sleep(quiet + 0.5)
