@@ -1,10 +1,10 @@
 // Task<T>: a lazy coroutine that is awaited exactly once; Spawn() starts one that nobody awaits.
 // Not a scheduler: a task runs on whatever executor its awaits leave it on.
 //
-// A task finishes on the executor on which it was started: whoever hops away hops back. So its
-// awaiter needs no lock to learn that it finished, if that executor has one thread: on one that has
-// several, tasks may go on but not be awaited. (A spawned task has no awaiter and may end
-// anywhere.)
+// A task finishes on the executor on which it was started: whoever hops away hops back, or is sure
+// that the awaiter has suspended. So that needs no lock to learn that it finished, if the executor
+// has one thread: on one that has several, tasks may go on but not be awaited. (A spawned task has
+// no awaiter and may end anywhere.)
 //
 // A child is resumed inline by its awaiter, which suspends only if the child did not finish:
 // symmetric transfer would grow the stack without optimisation and under sanitizers.

@@ -117,7 +117,7 @@ class EngineThreadsTest : public testing::Test {
     std::unique_ptr<cow::Pool> pool_;
 };
 
-TEST_F(EngineThreadsTest, EveryTaskEndsOnTheThreadWhereItsAwaiterIs) {
+TEST_F(EngineThreadsTest, NoAwaiterMissesTheEndOfItsTask) {
     ASSERT_TRUE(RunOn(home_, pool_->CreateDisk("d", kDiskBytes)).ok());
     const auto disk = RunOn(home_, pool_->OpenExport("d"));
     ASSERT_TRUE(disk.ok());
