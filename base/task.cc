@@ -41,6 +41,13 @@ size_t ClassOf(size_t bytes) {
 
 }  // namespace
 
+#ifdef __clang__
+const char* internal::ThreadMark() {
+    thread_local char mark;
+    return &mark;
+}
+#endif
+
 void* AllocateFrame(size_t bytes) {
     const size_t size_class = ClassOf(bytes);
     if (!kRecycle || size_class >= kClasses) return ::operator new(bytes);

@@ -29,7 +29,16 @@ void FreeFrame(void* frame, size_t bytes);
 
 namespace internal {
 
-inline thread_local char thread_mark;  // its address is the thread's
+/// Differs from thread to thread. Clang 16 keeps the address of a thread's variable in a coroutine
+/// that goes on elsewhere, so it has to ask a function that it does not see.
+#ifdef __clang__
+const char* ThreadMark();
+#else
+inline thread_local char thread_mark;
+inline const char* ThreadMark() {
+    return &thread_mark;
+}
+#endif
 
 struct FinalAwaiter {
     bool await_ready() const noexcept { return false; }
@@ -41,7 +50,7 @@ struct FinalAwaiter {
             parent.resume();
         } else {
             // Else the awaiter may be about to suspend, and nobody would ever resume it.
-            VARVE_CHECK(self.promise().awaited_on == &thread_mark);
+            VARVE_CHECK(self.promise().awaited_on == ThreadMark());
         }
     }
     void await_resume() const noexcept {}
@@ -99,7 +108,7 @@ class [[nodiscard]] Task {
 
     bool await_ready() const noexcept { return false; }
     bool await_suspend(std::coroutine_handle<> parent) {
-        handle_.promise().awaited_on = &internal::thread_mark;
+        handle_.promise().awaited_on = internal::ThreadMark();
         handle_.resume();
         if (handle_.done()) return false;
         handle_.promise().parent = parent;

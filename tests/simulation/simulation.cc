@@ -19,12 +19,12 @@ SimulationResult Runner::Run() {
         Round();
     }
     result_.operations = media_.operations();
-    if (Fine() && !Struck()) {
+    if (Fine()) {
         Do(machine_->Stop());
         machine_.reset();
+    } else {  // the engine is in no state to be closed
+        (void)machine_.release();  // NOLINT
     }
-    // After a violation the engine is in no state to be closed; after a mishap it has been.
-    if (machine_) (void)machine_.release();  // NOLINT
     return result_;
 }
 
