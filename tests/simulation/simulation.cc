@@ -22,7 +22,7 @@ SimulationResult Runner::Run() {
     if (Fine()) {
         Do(machine_->Stop());
         machine_.reset();
-    } else {  // the engine is in no state to be closed
+    } else {                       // the engine is in no state to be closed
         (void)machine_.release();  // NOLINT
     }
     return result_;
