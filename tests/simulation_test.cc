@@ -38,11 +38,11 @@ void RunSeeds(bool faults, uint64_t count) {
 }
 
 TEST(SimulationTest, PowerCutsLoseNothingAndMixNothing) {
-    RunSeeds(false, 25);
+    RunSeeds(false, 60);
 }
 
 TEST(SimulationTest, FaultyDevicesLoseNothingEither) {
-    RunSeeds(true, 25);
+    RunSeeds(true, 60);
 }
 
 /// Changes where the heap puts what is allocated next.

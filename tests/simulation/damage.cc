@@ -46,11 +46,12 @@ Task<void> Runner::Scrub() {
 void Runner::VerifyChecksums() {
     if (!Fine() || !media_.power() || dice_.Chance(0.5)) return;
     {
+        const bool before = Struck();
         const Exposed exposed(*this);
         bool done = false;
         Spawn(WaitForChecksums(&done));
         scheduler_.RunUntil([&] { return done; });
-        if (Struck() || !media_.power()) return;
+        if (Struck() != before || !media_.power()) return;
     }
     const auto report = machine_->Do(pool().Scrub(std::nullopt));
     if (!report.ok()) return Violation("scrub: " + report.error().message);

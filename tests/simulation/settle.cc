@@ -76,8 +76,7 @@ void Runner::VerifyAll() {
         disk.model.Forget();
         VerifySnapshots(name, disk);
     }
-    const bool quiet = Quiet();
-    if (!quiet || Struck()) return;
+    if (!Quiet()) return;
     const auto report = cow::CheckMetadata(machine_->metadata());
     if (!report.ok()) return Violation("check: " + report.error().message);
     const cow::CheckReport& r = report.value();
@@ -152,11 +151,12 @@ Task<void> Runner::CloseTask(uint64_t id, bool* done) {
 }
 
 bool Runner::Quiet() {
+    const bool before = Struck();
     const Exposed exposed(*this);
     bool done = false;
     Spawn(WaitForReclaim(&done));
     scheduler_.RunUntil([&] { return done; });
-    return media_.power();
+    return media_.power() && Struck() == before;
 }
 
 }  // namespace varve::simulation
