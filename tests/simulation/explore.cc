@@ -2,12 +2,9 @@
 
 #include <fmt/format.h>
 #include <malloc.h>
-#include <sys/mman.h>
 
-#include <new>
-
-#include "base/check.h"
 #include "tests/simulation/child.h"
+#include "tests/simulation/shared.h"
 
 namespace varve::simulation {
 namespace {
@@ -77,10 +74,7 @@ class Explorer {
 }  // namespace
 
 ExploreResult Explore(const ExploreOptions& options) {
-    void* shared = ::mmap(nullptr, sizeof(Progress), PROT_READ | PROT_WRITE,
-                          MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    VARVE_CHECK(shared != MAP_FAILED);
-    auto* progress = new (shared) Progress;
+    Shared<Progress> progress;
     Child child([&] { return Explorer(options, *progress).Run(); });
     ExploreResult result;
     result.violation = child.End();
@@ -90,7 +84,6 @@ ExploreResult Explore(const ExploreOptions& options) {
         result.number = progress->number;
         result.mishap = progress->mishap;
     }
-    VARVE_CHECK(::munmap(shared, sizeof(Progress)) == 0);
     return result;
 }
 

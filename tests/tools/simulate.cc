@@ -1,7 +1,6 @@
 // simulate: campaigns of the engine's simulation; what fails is replayed and shrunk.
 // docs/design/simulation.md. scripts/simulate builds and runs it.
 #include <fmt/format.h>
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -9,11 +8,11 @@
 #include <boost/program_options.hpp>
 #include <chrono>
 #include <iostream>
-#include <new>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "tests/simulation/explore.h"
+#include "tests/simulation/shared.h"
 #include "tests/simulation/shrink.h"
 
 namespace {
@@ -114,16 +113,13 @@ void Work(const Arguments& arguments, uint64_t job, Totals& totals) {
 }
 
 int Campaign(const Arguments& arguments) {
-    void* shared =
-        ::mmap(nullptr, sizeof(Totals), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    VARVE_CHECK(shared != MAP_FAILED);
-    auto& totals = *new (shared) Totals;
+    Shared<Totals> totals;
     for (uint64_t job = 0; job < arguments.jobs; ++job) {
         std::fflush(nullptr);
         const pid_t pid = ::fork();
         VARVE_CHECK(pid >= 0);
         if (pid != 0) continue;
-        Work(arguments, job, totals);
+        Work(arguments, job, *totals);
         std::fflush(nullptr);
         ::_exit(0);
     }
@@ -131,8 +127,8 @@ int Campaign(const Arguments& arguments) {
     bool failed = false;
     // A failed CHECK in a run without mishaps ends its job.
     while (::wait(&status) > 0) failed |= status != 0;
-    totals.Print("in all");
-    return failed || totals.failed ? 1 : 0;
+    totals->Print("in all");
+    return failed || totals->failed ? 1 : 0;
 }
 
 }  // namespace
