@@ -63,7 +63,7 @@ void Varved(const std::vector<std::string>& words) {
     const Result<nbdserver::Options> parsed = nbdserver::ParseOptions(words);
     if (!parsed.ok()) return VerifyError(parsed.error());
     const nbdserver::Options& options = parsed.value();
-    VARVE_CHECK(options.help || options.version || !options.pool.empty());
+    VARVE_CHECK(options.help || options.version || options.check_config || !options.pool.empty());
 }
 
 }  // namespace
