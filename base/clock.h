@@ -23,7 +23,7 @@ class Clock {
 class SystemClock : public Clock {
   public:
     SystemClock();
-    /// REQUIRES: nothing waits to be posted.
+    /// REQUIRES: nothing waits to be posted, and every PostAfter() has returned.
     ~SystemClock() override;
 
     int64_t NowUs() override;

@@ -28,6 +28,11 @@ Reactor::~Reactor() {
     Stop();
 }
 
+/// Not with the rest in TearDown(): who posted last may still be waking the thread.
+Reactor::State::~State() {
+    if (wake_fd >= 0) close(wake_fd);
+}
+
 Result<std::unique_ptr<Reactor>> Reactor::Start(ReactorOptions options) {
     VARVE_CHECK((options.receive_buffers & (options.receive_buffers - 1)) == 0);
     VARVE_CHECK(options.receive_buffers <= 32768);

@@ -93,7 +93,7 @@ class Reactor : public Executor {
     /// remedy, where io_uring cannot be used: kernel before 6.1, sysctl, seccomp.
     static Result<std::unique_ptr<Reactor>> Start(ReactorOptions options);
 
-    /// Stop(), if that was not done.
+    /// Stop(), if that was not done. REQUIRES: every Post() has returned.
     ~Reactor() override;
 
     /// Waits until everything posted has run and no operation is in flight, then ends the thread.

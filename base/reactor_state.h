@@ -21,6 +21,7 @@ struct Reactor::State {
         stop.run = [](Runnable* self) { static_cast<StopRequest*>(self)->requested = true; };
         wake_op.done = [](Op*, int32_t) {};
     }
+    ~State();
 
     // Start and end of the thread.
     Status SetUp();

@@ -14,7 +14,8 @@ class Worker : public Executor {
     /// Starts `threads` threads named `name` (15 characters are shown by the system). With one
     /// thread, what runs here needs no lock; with more, posted work runs in parallel.
     Worker(const std::string& name, unsigned threads);
-    /// Runs what is still posted, then joins the threads.
+    /// Runs what is still posted, then joins the threads. REQUIRES: every Post() has returned; what
+    /// it posted may have run before that.
     ~Worker() override;
 
     void Post(Runnable* runnable) override;

@@ -263,7 +263,11 @@ Daemon::~Daemon() {
     server_.reset();
     admin_.reset();
     clients_.reset();
-    if (!pool_) return;
+    if (pool_) ClosePool();
+    if (plane_) plane_->Stop();
+}
+
+void Daemon::ClosePool() {
     if (!stopped_) {
         const Status status = RunOn(*home_, pool_->Shutdown());
         if (!status.ok()) Log(LogLevel::kError, status.error().message);

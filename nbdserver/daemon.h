@@ -46,14 +46,17 @@ class Daemon {
     Task<void> Stop();
     Task<void> EndStuckClients();
     Task<void> LeaveCommandBehind();
+    void ClosePool();
 
     std::unique_ptr<cow::PoolDirectory> directory_;
-    std::unique_ptr<SystemClock> clock_;
+    // Threads end in the reverse order: each before those that it posts to. The reactors, which
+    // post to the workers and are posted to by them, are stopped first and destroyed last.
+    std::unique_ptr<Control> control_;
+    std::unique_ptr<DataPlane> plane_;
     std::unique_ptr<Worker> home_;
     std::unique_ptr<Worker> loader_;
     std::unique_ptr<Worker> auditor_;
-    std::unique_ptr<DataPlane> plane_;
-    std::unique_ptr<Control> control_;
+    std::unique_ptr<SystemClock> clock_;
     std::unique_ptr<cow::Pool> pool_;  // used and destroyed on home
     std::unique_ptr<Clients> clients_;
     std::unique_ptr<admin::Service> admin_;

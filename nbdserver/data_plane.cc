@@ -46,9 +46,13 @@ Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, Fi
     return plane;
 }
 
+void DataPlane::Stop() {
+    for (const Lane& lane : lanes_) lane.reactor->Stop();
+}
+
 DataPlane::~DataPlane() {
+    Stop();
     for (const Lane& lane : lanes_) {
-        lane.reactor->Stop();
         if (lane.fd >= 0) ::close(lane.fd);
     }
 }

@@ -22,7 +22,9 @@ class DataPlane {
                                                     const ConnectionLimits& limits);
 
     /// Waits for what is under way, then ends the threads. REQUIRES: no connection is left, and
-    /// nobody posts any more.
+    /// nothing is posted any more.
+    void Stop();
+    /// Stop(), if that was not done. REQUIRES: whoever posted has returned from it.
     ~DataPlane();
     DataPlane(const DataPlane&) = delete;
 

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <filesystem>
 #include <future>
 #include <numeric>
 #include <thread>
@@ -392,6 +393,19 @@ TEST(Reactor, StopWaitsForWhatIsInFlight) {
     if (reactor.ok()) _exit(3);
     std::fprintf(stderr, "%s\n", reactor.error().message.c_str());
     _exit(1);
+}
+
+TEST(Reactor, ClosesWhatItOpened) {
+    const auto descriptors = [] {
+        return std::distance(std::filesystem::directory_iterator("/proc/self/fd"),
+                             std::filesystem::directory_iterator());
+    };
+    const auto before = descriptors();
+    Result<std::unique_ptr<Reactor>> reactor = Reactor::Start({});
+    ASSERT_TRUE(reactor.ok());
+    EXPECT_GT(descriptors(), before);
+    reactor.value().reset();
+    EXPECT_EQ(descriptors(), before);
 }
 
 TEST(ReactorDeathTest, SaysWhyIoUringCannotBeUsed) {
