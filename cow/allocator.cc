@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "cow/mutants.h"
@@ -37,6 +38,14 @@ Allocator::Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& poo
                      uint64_t capacity_max)
     : metadata_(metadata), space_(space), pool_(pool), capacity_max_(capacity_max) {
     regions_.resize(pool_.region_count);
+}
+
+std::optional<uint64_t> Allocator::UsedEnd(std::string_view row) {
+    if (row.size() == 1 && row[0] == kFullRow) return kRegionBlocks;
+    if (row.size() != 1 + sizeof(Bits) || row[0] != kBitmapRow) return std::nullopt;
+    const size_t last = row.find_last_not_of('\0');
+    if (last == 0) return 0;
+    return (last - 1) * 8 + std::bit_width(static_cast<uint8_t>(row[last]));
 }
 
 Status Allocator::Know(uint64_t index) {

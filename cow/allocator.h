@@ -18,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <string_view>
 #include <vector>
 
 #include "cow/format.h"
@@ -31,6 +32,10 @@ class Allocator {
 
     /// `pool` is the catalog's record: counts are kept there. `capacity_max`: bytes, 0 for none.
     Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& pool, uint64_t capacity_max);
+
+    /// The end, in blocks of its region, of what a region's row says is used; nothing if the row is
+    /// damaged. Any thread.
+    static std::optional<uint64_t> UsedEnd(std::string_view row);
 
     // ---- leases. Extents are the free blocks of one region, in order; empty if there is none.
     /// Of a region that is provisioned and at least a quarter free.

@@ -6,6 +6,9 @@
 namespace varve::cow {
 namespace {
 
+/// A run's 48 bits name no block beyond.
+constexpr uint64_t kRegionsMax = (uint64_t{1} << 48) / kRegionBlocks;
+
 template <typename... Numbers>
 std::string Key(char letter, Numbers... numbers) {
     std::string key;
@@ -94,7 +97,7 @@ bool Decode(std::string_view value, PoolRecord* record, uint8_t* version) {
     record->sequence = in.Varint();
     record->region_count = in.Varint();
     record->used_blocks = in.Varint();
-    return in.Finished();
+    return in.Finished() && record->region_count <= kRegionsMax;
 }
 
 std::string Encode(const DiskRecord& record) {

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "cow/data_end.h"
 #include "cow/rocks_store.h"
 
 namespace varve::cow {
@@ -282,12 +283,36 @@ Status PoolDirectory::OpenData(const PoolDirectoryOptions& options) {
     Result<DataSpace> space = DataSpace::Make(data_.fd(), data_path_, path_ + "/meta");
     if (!space.ok()) return space.error();
     space_ = std::make_unique<DataSpace>(std::move(space.value()));
+    status = CheckDataEnd();
+    if (!status.ok()) return status;
 
     const std::string remember = data_path_ == own ? "" : data_path_;
     if (remember == remembered_) return Status();
     Batch batch;
     batch.Put(kDirectoryKey, EncodeRow(uuid_, remember));
     return metadata_->Commit(batch);
+}
+
+/// A file that was cut off would grow again with the next write, and read as zeros in between.
+Status PoolDirectory::CheckDataEnd() const {
+    struct stat about;
+    if (::fstat(data_.fd(), &about) != 0) {
+        return SystemError(errno, fmt::format("cannot stat {}", data_path_));
+    }
+    const uint64_t size =
+        S_ISBLK(about.st_mode) ? space_->device_bytes() : static_cast<uint64_t>(about.st_size);
+    const std::unique_ptr<MetadataView> view = metadata_->View();
+    const Result<uint64_t> provisioned = ProvisionedEnd(*view);
+    if (!provisioned.ok()) return provisioned.error();
+    if (size >= provisioned.value()) return Status();
+    const Result<uint64_t> used = UsedEnd(*view, size);
+    if (!used.ok()) return used.error();
+    if (size >= used.value()) return Status();
+    return MakeError(
+        ErrorKind::kDamaged,
+        fmt::format("the end of {} is missing: it has {} bytes, and data up to byte {} "
+                    "is in use; restore the pool from a backup",
+                    data_path_, size, used.value()));
 }
 
 }  // namespace varve::cow

@@ -38,7 +38,8 @@ class PoolDirectory {
     /// Blocks. kBusy if another process has the pool or its data file (with its process id);
     /// kNotFound for a missing pool or data file; kExists if the directory or the data file holds
     /// something else; kInvalid for another version, for a data file of another pool, and where
-    /// O_DIRECT is not supported; kDamaged; kIo; kNoSpace.
+    /// O_DIRECT is not supported; kDamaged, also for a data file whose end is missing; kIo;
+    /// kNoSpace.
     static Result<std::unique_ptr<PoolDirectory>> Open(const PoolDirectoryOptions& options);
 
     /// Closes everything and gives the lock up. REQUIRES: nobody uses what it handed out.
@@ -60,6 +61,7 @@ class PoolDirectory {
     Status Create(const PoolDirectoryOptions& options);
     Status OpenMetadata(const PoolDirectoryOptions& options);
     Status OpenData(const PoolDirectoryOptions& options);
+    Status CheckDataEnd() const;
 
     std::string path_;
     std::string data_path_;

@@ -11,6 +11,9 @@
 #include <filesystem>
 #include <fstream>
 
+#include "cow/format.h"
+#include "cow/journal.h"
+
 namespace varve::cow {
 namespace {
 
@@ -247,6 +250,53 @@ TEST_F(PoolDirectoryTest, DamagedMetadataIsRefused) {
     ASSERT_FALSE(status.ok());
     EXPECT_EQ(status.error().message.find('\n'), std::string::npos);
     EXPECT_NE(status.error().message.find("pool/meta"), std::string::npos);
+}
+
+TEST_F(PoolDirectoryTest, DataFileThatWasCutOffIsRefused) {
+    MustOpen();
+    const uint64_t used = kRegionBytes + 11 * kBlockBytes;  // its end
+    std::string row(1 + kRegionBlocks / 8, '\0');
+    row[0] = 'B';
+    row[1] = 1;
+    row[2] = 4;  // block 10
+    Batch batch;
+    batch.Put(PoolKey(), Encode(PoolRecord{.sequence = 9, .region_count = 3, .used_blocks = 2}));
+    batch.Put(RegionKey(0), "F");
+    batch.Put(RegionKey(1), row);
+    ASSERT_TRUE(pool_->metadata().Commit(batch).ok());
+    const std::string data = pool_->data_path();
+    fs::resize_file(data, 3 * kRegionBytes);
+    MustOpen();
+    fs::resize_file(data, used);  // what is missing is not in use, as a crash may leave it
+    MustOpen();
+    pool_.reset();
+    fs::resize_file(data, used - 1);
+    Refused(ErrorKind::kDamaged, "data up to byte " + std::to_string(used) + " is in use");
+    fs::resize_file(data, used);
+    MustOpen();
+
+    // What only the journal knows is in use, too.
+    const MapChange change = {{5}, 2 * kRegionBlocks + 7, 0, 3};
+    const MapChange dropped = {{6}, 0, 0, 64};
+    batch = Batch();
+    batch.Put(JournalKey(BranchId{1}, Generation{1}, 0),
+              EncodeChanges(std::vector<MapChange>{change, dropped}));
+    ASSERT_TRUE(pool_->metadata().Commit(batch).ok());
+    pool_.reset();
+    const uint64_t end = 2 * kRegionBytes + 10 * kBlockBytes;
+    Refused(ErrorKind::kDamaged, "data up to byte " + std::to_string(end) + " is in use");
+    fs::resize_file(data, end);
+    MustOpen();
+}
+
+TEST_F(PoolDirectoryTest, UnreadableRowsOfADataFileThatIsShortAreDamage) {
+    MustOpen();
+    Batch batch;
+    batch.Put(PoolKey(), Encode(PoolRecord{.sequence = 9, .region_count = 2, .used_blocks = 2}));
+    batch.Put(RegionKey(1), "X");
+    ASSERT_TRUE(pool_->metadata().Commit(batch).ok());
+    pool_.reset();
+    Refused(ErrorKind::kDamaged, "allocator region 1 is damaged");
 }
 
 TEST_F(PoolDirectoryTest, OpensWithDirectAccess) {
