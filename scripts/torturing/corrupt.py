@@ -103,7 +103,7 @@ def change(bench, pool):
             path = os.path.join(meta, source.choice(names))
     size = os.path.getsize(path)
     low, high = {"superblock": (0, BLOCK), "data": (BLOCK, size)}.get(kind, (0, size))
-    if source.random() < 0.15 and kind not in ("superblock", "data", "log"):
+    if source.random() < 0.15 and kind not in ("superblock", "log"):
         length = source.randrange(size)
         os.truncate(path, length)
         return f"{kind} cut to {length} of {size} bytes", False
