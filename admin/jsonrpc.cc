@@ -4,6 +4,7 @@
 
 #include <boost/json/parse.hpp>
 #include <boost/json/serialize.hpp>
+#include <cmath>
 
 namespace varve::admin {
 namespace json = boost::json;
@@ -28,6 +29,10 @@ Request ParseRequest(json::value&& value) {
     if (json::value* id = object->if_contains("id")) {
         if (!id->is_string() && !id->is_number() && !id->is_null()) {
             return Invalid("'id' must be a string, a number or null");
+        }
+        // Read as infinite, it could not be written into the answer.
+        if (id->is_double() && !std::isfinite(id->get_double())) {
+            return Invalid("'id' is too large a number; use a string");
         }
         request.id = std::move(*id);
     }

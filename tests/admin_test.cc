@@ -162,7 +162,8 @@ TEST(ParseMessage, WhatIsNoRequestIsAnInvalidRequest) {
           R"({"id":1,"method":"m"})", R"({"jsonrpc":2.0,"id":1,"method":"m"})",
           R"({"jsonrpc":"2.0","id":1})", R"({"jsonrpc":"2.0","id":1,"method":7})",
           R"({"jsonrpc":"2.0","id":{},"method":"m"})", R"({"jsonrpc":"2.0","id":[],"method":"m"})",
-          R"({"jsonrpc":"2.0","id":true,"method":"m"})"}) {
+          R"({"jsonrpc":"2.0","id":true,"method":"m"})",
+          R"({"jsonrpc":"2.0","id":-1.5e315,"method":"m"})"}) {
         EXPECT_EQ(ErrorOf(line), RpcCode::kInvalidRequest) << line;
     }
 }
