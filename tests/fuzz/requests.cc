@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <future>
 #include <map>
 #include <memory>
@@ -108,6 +109,7 @@ std::string ReceiveAll(int fd) {
     static char buffer[256 << 10];
     for (;;) {
         const ssize_t n = recv(fd, buffer, sizeof buffer, 0);
+        if (n < 0 && errno == EINTR) continue;  // by libFuzzer's own timer
         if (n <= 0) return bytes;
         bytes.append(buffer, static_cast<size_t>(n));
     }
