@@ -45,7 +45,7 @@ struct RowsStore : MetadataStore {
     }
 };
 
-struct NoSpace : SpaceStore {
+struct AnySpace : SpaceStore {
     Status Provision(uint64_t, uint64_t) override { return Status(); }
     void Discard(uint64_t, uint64_t) override {}
     uint64_t Capacity(uint64_t provisioned) override { return provisioned; }
@@ -102,7 +102,7 @@ class Book {
                 }
                 return;
             default:
-                return Commit();
+                return action & 8 ? Commit() : Provision();
         }
     }
 
@@ -202,7 +202,7 @@ class Book {
     }
 
     RowsStore store_;
-    NoSpace space_;
+    AnySpace space_;
     PoolRecord pool_{.region_count = kRegions};
     Allocator allocator_{store_, space_, pool_, 0};
     std::array<State, kBlocks> blocks_ = {};
