@@ -16,7 +16,6 @@ Result<uint64_t> ProvisionedEnd(MetadataView& view) {
     if (!row.value()) return uint64_t{0};
     PoolRecord record;
     uint8_t version = 0;
-    // Whoever opens the pool says what is wrong with its record.
     if (!Decode(*row.value(), &record, &version)) return uint64_t{0};
     return record.region_count * kRegionBytes;
 }

@@ -299,8 +299,8 @@ Status PoolDirectory::CheckDataEnd() const {
     if (::fstat(data_.fd(), &about) != 0) {
         return SystemError(errno, fmt::format("cannot stat {}", data_path_));
     }
-    const uint64_t size =
-        S_ISBLK(about.st_mode) ? space_->device_bytes() : static_cast<uint64_t>(about.st_size);
+    const uint64_t device = space_->device_bytes();
+    const uint64_t size = device != 0 ? device : static_cast<uint64_t>(about.st_size);
     const std::unique_ptr<MetadataView> view = metadata_->View();
     const Result<uint64_t> provisioned = ProvisionedEnd(*view);
     if (!provisioned.ok()) return provisioned.error();
