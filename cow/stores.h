@@ -42,6 +42,13 @@ class BlockStore {
     /// completion has itself completed without error.
     virtual void Submit(BlockIo& io) = 0;
 
+    /// Does `io` at once, if that takes no waiting. true: it is complete, with its result in
+    /// `io.error`, and `io.done` is not called. false: nothing happened, Submit() it.
+    virtual bool DoNow(BlockIo& io) {
+        (void)io;
+        return false;
+    }
+
     /// Offset, length and memory of a transfer must be multiples of this. Bytes, a power of two,
     /// at most 4096; 1 for a store that has no such rule.
     virtual uint32_t alignment() const = 0;
@@ -58,7 +65,7 @@ class [[nodiscard]] Transfer : BlockIo {
         done = [](BlockIo* self) { static_cast<Transfer*>(self)->handle_.resume(); };
     }
     Transfer(const Transfer&) = delete;
-    bool await_ready() const noexcept { return false; }
+    bool await_ready() { return store_.DoNow(*this); }
     void await_suspend(std::coroutine_handle<> handle) {
         handle_ = handle;
         store_.Submit(*this);

@@ -16,6 +16,24 @@ struct CountedIo : BlockIo {
     Join* join = nullptr;
 };
 
+void Describe(BlockIo& io, BlockIo::Kind kind, const IoPiece& piece) {
+    io.kind = kind;
+    io.offset = piece.offset;
+    io.vectors = &piece.memory;
+    io.vector_count = 1;
+}
+
+/// How many of the first pieces the store could do at once. `error`: the first of theirs.
+size_t DoNow(BlockStore& store, BlockIo::Kind kind, const IoPieces& pieces, Errno& error) {
+    BlockIo io;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        Describe(io, kind, pieces[i]);
+        if (!store.DoNow(io)) return i;
+        if (error == 0) error = io.error;
+    }
+    return pieces.size();
+}
+
 }  // namespace
 
 void AppendPiece(IoPieces& pieces, uint64_t offset, std::byte* memory, size_t length) {
@@ -38,16 +56,13 @@ Task<Errno> TransferAll(BlockStore& store, BlockIo::Kind kind, const IoPieces& p
         co_return co_await Transfer(store, kind, pieces[0].offset, &pieces[0].memory, 1);
     }
     Errno first_error = 0;
-    for (size_t begin = 0; begin < pieces.size(); begin += kTogether) {
+    const size_t done = DoNow(store, kind, pieces, first_error);
+    for (size_t begin = done; begin < pieces.size(); begin += kTogether) {
         const size_t count = std::min(kTogether, pieces.size() - begin);
         Join join(static_cast<uint32_t>(count));
         std::vector<CountedIo> ios(count);
         for (size_t i = 0; i < count; ++i) {
-            const IoPiece& piece = pieces[begin + i];
-            ios[i].kind = kind;
-            ios[i].offset = piece.offset;
-            ios[i].vectors = &piece.memory;
-            ios[i].vector_count = 1;
+            Describe(ios[i], kind, pieces[begin + i]);
             ios[i].join = &join;
             ios[i].done = [](BlockIo* io) { static_cast<CountedIo*>(io)->join->Done(); };
             store.Submit(ios[i]);

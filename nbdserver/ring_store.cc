@@ -111,13 +111,18 @@ void RingStore::Return(Transfer& transfer) {
     unused_ = &transfer;
 }
 
+/// Reads out of mapped memory. What it does not hold, Submit() reads.
+bool RingStore::DoNow(cow::BlockIo& io) {
+    const bool mapped = io.kind == cow::BlockIo::Kind::kRead && mapping_;
+    return mapped && ReadMapped(io.vectors, io.vector_count, io.offset);
+}
+
 void RingStore::Submit(cow::BlockIo& io) {
     VARVE_CHECK(IsAligned(io, traits_.alignment));
     ++in_flight_;
     const uint64_t bytes = BytesOf(io.vectors, io.vector_count);
-    const bool at_once = io.kind == cow::BlockIo::Kind::kSync || bytes > kJoinedBytesMax / 2 ||
-                         (io.kind == cow::BlockIo::Kind::kRead && mapping_);
-    if (at_once) return Step(Begin(io, bytes));
+    const bool alone = io.kind == cow::BlockIo::Kind::kSync || bytes > kJoinedBytesMax / 2;
+    if (alone) return Step(Begin(io, bytes));
     if (!pending_.empty() && Join(*pending_.back(), io, bytes)) return;
     if (pending_.empty()) reactor_.Post(&start_pending_);
     pending_.push_back(&Begin(io, bytes));
@@ -191,8 +196,8 @@ bool RingStore::ReadMapped(const iovec* vectors, uint32_t count, uint64_t offset
 
 /// Does it at once. One call moves less than 2 GiB.
 ///
-/// Only reads use the mapping. A write by memcpy could be torn anywhere by kill -9; a system call
-/// is not interrupted inside a page, so that a sector is old or new.
+/// Writes do not use the mapping. A write by memcpy could be torn anywhere by kill -9; a system
+/// call is not interrupted inside a page, so that a sector is old or new.
 int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32_t count,
                            uint64_t offset) {
     const int n = static_cast<int>(count);
@@ -201,9 +206,6 @@ int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32
     ssize_t result = 0;
     switch (kind) {
         case cow::BlockIo::Kind::kRead:
-            if (mapping_ && ReadMapped(vectors, count, offset)) {
-                return static_cast<int32_t>(BytesOf(vectors, count));
-            }
             result = one ? pread(fd_, vectors->iov_base, vectors->iov_len, at)
                          : preadv(fd_, vectors, n, at);
             break;

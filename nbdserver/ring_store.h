@@ -39,6 +39,7 @@ class RingStore : public cow::BlockStore {
     ~RingStore() override;
 
     void Submit(cow::BlockIo& io) override;
+    bool DoNow(cow::BlockIo& io) override;
     uint32_t alignment() const override { return traits_.alignment; }
 
     /// Transfers under way.

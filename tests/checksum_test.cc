@@ -263,7 +263,7 @@ TEST(ChecksumCrashTest, AtAnyMomentItGoesOnAndEndsComplete) {
     for (uint64_t cut = 1; !through; ++cut) {
         Scheduler scheduler(cut);
         Media media(scheduler, 64 * kMiB);
-        auto machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions(), 512);
+        auto machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions());
         ASSERT_TRUE(machine->Start().ok());
         ASSERT_TRUE(machine->Do(machine->pool().CreateDisk("d", kMiB)).ok());
         const auto opened = machine->Do(machine->pool().OpenExport("d"));
@@ -280,7 +280,7 @@ TEST(ChecksumCrashTest, AtAnyMomentItGoesOnAndEndsComplete) {
         ASSERT_TRUE(scheduler.RunUntil([&] { return closed; }));
         (void)machine->Stop();  // NOLINT: the power is off
         media.Restore();
-        machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions(), 512);
+        machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions());
         ASSERT_TRUE(machine->Start().ok()) << cut;
         scheduler.RunAll();
         const auto report = machine->Do(machine->pool().Scrub(std::nullopt));

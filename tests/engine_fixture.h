@@ -21,7 +21,7 @@ class EngineTest : public testing::Test {
     void TearDown() override { Stop(); }
 
     void Start(cow::PoolOptions options = {}) {
-        machine = std::make_unique<Machine>(scheduler, media, 2, options, 512);
+        machine = std::make_unique<Machine>(scheduler, media, 2, options);
         const Status s = machine->Start();
         ASSERT_TRUE(s.ok()) << s.error().message;
     }

@@ -211,7 +211,7 @@ TEST_F(ScarceTest, APoolOfAnotherVersionIsRefusedAndLeftAlone) {
     batch.Put(cow::PoolKey(), row);
     ASSERT_TRUE(machine->metadata().Commit(batch).ok());
     const auto foreign = media.metadata();
-    machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{}, 512);
+    machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{});
     const Status s = machine->Start();
     ASSERT_FALSE(s.ok());
     EXPECT_EQ(ErrorKind::kInvalid, s.error().kind);

@@ -128,7 +128,7 @@ TEST_F(JournalTest, ACrashDuringRecoveryChangesNothing) {
     unsigned crashes = 0;
     for (;; ++crashes) {
         media.CutAfter(1 + crashes);
-        machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{}, 512);
+        machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{});
         if (machine->Start().ok()) break;
         machine.reset();
         media.Restore();
@@ -152,7 +152,7 @@ TEST_F(JournalTest, ADamagedJournalIsRefusedAndLeftAlone) {
     for (const std::string& damaged : {key, cow::JournalKey(BranchId{1}, Generation{99}, 0)}) {
         SetRow(damaged, damaged == key ? value + "x" : value);
         const auto rows = media.metadata();
-        machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{}, 512);
+        machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{});
         const Status s = machine->Start();
         ASSERT_FALSE(s.ok());
         EXPECT_EQ(ErrorKind::kDamaged, s.error().kind);

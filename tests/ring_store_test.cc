@@ -57,7 +57,11 @@ class Fixture {
                     waited->promise.set_value(waited->error);
                 };
                 io.starting = true;
-                store_->Submit(io);
+                if (store_->DoNow(io)) {
+                    io.promise.set_value(io.error);
+                } else {
+                    store_->Submit(io);
+                }
                 io.starting = false;
             }
         });
@@ -65,6 +69,17 @@ class Fixture {
         for (Waited& io : ios) errors.push_back(io.promise.get_future().get());
         RunOn(*reactor_, [] {});  // the last set_value has returned
         return errors;
+    }
+    bool DoNow(Kind kind, uint64_t offset, iovec memory) {
+        cow::BlockIo io;
+        io.kind = kind;
+        io.offset = offset;
+        io.vectors = &memory;
+        io.vector_count = 1;
+        bool now = false;
+        RunOn(*reactor_, [&] { now = store_->DoNow(io); });
+        EXPECT_EQ(io.error, 0);
+        return now;
     }
     Errno Run(Kind kind, uint64_t offset, std::vector<iovec> vectors) {
         std::vector<Waited> ios(1);
@@ -180,6 +195,21 @@ TEST(RingStore, AFileInMemoryMayGrowAndShrinkUnderItsMapping) {
     EXPECT_EQ(fixture.Run(Kind::kRead, uint64_t{1} << 60, {{read.data(), 4096}}), EIO);
     EXPECT_EQ(fixture.Run(Kind::kRead, 0, {{read.data(), 4096}}), 0);
     EXPECT_EQ(read.substr(0, 4096), std::string(4096, 0));
+}
+
+TEST(RingStore, OnlyReadsOfWhatIsMappedAreDoneAtOnce) {
+    for (const bool in_memory : {false, true}) {
+        const int fd = in_memory ? memfd_create("varve", MFD_CLOEXEC) : TemporaryFile(0);
+        ASSERT_EQ(pwrite(fd, "text", 4, 0), 4);
+        Fixture fixture(fd, Probe(fd, false));
+        std::string got = "....";
+        const iovec memory{got.data(), 4};
+        EXPECT_EQ(fixture.DoNow(Kind::kRead, 0, memory), in_memory);
+        EXPECT_EQ(got, in_memory ? "text" : "....");
+        EXPECT_FALSE(fixture.DoNow(Kind::kRead, 1 << 20, memory));
+        EXPECT_FALSE(fixture.DoNow(Kind::kWrite, 0, memory));
+        EXPECT_FALSE(fixture.DoNow(Kind::kSync, 0, memory));
+    }
 }
 
 TEST(RingStoreDeathTest, ABusErrorElsewhereEndsTheProgramAsUsual) {

@@ -260,7 +260,7 @@ class Runner {
     Media media_;
     cow::PoolOptions pool_options_;
     unsigned lanes_ = 1;
-    uint32_t alignment_ = 512;
+    DataTraits data_traits_;
     std::unique_ptr<Machine> machine_;
     std::vector<std::unique_ptr<Machine>> past_;  // taking them down is dear where a process ends
     std::map<std::string, Disk> disks_;

@@ -6,12 +6,14 @@ namespace varve::simulation {
 namespace {
 
 constexpr uint64_t kCaches[] = {256, 4096, 1 << 20};
+constexpr uint64_t kReadsAtOnce = ~uint64_t{0};  // no step has this number
 
 }  // namespace
 
 SimulationResult Runner::Run() {
     lanes_ = 1 + static_cast<unsigned>(dice_.Draw(4));
-    alignment_ = dice_.Chance(0.25) ? 4096 : 512;
+    data_traits_.alignment = dice_.Chance(0.25) ? 4096 : 512;
+    data_traits_.reads_at_once = Dice::Of(options_.seed, kReadsAtOnce).Chance(0.25);
     pool_options_.map_cache_bytes = kCaches[dice_.Draw(3)];
     Restart();
     while (round_ < options_.rounds && Fine() && !Struck()) {
@@ -45,7 +47,7 @@ void Runner::Round() {
 
 bool Runner::Open() {
     failed_ = reopen_ = false;
-    machine_ = std::make_unique<Machine>(scheduler_, media_, lanes_, pool_options_, alignment_);
+    machine_ = std::make_unique<Machine>(scheduler_, media_, lanes_, pool_options_, data_traits_);
     const Status s = machine_->Start();
     const bool excused = Faulty() || !media_.power();
     if (!s.ok() && !excused) Violation("does not open: " + s.error().message);

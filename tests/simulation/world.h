@@ -11,23 +11,34 @@
 
 namespace varve::simulation {
 
+struct DataTraits {
+    uint32_t alignment = 512;
+    bool reads_at_once = false;  // as if mapped into memory
+};
+
 /// Transfers complete in any order. Without power they fail and change nothing.
 class SimBlockStore : public cow::BlockStore {
   public:
-    SimBlockStore(Media& media, Executor& executor, uint32_t alignment)
+    SimBlockStore(Media& media, Executor& executor, DataTraits traits)
         : media_(media),
           executor_(executor),
-          alignment_(alignment),
+          traits_(traits),
           failed_syncs_seen_(media.failed_syncs()) {}
 
-    uint32_t alignment() const override { return alignment_; }
+    uint32_t alignment() const override { return traits_.alignment; }
 
     void Submit(cow::BlockIo& io) override {
-        VARVE_CHECK(io.offset % alignment_ == 0);
+        VARVE_CHECK(io.offset % traits_.alignment == 0);
         const bool on = media_.Next(Call::kSubmit) != Fate::kDark;
         const Start start{media_.write_order(), on};
         cow::BlockIo* op = &io;
         media_.scheduler().Later([this, op, start] { Complete(*op, start); });
+    }
+
+    bool DoNow(cow::BlockIo& io) override {
+        if (io.kind != cow::BlockIo::Kind::kRead || !traits_.reads_at_once) return false;
+        Transfer(io, {media_.write_order(), media_.power()});
+        return true;
     }
 
   private:
@@ -39,7 +50,7 @@ class SimBlockStore : public cow::BlockStore {
         bool was_on;
     };
 
-    void Complete(cow::BlockIo& io, const Start& start) {
+    void Transfer(cow::BlockIo& io, const Start& start) {
         const Fate fate = media_.Next(CallOf(io.kind));
         const bool on = fate != Fate::kDark;
         io.error = fate == Fate::kDone ? 0 : EIO;
@@ -49,6 +60,10 @@ class SimBlockStore : public cow::BlockStore {
             });
         }
         if (on) Perform(io, start);
+    }
+
+    void Complete(cow::BlockIo& io, const Start& start) {
+        Transfer(io, start);
         auto* completion = new Completion;
         completion->io = &io;
         completion->run = [](Runnable* self) {
@@ -107,7 +122,7 @@ class SimBlockStore : public cow::BlockStore {
 
     Media& media_;
     Executor& executor_;
-    const uint32_t alignment_;
+    const DataTraits traits_;
     uint64_t failed_syncs_seen_;  // every open file is told once of each
 };
 
@@ -240,7 +255,7 @@ class SimClock : public Clock {
 class Machine {
   public:
     Machine(Scheduler& scheduler, Media& media, unsigned lanes, cow::PoolOptions options,
-            uint32_t alignment)
+            DataTraits traits = {})
         : scheduler_(scheduler),
           home_(scheduler.NewLane()),
           loader_(scheduler.NewLane(true)),
@@ -257,7 +272,7 @@ class Machine {
         environment_.now_ms = [] { return int64_t{1'000'000}; };
         for (unsigned i = 0; i < lanes; ++i) {
             Scheduler::Lane& lane = scheduler.NewLane();
-            stores_.push_back(std::make_unique<SimBlockStore>(media, lane, alignment));
+            stores_.push_back(std::make_unique<SimBlockStore>(media, lane, traits));
             environment_.lanes.push_back({&lane, stores_.back().get()});
         }
         options_ = options;
