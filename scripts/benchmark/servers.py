@@ -30,6 +30,7 @@ class Server:
 
     name = "?"
     about = "?"  # the command line, in short
+    only_if_asked = False
 
     def __init__(self, directory, size):
         self.directory = os.path.join(directory, self.name)
@@ -180,6 +181,26 @@ class NoServer(RawFile):
         return ["--ioengine=io_uring", f"--filename={self.file}", "--direct=1"]
 
 
+class Wire(Server):
+    """A measuring stick, not a server: what no server can do better."""
+
+    name = "wire"
+    about = "varve-wire-limit, which answers from its memory"
+    only_if_asked = True
+
+    def command(self):
+        return [os.path.join(Varve.binaries, "varve-wire-limit"), self.socket,
+                str(self.size >> 20)]
+
+
+class WireFile(RawFile, Wire):
+    name = "wire-file"
+    about = "varve-wire-limit with a file: sends from a mapping, writes by pwrite"
+
+    def command(self):
+        return [*super().command(), self.file]
+
+
 class Varve(Server):
     name = "varve"
     about = "varved --cache buffered"
@@ -272,6 +293,8 @@ def available(server):
     """Why it cannot be measured here, or an empty string."""
     if issubclass(server, Varve):
         program = os.path.join(server.binaries, "varved")
+    elif issubclass(server, Wire):
+        program = os.path.join(Varve.binaries, "varve-wire-limit")
     else:
         program = {Nbdkit: "nbdkit", NoServer: "fio"}.get(server, "qemu-nbd")
     return "" if shutil.which(program) else f"{program} not found"
