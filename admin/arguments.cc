@@ -161,10 +161,6 @@ constexpr std::string_view kExitCodes =
     "Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 exists, 5 busy,\n"
     "6 no space or over a limit, 7 server unreachable, 8 damage found.\n";
 
-Error Usage(std::string message) {
-    return MakeError(ErrorKind::kInvalid, std::move(message));
-}
-
 /// "varve VERB --help" or "varve --help".
 std::string WhereToLook(const Verb* verb) {
     return verb ? fmt::format("varve {} --help", verb->name) : "varve --help";
@@ -283,6 +279,10 @@ std::string OptionLine(const Option& option) {
 }
 
 }  // namespace
+
+Error Usage(std::string message) {
+    return MakeError(ErrorKind::kInvalid, std::move(message));
+}
 
 Result<Arguments> ParseArguments(const std::vector<std::string>& arguments) {
     Reader reader{arguments, 0, {}, {}};

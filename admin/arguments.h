@@ -41,6 +41,9 @@ struct Arguments {
 /// operand. kInvalid for what does not fit the grammar.
 Result<Arguments> ParseArguments(const std::vector<std::string>& arguments);
 
+/// What is wrong with a command line: exit code 2.
+Error Usage(std::string message);
+
 /// The text of `varve --help` or `varve VERB --help`.
 std::string HelpText(const Verb* verb);
 

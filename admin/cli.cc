@@ -31,10 +31,6 @@ struct Call {
     std::string question;                                 // asked first if not empty
 };
 
-Error Usage(std::string message) {
-    return MakeError(ErrorKind::kInvalid, std::move(message));
-}
-
 bool IsSnapshot(const std::string& name) {
     return name.find('@') != std::string::npos;
 }

@@ -5,7 +5,7 @@
 namespace varve {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#ifdef VARVE_SANITIZED
 constexpr bool kRecycle = false;  // let the sanitizer see every buffer's life
 #else
 constexpr bool kRecycle = true;
