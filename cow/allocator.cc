@@ -28,6 +28,13 @@ std::string EncodeBitmap(const Allocator::Bits& bits) {
     return row;
 }
 
+/// The bitmap of a region's row, empty if the region is full; nothing if the row is damaged.
+std::optional<std::string_view> BitmapOf(std::string_view row) {
+    if (row.size() == 1 && row[0] == kFullRow) return std::string_view();
+    if (row.size() == 1 + sizeof(Allocator::Bits) && row[0] == kBitmapRow) return row.substr(1);
+    return std::nullopt;
+}
+
 Error DamagedRegion(uint64_t region) {
     return MakeError(ErrorKind::kDamaged, fmt::format("allocator region {} is damaged", region));
 }
@@ -41,11 +48,12 @@ Allocator::Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& poo
 }
 
 std::optional<uint64_t> Allocator::UsedEnd(std::string_view row) {
-    if (row.size() == 1 && row[0] == kFullRow) return kRegionBlocks;
-    if (row.size() != 1 + sizeof(Bits) || row[0] != kBitmapRow) return std::nullopt;
-    const size_t last = row.find_last_not_of('\0');
-    if (last == 0) return 0;
-    return (last - 1) * 8 + std::bit_width(static_cast<uint8_t>(row[last]));
+    const std::optional<std::string_view> bitmap = BitmapOf(row);
+    if (!bitmap) return std::nullopt;
+    if (bitmap->empty()) return kRegionBlocks;
+    const size_t last = bitmap->find_last_not_of('\0');
+    if (last == std::string_view::npos) return 0;
+    return last * 8 + std::bit_width(static_cast<uint8_t>((*bitmap)[last]));
 }
 
 Status Allocator::Know(uint64_t index) {
@@ -60,15 +68,13 @@ Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
     Region& region = regions_[index];
     if (region.known) return Status();
     if (row) {
-        const std::string& value = *row;
-        if (value.size() == 1 && value[0] == kFullRow) {
-            region.full = true;
-        } else if (value.size() == 1 + sizeof(Bits) && value[0] == kBitmapRow) {
+        const std::optional<std::string_view> bitmap = BitmapOf(*row);
+        if (!bitmap) return DamagedRegion(index);
+        region.full = bitmap->empty();
+        if (!region.full) {
             region.maps = std::make_unique<Maps>();
-            std::memcpy(static_cast<void*>(&region.maps->used), value.data() + 1, sizeof(Bits));
+            std::memcpy(static_cast<void*>(&region.maps->used), bitmap->data(), sizeof(Bits));
             region.maps->busy = region.maps->used;
-        } else {
-            return DamagedRegion(index);
         }
     }
     region.known = true;
