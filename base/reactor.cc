@@ -2,8 +2,10 @@
 // and end; reactor_operations.cc: what is done with it.
 #include <pthread.h>
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <future>
 #include <utility>
 
@@ -15,7 +17,16 @@ namespace {
 // Posted work may post more: so many rounds of it make one turn before the ring has its say.
 constexpr unsigned kPostRounds = 16;
 
+// After a poll that found nothing, up to so many are left out.
+constexpr unsigned kPollPauseMax = 63;
+
 thread_local const Reactor* current_reactor = nullptr;
+
+int64_t NowNanoseconds() {
+    timespec now{};
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * int64_t{1'000'000'000} + now.tv_nsec;
+}
 
 }  // namespace
 
@@ -123,6 +134,7 @@ void Reactor::State::Loop() {
         RunPosted();
         RunHooks();
         if (Finished()) break;
+        if (std::exchange(expect_soon, false) && options.poll_nanoseconds > 0) Poll();
         Enter(FallAsleep());
         Reap();
     }
@@ -191,6 +203,31 @@ void Reactor::State::RunHooks() {
 bool Reactor::State::Finished() const {
     return stop.requested && in_flight == 0 && !local_head && !completed_head &&
            !posted.load(std::memory_order_relaxed);
+}
+
+/// Looks for completions for a while. A receive that comes was worth it; what else comes says
+/// nothing.
+void Reactor::State::Poll() {
+    if (local_head || completed_head) return;
+    if (poll_skips > 0) {
+        --poll_skips;
+        return;
+    }
+    const int64_t end = NowNanoseconds() + options.poll_nanoseconds;
+    bool late = false;
+    while (!completed_head && !posted.load(std::memory_order_relaxed) && !late) {
+        Enter(false);
+        Reap();
+        late = NowNanoseconds() >= end;
+    }
+    if (completed_head) {
+        for (const Op* op = completed_head; op; op = op->next_) {
+            if (op->kind_ == Op::Kind::kReceive) poll_pause = 0;
+        }
+    } else if (late) {
+        poll_pause = std::min(poll_pause * 2 + 1, kPollPauseMax);
+        poll_skips = poll_pause;
+    }
 }
 
 /// Whether the thread may sleep now: from then on, who posts wakes it.

@@ -100,6 +100,10 @@ void Reactor::SendAll(Op& op, int fd, const msghdr& message) {
     io_uring_sqe_set_data(sqe, &op);
 }
 
+void Reactor::ExpectSoon() {
+    state_->expect_soon = true;
+}
+
 void Reactor::StartTimer(TimerOp& op, int64_t nanoseconds) {
     static_assert(sizeof(op.when_) == sizeof(__kernel_timespec));
     op.when_[0] = nanoseconds / 1'000'000'000;

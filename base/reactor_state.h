@@ -35,6 +35,7 @@ struct Reactor::State {
     void RunPosted();
     void RunHooks();
     bool Finished() const;
+    void Poll();
     bool FallAsleep();
     void Enter(bool wait);
     void Reap();
@@ -82,6 +83,9 @@ struct Reactor::State {
     uint64_t in_flight = 0;
     std::atomic<uint64_t> enters{0};
     StopRequest stop;
+    bool expect_soon = false;  // told so in this turn
+    unsigned poll_skips = 0;   // polls that are left out before the next
+    unsigned poll_pause = 0;   // and after that one, if it fails
     Op wake_op;
     uint64_t wake_count = 0;
 

@@ -125,6 +125,7 @@ void Connection::OnBatchEnd() {
     DropUnwanted();
     SendReplies();
     Receive();
+    if (IsNextSoon()) shared_.reactor.ExpectSoon();
     if (Finished()) Finish();
 }
 

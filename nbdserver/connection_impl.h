@@ -125,6 +125,7 @@ class Connection {
     void Receive();
     bool ShallRest();
     void Rest();
+    bool IsNextSoon() const;
     void OnReceived(int32_t result);
     void OnPayload(int32_t result);
     void OnStreamEnd(int32_t result);
@@ -200,10 +201,12 @@ class Connection {
     uint64_t bytes_ = 0;         // of payloads in flight
     Share share_;                // of the budget
 
-    // When to rest.
+    // When to rest, and when to expect more.
     uint64_t arrived_ = 0;        // requests
     uint64_t arrived_then_ = 0;   // before the last receive
+    unsigned trickle_ = 0;        // receives in a row that brought few requests, up to a limit
     uint64_t replied_bytes_ = 0;  // by the last send
+    uint64_t replied_ = 0;        // requests, likewise
     uint32_t rest_checks_ = 0;    // receives until the next look at what the client has not read
     uint32_t rest_pause_ = 0;     // and from then on to the one after, if it is not behind
 

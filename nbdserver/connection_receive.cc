@@ -27,9 +27,13 @@ constexpr uint64_t kReceivedBytesMax = 64 << 20;
 constexpr uint32_t kPieceBytes = 1 << 20;
 // A receive that brings fewer requests than this makes a rest worthwhile.
 constexpr uint64_t kFewRequests = 8;
+// Fewer than this come from a client that has few under way, and waits for the answers.
+constexpr uint64_t kTrickle = 6;
+constexpr unsigned kTrickleLong = 8;  // receives
 constexpr int64_t kRestNanoseconds = 40'000;
 constexpr uint32_t kRestPauseMax = 64;
-constexpr uint64_t kUnreadOverhead = 2048;  // what the system counts for each piece it holds
+constexpr uint64_t kRestReplies = 10;      // unread ones that a rest must not outlast
+constexpr uint64_t kUnreadOverhead = 768;  // what the system counts for each send besides its bytes
 
 }  // namespace
 
@@ -38,11 +42,15 @@ constexpr uint64_t kUnreadOverhead = 2048;  // what the system counts for each p
 /// than the request itself, and this side two entries into the kernel.
 bool Connection::ShallRest() {
     const uint64_t came = arrived_ - std::exchange(arrived_then_, arrived_);
+    if (came >= kTrickle) trickle_ = 0;
+    if (came > 0 && trickle_ < kTrickleLong) ++trickle_;
     if (std::exchange(rested_, false) || !local_ || came >= kFewRequests) return false;
     if (rest_checks_ > 0) return --rest_checks_, false;
     int unread = 0;
-    const bool behind = ioctl(fd_, SIOCOUTQ, &unread) == 0 &&
-                        static_cast<uint64_t>(unread) > 4 * (replied_bytes_ + kUnreadOverhead);
+    // Each reply keeps a client busy for some 5 us.
+    const bool behind =
+        ioctl(fd_, SIOCOUTQ, &unread) == 0 && static_cast<uint64_t>(unread) * replied_ >
+                                                  kRestReplies * (replied_bytes_ + kUnreadOverhead);
     rest_pause_ = behind ? 0 : std::min(rest_pause_ * 2 + 1, kRestPauseMax);
     rest_checks_ = rest_pause_;
     return behind;
@@ -51,6 +59,11 @@ bool Connection::ShallRest() {
 void Connection::Rest() {
     rested_ = true;
     shared_.reactor.StartTimer(rest_op_, kRestNanoseconds);
+}
+
+/// Whether the client has all it waits for, and had little to wait for: it will ask for more.
+bool Connection::IsNextSoon() const {
+    return trickle_ == kTrickleLong && requests_ == 0 && receive_op_.in_flight();
 }
 
 void Connection::Receive() {

@@ -99,6 +99,7 @@ void Connection::SendReplies() {
     uint64_t bytes = 0;
     Request** tail = &batch_->requests;
     size_t count = 0;
+    replied_ = 0;
     while (replies_ && count + replies_->pieces.size() <= kSendPiecesMax &&
            (count == 0 || bytes + replies_->reply_bytes <= kSendBytesMax)) {
         Request* request = std::exchange(replies_, replies_->next);
@@ -106,6 +107,7 @@ void Connection::SendReplies() {
         tail = &request->next;
         for (const iovec& piece : request->pieces) batch_->pieces[count++] = piece;
         bytes += request->reply_bytes;
+        ++replied_;
     }
     *tail = nullptr;
     if (!replies_) replies_tail_ = &replies_;

@@ -27,13 +27,15 @@ int OpenAgain(int fd) {
 }  // namespace
 
 Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, FileTraits traits,
-                                                    const ConnectionLimits& limits) {
+                                                    const ConnectionLimits& limits,
+                                                    int64_t poll_nanoseconds) {
     std::unique_ptr<DataPlane> plane(new DataPlane);
     std::shared_ptr<const FileMapping> mapping;
     if (traits.in_memory) mapping = FileMapping::Map(fd);
     for (unsigned i = 0; i < threads; ++i) {
         ReactorOptions options;
         options.name = fmt::format("reactor{}", i);
+        options.poll_nanoseconds = poll_nanoseconds;
         Result<std::unique_ptr<Reactor>> reactor = Reactor::Start(options);
         if (!reactor.ok()) return reactor.error();
         Lane& lane = plane->lanes_.emplace_back();

@@ -17,9 +17,10 @@ namespace varve::nbdserver {
 class DataPlane {
   public:
     /// Starts `threads` reactors on the data file `fd`, which stays the caller's. kFailed where
-    /// io_uring cannot be used.
+    /// io_uring cannot be used. `poll_nanoseconds`: see ReactorOptions.
     static Result<std::unique_ptr<DataPlane>> Start(unsigned threads, int fd, FileTraits traits,
-                                                    const ConnectionLimits& limits);
+                                                    const ConnectionLimits& limits,
+                                                    int64_t poll_nanoseconds);
 
     /// Waits for what is under way, then ends the threads. REQUIRES: no connection is left, and
     /// nothing is posted any more.

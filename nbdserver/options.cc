@@ -79,6 +79,9 @@ const Setting kSettings[] = {
     {"threads", "N", Form::kOnce,
      [](Options& o, Text t) { return SetCount(o.threads, t, 1, 1024); },
      "data-plane threads (default: one per CPU)"},
+    {"poll", "US", Form::kOnce, [](Options& o, Text t) { return SetCount(o.poll_us, t, 0, 1000); },
+     "microseconds for which a thread looks for the next request of a client that has few\n"
+     "under way, before it sleeps (default 50; with one CPU it never does)"},
     {"cache", "direct|buffered", Form::kOnce,
      [](Options& o, Text t) {
          o.direct = t == "direct";

@@ -24,6 +24,7 @@ struct Options {
     std::vector<std::string> unix_paths;
     std::string admin;     // empty: POOL/admin.sock
     unsigned threads = 0;  // 0: one per CPU
+    uint64_t poll_us = 50;
     bool direct = true;
     std::string config;  // file
     LogFormat log_format = LogFormat::kText;

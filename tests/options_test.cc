@@ -47,6 +47,7 @@ TEST_F(OptionsTest, DefaultsAreTheContracts) {
     EXPECT_TRUE(options.unix_paths.empty());
     EXPECT_EQ(options.admin, "");
     EXPECT_EQ(options.threads, 0U);
+    EXPECT_EQ(options.poll_us, 50U);
     EXPECT_TRUE(options.direct);
     EXPECT_EQ(options.pool_options.map_cache_bytes, 256U << 20);
     EXPECT_EQ(options.negotiation_timeout_s, 10U);
@@ -56,34 +57,12 @@ TEST_F(OptionsTest, DefaultsAreTheContracts) {
 }
 
 TEST_F(OptionsTest, EveryOptionIsRead) {
-    const Options options = Good({"--pool=/p",
-                                  "--data",
-                                  "/dev/x",
-                                  "--listen",
-                                  "0.0.0.0:0",
-                                  "--listen",
-                                  "[::1]:10810",
-                                  "--unix",
-                                  "/a",
-                                  "--unix=/b",
-                                  "--admin",
-                                  "/admin",
-                                  "--threads",
-                                  "3",
-                                  "--cache",
-                                  "buffered",
-                                  "--map-cache",
-                                  "1G",
-                                  "--log-format",
-                                  "json",
-                                  "--log-level",
-                                  "debug",
-                                  "--connections-max",
-                                  "7",
-                                  "--capacity",
-                                  "10G",
-                                  "--stall-timeout",
-                                  "9"});
+    const Options options = Good(
+        {"--pool=/p",         "--data", "/dev/x",       "--listen",  "0.0.0.0:0",       "--listen",
+         "[::1]:10810",       "--unix", "/a",           "--unix=/b", "--admin",         "/admin",
+         "--threads",         "3",      "--poll",       "0",         "--cache",         "buffered",
+         "--map-cache",       "1G",     "--log-format", "json",      "--log-level",     "debug",
+         "--connections-max", "7",      "--capacity",   "10G",       "--stall-timeout", "9"});
     EXPECT_EQ(options.connection.stall_ms_max, 9000U);
     EXPECT_EQ(options.data, "/dev/x");
     ASSERT_EQ(options.listen.size(), 2U);
@@ -94,6 +73,7 @@ TEST_F(OptionsTest, EveryOptionIsRead) {
     EXPECT_EQ(options.unix_paths, (std::vector<std::string>{"/a", "/b"}));
     EXPECT_EQ(options.admin, "/admin");
     EXPECT_EQ(options.threads, 3U);
+    EXPECT_EQ(options.poll_us, 0U);
     EXPECT_FALSE(options.direct);
     EXPECT_EQ(options.pool_options.map_cache_bytes, 1U << 30);
     EXPECT_EQ(options.log_format, LogFormat::kJson);
@@ -120,6 +100,7 @@ TEST_F(OptionsTest, WrongUseIsOneClearLine) {
     Bad({"--pool", "/a", "--pool", "/b"}, "--pool is given twice");
     Bad({"--help=yes"}, "--help takes no value");
     Bad({"--pool", "/p", "--threads", "0"}, "--threads: '0' is not a number from 1 to 1024");
+    Bad({"--pool", "/p", "--poll", "1001"}, "--poll: '1001' is not a number from 0 to 1000");
     Bad({"--pool", "/p", "--threads", "2x"}, "--threads: '2x' is not a number from 1 to 1024");
     Bad({"--pool", "/p", "--cache", "none"}, "--cache: 'none' is not direct or buffered");
     Bad({"--pool", "/p", "--map-cache", "1K"},

@@ -349,6 +349,47 @@ TEST(Reactor, HooksRunOncePerTurnAfterEverythingElse) {
     EXPECT_EQ(log.lines, (std::vector<std::string>{"posted", "hook"}));
 }
 
+/// With a poll that would last for an hour, whatever is not noticed hangs.
+TEST(Reactor, APollEndsWithWhatComesFirst) {
+    auto reactor = StartReactor({.poll_nanoseconds = int64_t{3600} * 1'000'000'000});
+    SocketPair pair;
+    Waited<ReceiveOp> receive;
+    RunOn(*reactor, [&] {
+        reactor->Receive(receive, pair.ours, 0);
+        reactor->ExpectSoon();
+    });
+    EXPECT_EQ(write(pair.theirs, "a", 1), 1);
+    EXPECT_EQ(receive.Result(), 1);
+    WaitedTimer timer;
+    RunOn(*reactor, [&] {
+        reactor->ReturnReceived(receive);
+        reactor->StartTimer(timer, 1'000'000);
+        reactor->ExpectSoon();
+    });
+    EXPECT_EQ(timer.Result(), 0);
+    RunOn(*reactor, [&] { reactor->ExpectSoon(); });
+    RunOn(*reactor, [&] { reactor->ExpectSoon(); });
+    reactor->Stop();
+}
+
+TEST(Reactor, PollsThatFindNothingBecomeRare) {
+    auto reactor = StartReactor({.poll_nanoseconds = 2'000'000});
+    int polls = 0;
+    for (int i = 0; i < 127; ++i) {
+        const uint64_t before = reactor->enters();
+        WaitedTimer timer;
+        RunOn(*reactor, [&] {
+            reactor->StartTimer(timer, 4'000'000);
+            reactor->ExpectSoon();
+        });
+        EXPECT_EQ(timer.Result(), 0);
+        if (reactor->enters() - before > 10) ++polls;
+    }
+    EXPECT_GE(polls, 1);
+    EXPECT_LE(polls, 40);  // 7, if all of them last as long as they should
+    reactor->Stop();
+}
+
 TEST(Reactor, ASleepingReactorEntersTheKernelOnlyWhenThereIsWork) {
     auto reactor = StartReactor();
     SocketPair pair;

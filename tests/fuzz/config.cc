@@ -28,6 +28,7 @@ class File {
 
 void VerifyRanges(const Options& o) {
     VARVE_CHECK(o.threads <= 1024);
+    VARVE_CHECK(o.poll_us <= 1000);
     VARVE_CHECK(o.negotiation.options_max >= 8 && o.negotiation.options_max <= 1'000'000);
     VARVE_CHECK(o.negotiation.option_bytes_max >= 4200);
     VARVE_CHECK(o.negotiation.option_bytes_max <= 64 << 10);
@@ -51,8 +52,8 @@ std::string Summary(const Options& o) {
         o.negotiating_max, o.connections_max, o.negotiation.options_max,
         o.negotiation.option_bytes_max, o.negotiation.list_bytes_max, o.connection.requests_max,
         o.connection.bytes_max);
-    text += fmt::format("|{}|{}|{}", o.bytes_in_flight_max, o.admin_connections_max,
-                        o.connection.stall_ms_max);
+    text += fmt::format("|{}|{}|{}|{}", o.bytes_in_flight_max, o.admin_connections_max,
+                        o.connection.stall_ms_max, o.poll_us);
     for (const TcpAddress& address : o.listen) {
         text += fmt::format("|{} {}", address.host, address.port);
     }
