@@ -32,6 +32,7 @@ constexpr uint64_t kTrickle = 6;
 constexpr unsigned kTrickleLong = 8;  // receives
 constexpr int64_t kRestNanoseconds = 40'000;
 constexpr uint32_t kRestPauseMax = 64;
+constexpr uint64_t kRestSends = 4;         // unread ones that make a rest worthwhile
 constexpr uint64_t kRestReplies = 10;      // unread ones that a rest must not outlast
 constexpr uint64_t kUnreadOverhead = 768;  // what the system counts for each send besides its bytes
 
@@ -44,13 +45,14 @@ bool Connection::ShallRest() {
     const uint64_t came = arrived_ - std::exchange(arrived_then_, arrived_);
     if (came >= kTrickle) trickle_ = 0;
     if (came > 0 && trickle_ < kTrickleLong) ++trickle_;
-    if (std::exchange(rested_, false) || !local_ || came >= kFewRequests) return false;
+    const bool first = replied_ == 0;
+    if (std::exchange(rested_, false) || !local_ || first || came >= kFewRequests) return false;
     if (rest_checks_ > 0) return --rest_checks_, false;
     int unread = 0;
-    // Each reply keeps a client busy for some 5 us.
+    const uint64_t send = replied_bytes_ + kUnreadOverhead;
+    const uint64_t enough = std::max(kRestSends * send, kRestReplies * send / replied_);
     const bool behind =
-        ioctl(fd_, SIOCOUTQ, &unread) == 0 && static_cast<uint64_t>(unread) * replied_ >
-                                                  kRestReplies * (replied_bytes_ + kUnreadOverhead);
+        ioctl(fd_, SIOCOUTQ, &unread) == 0 && static_cast<uint64_t>(unread) > enough;
     rest_pause_ = behind ? 0 : std::min(rest_pause_ * 2 + 1, kRestPauseMax);
     rest_checks_ = rest_pause_;
     return behind;
