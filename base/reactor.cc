@@ -2,10 +2,9 @@
 // and end; reactor_operations.cc: what is done with it.
 #include <pthread.h>
 #include <signal.h>
-#include <time.h>
 #include <unistd.h>
 
-#include <algorithm>
+#include <chrono>
 #include <future>
 #include <utility>
 
@@ -17,16 +16,7 @@ namespace {
 // Posted work may post more: so many rounds of it make one turn before the ring has its say.
 constexpr unsigned kPostRounds = 16;
 
-// After a poll that found nothing, up to so many are left out.
-constexpr unsigned kPollPauseMax = 63;
-
 thread_local const Reactor* current_reactor = nullptr;
-
-int64_t NowNanoseconds() {
-    timespec now{};
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * int64_t{1'000'000'000} + now.tv_nsec;
-}
 
 }  // namespace
 
@@ -208,25 +198,18 @@ bool Reactor::State::Finished() const {
 /// Looks for completions for a while. A receive that comes was worth it; what else comes says
 /// nothing.
 void Reactor::State::Poll() {
-    if (local_head || completed_head) return;
-    if (poll_skips > 0) {
-        --poll_skips;
-        return;
-    }
-    const int64_t end = NowNanoseconds() + options.poll_nanoseconds;
+    if (local_head || completed_head || polls.Skip()) return;
+    const auto end =
+        std::chrono::steady_clock::now() + std::chrono::nanoseconds(options.poll_nanoseconds);
     bool late = false;
     while (!completed_head && !posted.load(std::memory_order_relaxed) && !late) {
         Enter(false);
         Reap();
-        late = NowNanoseconds() >= end;
+        late = std::chrono::steady_clock::now() >= end;
     }
-    if (completed_head) {
-        for (const Op* op = completed_head; op; op = op->next_) {
-            if (op->kind_ == Op::Kind::kReceive) poll_pause = 0;
-        }
-    } else if (late) {
-        poll_pause = std::min(poll_pause * 2 + 1, kPollPauseMax);
-        poll_skips = poll_pause;
+    if (late && !completed_head) polls.Failed();
+    for (const Op* op = completed_head; op; op = op->next_) {
+        if (op->kind_ == Op::Kind::kReceive) polls.Succeeded();
     }
 }
 

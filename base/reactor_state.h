@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/backoff.h"
 #include "base/check.h"
 #include "base/reactor.h"
 
@@ -84,8 +85,7 @@ struct Reactor::State {
     std::atomic<uint64_t> enters{0};
     StopRequest stop;
     bool expect_soon = false;  // told so in this turn
-    unsigned poll_skips = 0;   // polls that are left out before the next
-    unsigned poll_pause = 0;   // and after that one, if it fails
+    Backoff polls{63};
     Op wake_op;
     uint64_t wake_count = 0;
 

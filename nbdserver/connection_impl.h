@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/backoff.h"
 #include "base/buffers.h"
 #include "base/reactor.h"
 #include "base/task.h"
@@ -123,7 +124,8 @@ class Connection {
 
     // Receiving, in the order in which bytes pass.
     void Receive();
-    bool ShallRest();
+    uint64_t CountArrived();
+    bool ShallRest(uint64_t came);
     void Rest();
     bool IsNextSoon() const;
     void OnReceived(int32_t result);
@@ -207,8 +209,7 @@ class Connection {
     unsigned trickle_ = 0;        // receives in a row that brought few requests, up to a limit
     uint64_t replied_bytes_ = 0;  // by the last send
     uint64_t replied_ = 0;        // requests, likewise
-    uint32_t rest_checks_ = 0;    // receives until the next look at what the client has not read
-    uint32_t rest_pause_ = 0;     // and from then on to the one after, if it is not behind
+    Backoff rest_checks_{64};     // looks at what the client has not read
 
     std::array<std::byte, sizeof(wire::Request)> header_;  // one that arrives in pieces
     size_t header_bytes_ = 0;

@@ -31,30 +31,33 @@ constexpr uint64_t kFewRequests = 8;
 constexpr uint64_t kTrickle = 6;
 constexpr unsigned kTrickleLong = 8;  // receives
 constexpr int64_t kRestNanoseconds = 40'000;
-constexpr uint32_t kRestPauseMax = 64;
 constexpr uint64_t kRestSends = 4;         // unread ones that make a rest worthwhile
 constexpr uint64_t kRestReplies = 10;      // unread ones that a rest must not outlast
 constexpr uint64_t kUnreadOverhead = 768;  // what the system counts for each send besides its bytes
 
 }  // namespace
 
-/// Whether the client has several replies to read before it can miss anything. Then requests that
-/// it sends one by one shall not wake this thread one by one: each wake-up costs the client more
-/// than the request itself, and this side two entries into the kernel.
-bool Connection::ShallRest() {
+/// Requests since it was asked before, which is at each receive.
+uint64_t Connection::CountArrived() {
     const uint64_t came = arrived_ - std::exchange(arrived_then_, arrived_);
     if (came >= kTrickle) trickle_ = 0;
     if (came > 0 && trickle_ < kTrickleLong) ++trickle_;
+    return came;
+}
+
+/// Whether the client has several replies to read before it can miss anything. Then requests that
+/// it sends one by one shall not wake this thread one by one: each wake-up costs the client more
+/// than the request itself, and this side two entries into the kernel.
+bool Connection::ShallRest(uint64_t came) {
     const bool first = replied_ == 0;
     if (std::exchange(rested_, false) || !local_ || first || came >= kFewRequests) return false;
-    if (rest_checks_ > 0) return --rest_checks_, false;
+    if (rest_checks_.Skip()) return false;
     int unread = 0;
     const uint64_t send = replied_bytes_ + kUnreadOverhead;
     const uint64_t enough = std::max(kRestSends * send, kRestReplies * send / replied_);
     const bool behind =
         ioctl(fd_, SIOCOUTQ, &unread) == 0 && static_cast<uint64_t>(unread) > enough;
-    rest_pause_ = behind ? 0 : std::min(rest_pause_ * 2 + 1, kRestPauseMax);
-    rest_checks_ = rest_pause_;
+    behind ? rest_checks_.Succeeded() : rest_checks_.Failed();
     return behind;
 }
 
@@ -78,7 +81,7 @@ void Connection::Receive() {
         return shared_.reactor.ReceiveAll(payload_op_, fd_,
                                           filling_->payload.span().subspan(filled_, piece_));
     }
-    if (ShallRest()) return Rest();
+    if (ShallRest(CountArrived())) return Rest();
     expected_ = MostToReceive();
     shared_.received_bytes += expected_;
     expect_large_ = false;

@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <deque>
 #include <future>
 #include <optional>
@@ -197,10 +198,10 @@ class ConnectionTest : public testing::Test {
     }
 
     void SetUp() override { Start({}); }
-    void Start(ConnectionLimits limits) {
+    void Start(ConnectionLimits limits, ReactorOptions options = {}) {
         if (reactor_) reactor_->Stop();
         host_.reset();
-        Result<std::unique_ptr<Reactor>> reactor = Reactor::Start({});
+        Result<std::unique_ptr<Reactor>> reactor = Reactor::Start(std::move(options));
         ASSERT_TRUE(reactor.ok()) << reactor.error().message;
         volume_.reset();
         reactor_ = std::move(reactor.value());
@@ -228,6 +229,20 @@ class ConnectionTest : public testing::Test {
             });
         });
         return fds[1];
+    }
+    /// Twenty batches of a hundred requests take few entries into the kernel.
+    void ExpectFewEntersForBatches() {
+        Client& client = Connect();
+        const uint64_t before = reactor_->enters();
+        for (int round = 0; round < 20; ++round) {
+            std::string batch;
+            for (uint64_t i = 0; i < 100; ++i) {
+                batch += client.Prepare(wire::kCmdRead, i * 512, 512, round * 100 + i);
+            }
+            client.SendBytes(batch);
+            for (int i = 0; i < 100; ++i) EXPECT_EQ(client.Next().error, 0u);
+        }
+        EXPECT_LT(reactor_->enters() - before, 20u * 10);
     }
     Client& Connect(TransmissionOptions options = {}) {
         const bool structured = options.structured_replies;
@@ -540,17 +555,28 @@ TEST_F(ConnectionTest, RequestsMayArriveInAnyPieces) {
 }
 
 TEST_F(ConnectionTest, RepliesOfABatchLeaveTogether) {
+    ExpectFewEntersForBatches();
+}
+
+constexpr int64_t kHour = int64_t{3600} * 1'000'000'000;
+
+/// A poll that would last for an hour enters the kernel all the time.
+TEST_F(ConnectionTest, TheReactorPollsForAClientWithOneRequestAtATime) {
+    Start({}, {.poll_nanoseconds = kHour});
     Client& client = Connect();
-    const uint64_t before = reactor_->enters();
-    for (int round = 0; round < 20; ++round) {
-        std::string batch;
-        for (uint64_t i = 0; i < 100; ++i) {
-            batch += client.Prepare(wire::kCmdRead, i * 512, 512, round * 100 + i);
-        }
-        client.SendBytes(batch);
-        for (int i = 0; i < 100; ++i) EXPECT_EQ(client.Next().error, 0u);
+    for (int i = 0; i < 20; ++i) EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 512).error, 0u);
+    const uint64_t enough = reactor_->enters() + 1000;
+    const auto late = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+    while (reactor_->enters() < enough && std::chrono::steady_clock::now() < late) {
+        std::this_thread::yield();
     }
-    EXPECT_LT(reactor_->enters() - before, 20u * 10);
+    EXPECT_GE(reactor_->enters(), enough);
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 512).error, 0u);
+}
+
+TEST_F(ConnectionTest, TheReactorDoesNotPollForAClientWithManyRequests) {
+    Start({}, {.poll_nanoseconds = kHour});
+    ExpectFewEntersForBatches();
 }
 
 /// A client that does not read what it gets, while each request comes when the one before has been

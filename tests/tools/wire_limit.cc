@@ -8,12 +8,10 @@
 #include <liburing.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +20,7 @@
 #include <thread>
 #include <vector>
 
+#include "admin/unix_socket.h"
 #include "base/check.h"
 #include "nbdserver/negotiation.h"
 #include "nbdserver/wire.h"
@@ -192,17 +191,6 @@ class Stick {
     std::vector<iovec> pieces_;
 };
 
-int Listen(const char* path) {
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    VARVE_CHECK(std::strlen(path) < sizeof address.sun_path);
-    std::strcpy(address.sun_path, path);
-    const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    VARVE_CHECK(bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
-    VARVE_CHECK(listen(fd, 64) == 0);
-    return fd;
-}
-
 }  // namespace
 }  // namespace varve::nbdserver
 
@@ -214,9 +202,13 @@ int main(int count, char** arguments) {
     }
     const uint64_t size = std::strtoull(arguments[2], nullptr, 10) << 20;
     const Disk disk = MakeDisk(size, count == 4 ? arguments[3] : nullptr);
-    const int listening = Listen(arguments[1]);
+    const varve::Result<varve::admin::ListeningSocket> listening =
+        varve::admin::ListenUnix(arguments[1], 0600);
+    VARVE_CHECK(listening.ok());
+    const int listening_fd = listening.value().fd.get();
+    VARVE_CHECK(fcntl(listening_fd, F_SETFL, 0) == 0);  // blocking
     for (;;) {
-        const int fd = accept(listening, nullptr, nullptr);
+        const int fd = accept(listening_fd, nullptr, nullptr);
         VARVE_CHECK(fd >= 0);
         std::thread([fd, &disk] {
             if (Negotiate(fd, disk)) {
