@@ -21,6 +21,10 @@ class Executor {
     /// Runs `runnable` later on this executor, in the order of posting (a test's scheduler may
     /// choose another). Callable from every thread. Never runs it inline, never fails.
     virtual void Post(Runnable* runnable) = 0;
+
+    /// Says that another thread is about to post something that somebody waits for. A thread with
+    /// nothing else to do may look for it for a while before it falls asleep. From this executor.
+    virtual void ExpectPost() {}
 };
 
 /// A coroutine waiting to be resumed on an executor.

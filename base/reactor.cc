@@ -1,6 +1,7 @@
 // The thread, what others post to it, and the turns of its loop. reactor_setup.cc: the ring's start
 // and end; reactor_operations.cc: what is done with it.
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -96,6 +97,7 @@ void Reactor::State::TakePosted() {
     if (!posted.load(std::memory_order_relaxed)) return;
     Runnable* newest = posted.exchange(nullptr, std::memory_order_acquire);
     if (newest == &asleep) return;
+    post.expected = false;
     Runnable* const last = newest;
     Runnable* oldest = nullptr;
     while (newest) {
@@ -124,7 +126,7 @@ void Reactor::State::Loop() {
         RunPosted();
         RunHooks();
         if (Finished()) break;
-        if (std::exchange(expect_soon, false) && options.poll_nanoseconds > 0) Poll();
+        Poll();
         Enter(FallAsleep());
         Reap();
     }
@@ -146,6 +148,7 @@ void Reactor::State::RunCompleted() {
         Op* const following = op->next_;
         op->in_flight_ = false;
         --in_flight;
+        if (op->kind_ == Op::Kind::kReceive) receive.expected = false;
         Complete(*op);
         op = following;
     }
@@ -195,21 +198,32 @@ bool Reactor::State::Finished() const {
            !posted.load(std::memory_order_relaxed);
 }
 
-/// Looks for completions for a while. A receive that comes was worth it; what else comes says
-/// nothing.
+/// Looks for what is expected for a while. If something else comes first, that says nothing.
 void Reactor::State::Poll() {
-    if (local_head || completed_head || polls.Skip()) return;
-    const auto end =
-        std::chrono::steady_clock::now() + std::chrono::nanoseconds(options.poll_nanoseconds);
-    bool late = false;
-    while (!completed_head && !posted.load(std::memory_order_relaxed) && !late) {
+    if (options.poll_nanoseconds == 0 || local_head || completed_head) return;
+    const bool for_receive = receive.ShallPoll();
+    const bool for_post = post.ShallPoll();
+    if (!for_receive && !for_post) return;
+    if (!Look(for_post ? 2 * options.poll_nanoseconds : options.poll_nanoseconds)) {
+        if (for_receive) receive.End(false);
+        if (for_post) post.End(false);
+    }
+    for (const Op* op = completed_head; op; op = op->next_) {
+        if (op->kind_ == Op::Kind::kReceive) receive.End(true);
+    }
+    if (posted.load(std::memory_order_relaxed)) post.End(true);
+}
+
+/// Whether anything completes or is posted in that time.
+bool Reactor::State::Look(int64_t nanoseconds) {
+    using Clock = std::chrono::steady_clock;
+    const auto end = Clock::now() + std::chrono::nanoseconds(nanoseconds);
+    for (bool late = false;; late = Clock::now() >= end) {
         Enter(false);
         Reap();
-        late = std::chrono::steady_clock::now() >= end;
-    }
-    if (late && !completed_head) polls.Failed();
-    for (const Op* op = completed_head; op; op = op->next_) {
-        if (op->kind_ == Op::Kind::kReceive) polls.Succeeded();
+        if (completed_head || posted.load(std::memory_order_relaxed)) return true;
+        if (late) return false;
+        sched_yield();  // what is looked for may need this processor
     }
 }
 

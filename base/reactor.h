@@ -105,6 +105,9 @@ class Reactor : public Executor {
     /// Lock-free; wakes the thread only if it sleeps. From the reactor's own thread it is a list.
     void Post(Runnable* runnable) override;
 
+    /// As ExpectSoon() below, for twice the time.
+    void ExpectPost() override;
+
     /// Whether the caller is the reactor's thread. All methods below are for that thread only.
     bool InThread() const;
 
@@ -134,10 +137,10 @@ class Reactor : public Executor {
     /// stay valid until completion. A closed peer gives EPIPE, no signal.
     void SendAll(Op& op, int fd, const msghdr& message);
 
-    /// Says that a receive is about to complete. At the end of this turn the thread looks for it,
-    /// for ReactorOptions::poll_nanoseconds at most, instead of falling asleep at once: to be woken
-    /// takes longer than that in a virtual machine, and as much processor time. It does so less
-    /// and less often while nothing comes.
+    /// Says that a receive is about to complete. Until it does the thread looks for it for
+    /// ReactorOptions::poll_nanoseconds, once, before it falls asleep: to be woken takes longer
+    /// than that in a virtual machine, and as much processor time. It does so less and less often
+    /// while nothing comes.
     void ExpectSoon();
 
     // ---- others

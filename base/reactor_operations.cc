@@ -101,7 +101,11 @@ void Reactor::SendAll(Op& op, int fd, const msghdr& message) {
 }
 
 void Reactor::ExpectSoon() {
-    state_->expect_soon = true;
+    state_->receive.expected = true;
+}
+
+void Reactor::ExpectPost() {
+    state_->post.expected = true;
 }
 
 void Reactor::StartTimer(TimerOp& op, int64_t nanoseconds) {

@@ -37,6 +37,7 @@ struct Reactor::State {
     void RunHooks();
     bool Finished() const;
     void Poll();
+    bool Look(int64_t nanoseconds);
     bool FallAsleep();
     void Enter(bool wait);
     void Reap();
@@ -58,6 +59,21 @@ struct Reactor::State {
         const size_t index = op.flags_ >> IORING_CQE_BUFFER_SHIFT;
         return buffers + index * options.receive_buffer_bytes;
     }
+
+    /// That something is about to happen, and whether it is worthwhile to look for it.
+    struct Expectation {
+        bool expected = false;
+        Backoff polls{63};
+
+        bool ShallPoll() {
+            expected = expected && !polls.Skip();
+            return expected;
+        }
+        void End(bool met) {
+            expected = false;
+            met ? polls.Succeeded() : polls.Failed();
+        }
+    };
 
     struct StopRequest : Runnable {
         bool requested = false;
@@ -84,8 +100,8 @@ struct Reactor::State {
     uint64_t in_flight = 0;
     std::atomic<uint64_t> enters{0};
     StopRequest stop;
-    bool expect_soon = false;  // told so in this turn
-    Backoff polls{63};
+    Expectation receive;
+    Expectation post;
     Op wake_op;
     uint64_t wake_count = 0;
 

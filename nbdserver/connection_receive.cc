@@ -66,9 +66,11 @@ void Connection::Rest() {
     shared_.reactor.StartTimer(rest_op_, kRestNanoseconds);
 }
 
-/// Whether the client has all it waits for, and had little to wait for: it will ask for more.
+/// Whether the client has all it waits for, and had little to wait for: it will ask for more, or is
+/// just doing so: a header may come before its payload.
 bool Connection::IsNextSoon() const {
-    return trickle_ == kTrickleLong && requests_ == 0 && receive_op_.in_flight();
+    const size_t asking = filling_ ? 1 : 0;
+    return trickle_ == kTrickleLong && requests_ == asking && receive_op_.in_flight();
 }
 
 void Connection::Receive() {

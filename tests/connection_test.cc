@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <libnbd.h>
+#include <linux/sockios.h>
 #include <malloc.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -561,17 +562,36 @@ TEST_F(ConnectionTest, RepliesOfABatchLeaveTogether) {
 constexpr int64_t kHour = int64_t{3600} * 1'000'000'000;
 
 /// A poll that would last for an hour enters the kernel all the time.
+void ExpectPolling(const Reactor& reactor) {
+    const uint64_t enough = reactor.enters() + 1000;
+    const auto late = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+    while (reactor.enters() < enough && std::chrono::steady_clock::now() < late) {
+        std::this_thread::yield();
+    }
+    EXPECT_GE(reactor.enters(), enough);
+}
+
 TEST_F(ConnectionTest, TheReactorPollsForAClientWithOneRequestAtATime) {
     Start({}, {.poll_nanoseconds = kHour});
     Client& client = Connect();
     for (int i = 0; i < 20; ++i) EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 512).error, 0u);
-    const uint64_t enough = reactor_->enters() + 1000;
-    const auto late = std::chrono::steady_clock::now() + std::chrono::minutes(1);
-    while (reactor_->enters() < enough && std::chrono::steady_clock::now() < late) {
+    ExpectPolling(*reactor_);
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 512).error, 0u);
+}
+
+/// Clients send a header and its payload one after the other.
+TEST_F(ConnectionTest, TheReactorPollsForThePayloadOfAHeader) {
+    Start({}, {.poll_nanoseconds = kHour});
+    Client& client = Connect();
+    for (int i = 0; i < 20; ++i) EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 512).error, 0u);
+    client.SendBytes(client.Prepare(wire::kCmdWrite, 0, 512, 1));
+    for (int unread = 1; unread > 0;) {
+        ASSERT_EQ(ioctl(client.fd(), SIOCOUTQ, &unread), 0);
         std::this_thread::yield();
     }
-    EXPECT_GE(reactor_->enters(), enough);
-    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 512).error, 0u);
+    ExpectPolling(*reactor_);
+    client.SendBytes(std::string(512, 'a'));
+    EXPECT_EQ(client.Next().error, 0u);
 }
 
 TEST_F(ConnectionTest, TheReactorDoesNotPollForAClientWithManyRequests) {

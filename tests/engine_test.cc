@@ -249,6 +249,21 @@ TEST_F(EngineTest, AFullPoolFailsWritesAndGoesOnOnceThereIsRoom) {
     Expect("d", 0, kMiB, 'b');
 }
 
+/// Only then: a flush of blocks that stay where they are waits for the device alone.
+TEST_F(EngineTest, AFlushTellsTheLaneThatACommitIsAwaited) {
+    Ok(pool().CreateDisk("d", kMiB));
+    const auto expected = [&] {
+        return dynamic_cast<Scheduler::Lane&>(Volume("d").executor()).posts_expected();
+    };
+    EXPECT_EQ(0, Write("d", 0, 4096, 'a'));
+    EXPECT_EQ(0u, expected());
+    EXPECT_EQ(0, Flush("d"));
+    EXPECT_EQ(1u, expected());
+    EXPECT_EQ(0, Write("d", 0, 4096, 'b'));
+    EXPECT_EQ(0, Flush("d"));
+    EXPECT_EQ(1u, expected());
+}
+
 TEST_F(EngineTest, EverythingIsThereAfterAReopen) {
     Ok(pool().CreateDisk("d", 10 * kMiB));
     EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));

@@ -372,21 +372,63 @@ TEST(Reactor, APollEndsWithWhatComesFirst) {
     reactor->Stop();
 }
 
-TEST(Reactor, PollsThatFindNothingBecomeRare) {
-    auto reactor = StartReactor({.poll_nanoseconds = 2'000'000});
+TEST(Reactor, APollForAPostEndsWithIt) {
+    auto reactor = StartReactor({.poll_nanoseconds = int64_t{3600} * 1'000'000'000});
+    RunOn(*reactor, [&] { reactor->ExpectPost(); });
+    const uint64_t polling = reactor->enters() + 1000;
+    while (reactor->enters() < polling) std::this_thread::yield();
+    RunOn(*reactor, [] {});
+    WaitedTimer timer;
+    RunOn(*reactor, [&] {
+        reactor->StartTimer(timer, 1'000'000);
+        reactor->ExpectPost();
+    });
+    EXPECT_EQ(timer.Result(), 0);
+    reactor->Stop();
+}
+
+void ExpectPollsToBecomeRare(void (*expect)(Reactor&)) {
+    auto reactor = StartReactor({.poll_nanoseconds = 1'000'000});
     int polls = 0;
     for (int i = 0; i < 127; ++i) {
         const uint64_t before = reactor->enters();
         WaitedTimer timer;
         RunOn(*reactor, [&] {
             reactor->StartTimer(timer, 4'000'000);
-            reactor->ExpectSoon();
+            expect(*reactor);
         });
         EXPECT_EQ(timer.Result(), 0);
         if (reactor->enters() - before > 10) ++polls;
     }
     EXPECT_GE(polls, 1);
     EXPECT_LE(polls, 40);  // 7, if all of them last as long as they should
+    reactor->Stop();
+}
+
+TEST(Reactor, PollsThatFindNothingBecomeRare) {
+    ExpectPollsToBecomeRare([](Reactor& reactor) { reactor.ExpectSoon(); });
+    ExpectPollsToBecomeRare([](Reactor& reactor) { reactor.ExpectPost(); });
+}
+
+/// A thread that was told of a receive and of a post, and got both, sleeps: else the polls, of an
+/// hour, would go on.
+TEST(Reactor, WhatHasComeIsNotExpectedAnyMore) {
+    auto reactor = StartReactor({.poll_nanoseconds = int64_t{3600} * 1'000'000'000});
+    SocketPair pair;
+    Waited<ReceiveOp> receive;
+    EXPECT_EQ(write(pair.theirs, "a", 1), 1);
+    RunOn(*reactor, [&] {
+        reactor->Receive(receive, pair.ours, 0);
+        reactor->ExpectSoon();
+        reactor->ExpectPost();
+    });
+    EXPECT_EQ(receive.Result(), 1);
+    RunOn(*reactor, [&] { reactor->ReturnReceived(receive); });
+    WaitedTimer timer;
+    RunOn(*reactor, [&] { reactor->StartTimer(timer, 50'000'000); });
+    const uint64_t before = reactor->enters();
+    EXPECT_EQ(timer.Result(), 0);
+    EXPECT_LE(reactor->enters() - before, 10u);
     reactor->Stop();
 }
 

@@ -35,10 +35,13 @@ class Scheduler : public Dice {
                 queue_.push_back(runnable);
             }
         }
+        void ExpectPost() override { ++posts_expected_; }
+        uint64_t posts_expected() const { return posts_expected_; }
 
       private:
         friend class Scheduler;
         Scheduler& scheduler_;
+        uint64_t posts_expected_ = 0;
         const bool slow_;
         bool busy_ = false;
         bool holds_ = false;        // what it runs now takes a while
