@@ -18,6 +18,7 @@
 #include "base/buffers.h"
 #include "base/reactor.h"
 #include "base/task.h"
+#include "base/trial.h"
 #include "nbdserver/connection.h"
 #include "nbdserver/memory_budget.h"
 #include "nbdserver/request.h"
@@ -210,6 +211,7 @@ class Connection {
     uint64_t replied_bytes_ = 0;  // by the last send
     uint64_t replied_ = 0;        // requests, likewise
     Backoff rest_checks_{64};     // looks at what the client has not read
+    Trial rests_or_not_;
 
     std::array<std::byte, sizeof(wire::Request)> header_;  // one that arrives in pieces
     size_t header_bytes_ = 0;

@@ -3,6 +3,7 @@
 #include <sys/ioctl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -28,12 +29,16 @@ constexpr uint32_t kPieceBytes = 1 << 20;
 // A receive that brings fewer requests than this makes a rest worthwhile.
 constexpr uint64_t kFewRequests = 8;
 // Fewer than this come from a client that has few under way, and waits for the answers.
-constexpr uint64_t kTrickle = 6;
+constexpr uint64_t kTrickle = 12;
 constexpr unsigned kTrickleLong = 8;  // receives
 constexpr int64_t kRestNanoseconds = 40'000;
 constexpr uint64_t kRestSends = 4;         // unread ones that make a rest worthwhile
 constexpr uint64_t kRestReplies = 10;      // unread ones that a rest must not outlast
 constexpr uint64_t kUnreadOverhead = 768;  // what the system counts for each send besides its bytes
+
+int64_t NowNanoseconds() {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 }  // namespace
 
@@ -42,16 +47,18 @@ uint64_t Connection::CountArrived() {
     const uint64_t came = arrived_ - std::exchange(arrived_then_, arrived_);
     if (came >= kTrickle) trickle_ = 0;
     if (came > 0 && trickle_ < kTrickleLong) ++trickle_;
+    if (local_) rests_or_not_.Count(came, NowNanoseconds);
     return came;
 }
 
 /// Whether the client has several replies to read before it can miss anything. Then requests that
 /// it sends one by one shall not wake this thread one by one: each wake-up costs the client more
-/// than the request itself, and this side two entries into the kernel.
+/// than the request itself, and this side two entries into the kernel. Where waking is cheap, it is
+/// dearer that the client and this thread work in turns, not at once: so that is tried.
 bool Connection::ShallRest(uint64_t came) {
     const bool first = replied_ == 0;
     if (std::exchange(rested_, false) || !local_ || first || came >= kFewRequests) return false;
-    if (rest_checks_.Skip()) return false;
+    if (!rests_or_not_.first() || rest_checks_.Skip()) return false;
     int unread = 0;
     const uint64_t send = replied_bytes_ + kUnreadOverhead;
     const uint64_t enough = std::max(kRestSends * send, kRestReplies * send / replied_);
