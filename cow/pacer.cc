@@ -6,15 +6,15 @@ namespace varve::cow {
 namespace {
 
 /// Rest for each microsecond of work. In its steps a sweep leaves a load some quarter of its rate,
-/// on two processors, so of 1/15 of the time it costs a twentieth.
-constexpr int64_t kRestPerWork = 14;
+/// on two processors, so of 1/20 of the time it costs a twenty-fifth.
+constexpr int64_t kRestPerWork = 19;
 /// Rest for one step at most: with this the work goes on, however slow the machine.
 constexpr int64_t kRestUsMax = 500'000;
 /// Lanes without requests for so long are idle. A busy client on a busy machine may be kept from
 /// running for some milliseconds.
 constexpr int64_t kIdleUs = 10'000;
-/// How often a rest looks whether it is still needed.
-constexpr int64_t kLookUs = 2000;
+/// How often a rest looks whether it is still needed. Each look wakes two threads.
+constexpr int64_t kLookUs = 5000;
 
 }  // namespace
 

@@ -81,9 +81,9 @@ class PacerTest : public testing::Test {
     }
 };
 
-TEST_F(PacerTest, WorkTakesAFifteenthBesideRequests) {
-    EXPECT_EQ(14'000, RestUs(Worked(1'000), kSpace));
-    EXPECT_EQ(140'000, RestUs(Worked(10'000), kChecksums));
+TEST_F(PacerTest, WorkTakesATwentiethBesideRequests) {
+    EXPECT_EQ(19'000, RestUs(Worked(1'000), kSpace));
+    EXPECT_EQ(190'000, RestUs(Worked(10'000), kChecksums));
 }
 
 TEST_F(PacerTest, WithoutRequestsNothingRests) {
@@ -93,17 +93,17 @@ TEST_F(PacerTest, WithoutRequestsNothingRests) {
 
 TEST_F(PacerTest, ARequestThatIsUnderWayIsLoad) {
     const LoadMeter::Request request(first);
-    EXPECT_EQ(140'000, RestUs(Worked(10'000, false), kSpace, 0));
+    EXPECT_EQ(190'000, RestUs(Worked(10'000, false), kSpace, 0));
 }
 
 TEST_F(PacerTest, TheRestEndsWhenTheRequestsDo) {
-    EXPECT_EQ(6'000 + 10'000, RestUs(Worked(10'000), kSpace, 3));
+    EXPECT_EQ(15'000 + 10'000, RestUs(Worked(10'000), kSpace, 3));
     EXPECT_EQ(0, RestUs(Worked(1'000, false), kSpace, 0));
 }
 
 TEST_F(PacerTest, AClientThatIsKeptFromRunningIsNotIdle) {
-    EXPECT_EQ(140'000, RestUs(Worked(10'000), kSpace));
-    EXPECT_EQ(10'000, RestUs(Worked(4'000, false), kSpace, 0) + 4'000);
+    EXPECT_EQ(190'000, RestUs(Worked(10'000), kSpace));
+    EXPECT_EQ(14'000, RestUs(Worked(4'000, false), kSpace, 0) + 4'000);
 }
 
 TEST_F(PacerTest, ARestIsBounded) {
@@ -116,7 +116,7 @@ TEST_F(PacerTest, WhatWorkersOweIsAddedUp) {
     Begin(one, kSpace, &done);
     clock.Pass(1'000);
     Serve(first);
-    EXPECT_EQ(140'000 + 14'000 - 1'000, RestUs(other, kChecksums));
+    EXPECT_EQ(190'000 + 19'000 - 1'000, RestUs(other, kChecksums));
     EXPECT_TRUE(done || clock.WakeNext());  // at the same moment
     scheduler.RunAll();
     EXPECT_TRUE(done);
@@ -147,13 +147,13 @@ TEST_F(PacerTest, WhoWaitsIsNotKeptWaiting) {
         scheduler.RunAll();
     }
     EXPECT_LT(looks, 150);
-    EXPECT_EQ(140'000, RestUs(Worked(10'000), kSpace));
+    EXPECT_EQ(190'000, RestUs(Worked(10'000), kSpace));
 }
 
 TEST_F(PacerTest, AHurryWithoutAnObjectEndsByItself) {
     pacer.HurryFor(kSpace, 20'000);
     EXPECT_EQ(0, RestUs(Worked(10'000), kSpace));
-    EXPECT_EQ(140'000, RestUs(Worked(10'000), kSpace));
+    EXPECT_EQ(190'000, RestUs(Worked(10'000), kSpace));
 }
 
 TEST_F(PacerTest, NothingRestsWhileThePoolCloses) {

@@ -64,7 +64,9 @@ def depth_table(found, pattern):
 def around_snapshots(server, seconds, every, seed):
     """A load of 4 KiB random writes, QD 32 x 4, and a snapshot each `every` seconds.
 
-    Rates and longest latencies in windows of 20 ms; times from the load's start, in seconds.
+    Rates and longest latencies in windows of 20 ms; times from the load's start, in seconds. And
+    the p99 of all requests in the seconds that begin with a snapshot, and in those that end with
+    the next one (`usual`).
     """
     load = next(kind for kind in work.ALL if kind.name == "write-c4")
     admin = Admin(server.admin)
@@ -81,6 +83,8 @@ def around_snapshots(server, seconds, every, seed):
                 admin.call("snapshot.create", snapshots=[f"{EXPORT}@around{count}"])
             running.wait()
             rates, longest = running.rates(), running.longest()
+            after = running.percentile(0.99, *((when, when + 1) for when in moments))
+            usual = running.percentile(0.99, *((when - 1, when) for when in moments))
         finally:
             running.stop()
     for number in range(count):
@@ -90,4 +94,5 @@ def around_snapshots(server, seconds, every, seed):
     zero = rates[0][0]
     shifted = [[[when - zero, value] for when, value in pairs] for pairs in (rates, longest)]
     return {"snapshots": [when - zero for when in moments], "rates": shifted[0],
-            "longest_ms": shifted[1], "window_ms": WINDOW_MS}
+            "longest_ms": shifted[1], "window_ms": WINDOW_MS, "p99_ms": after,
+            "usual_p99_ms": usual}

@@ -3,6 +3,7 @@
 Blocks are written again at random, so that each 256 KiB has up to 64 pieces to give back.
 """
 
+import statistics
 import subprocess
 import time
 
@@ -64,7 +65,8 @@ def beside_load(server, admin, size, seconds, seed, directory):
     try:
         time.sleep(quiet + 0.5)
         begin, end = delete(admin)
-        load.wait()
+        time.sleep(quiet + 0.2)
+        load.end()
     finally:
         load.stop()
     rates = load.rates()
@@ -79,7 +81,14 @@ def beside_load(server, admin, size, seconds, seed, directory):
             "ratio": during / without}
 
 
-def measure(server_class, directory, most, seed, note):
+def median_beside_load(rounds, *arguments):
+    """The median of each figure over rounds; `ratios`: all of them."""
+    runs = [beside_load(*arguments) for _ in range(rounds)]
+    middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return {**middle, "ratios": sorted(run["ratio"] for run in runs)}
+
+
+def measure(server_class, directory, most, rounds, seed, note):
     """For 0.1, 0.25, 0.5 and 1 of `most` bytes of changes: figures of deletions."""
     server = server_class(directory, most)
     server.prepare()
@@ -90,7 +99,8 @@ def measure(server_class, directory, most, seed, note):
         for part in (0.1, 0.25, 0.5, 1):
             size = int(most * part) >> 20 << 20
             quiet = alone(server, admin, size, seed)
-            loaded = beside_load(server, admin, size, quiet["seconds"], seed, directory)
+            loaded = median_beside_load(rounds, server, admin, size, quiet["seconds"], seed,
+                                        directory)
             found.append({"changed": size, "alone": quiet, "beside": loaded})
             note(f"deleting {size / 2**30:.2f} GiB of changes: {quiet['seconds']:.2f} s, beside a "
                  f"load {loaded['seconds']:.2f} s, which keeps {loaded['ratio']:.2f} of its rate")

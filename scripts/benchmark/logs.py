@@ -1,10 +1,13 @@
-"""fio's logs by time: rates and longest latencies in short windows, on the clock of time.time()."""
+"""fio's logs by time: rates and latencies in short windows, on the clock of time.time()."""
 
 import glob
 import os
+import signal
 import subprocess
 
 from benchmark.servers import Failed
+
+HISTOGRAM_MS = 100
 
 
 class LoggedLoad:
@@ -18,12 +21,20 @@ class LoggedLoad:
         self._process = subprocess.Popen(
             [*command, f"--write_iops_log={self._prefix}", f"--write_lat_log={self._prefix}",
              f"--log_avg_msec={window_ms}", "--log_max_value=1", "--log_unix_epoch=1",
+             f"--write_hist_log={self._prefix}", f"--log_hist_msec={HISTOGRAM_MS}",
              "--per_job_logs=0"],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def wait(self):
         _, errors = self._process.communicate()
         if self._process.returncode != 0:
+            raise Failed(f"fio: {errors.strip()[-500:]}")
+
+    def end(self):
+        """Asks it to end early; what was logged until then is there."""
+        self._process.send_signal(signal.SIGINT)
+        _, errors = self._process.communicate()
+        if self._process.returncode not in (0, 128):
             raise Failed(f"fio: {errors.strip()[-500:]}")
 
     def stop(self):
@@ -53,6 +64,36 @@ class LoggedLoad:
             window = when // self._window
             most[window] = max(most.get(window, 0), latency)
         return [(window * self._window / 1000, ns / 1e6) for window, ns in sorted(most.items())]
+
+    def percentile(self, fraction, *stretches):
+        """Of the latencies of all requests that ended in one of the stretches (from, to), in ms.
+
+        Whole windows of 100 ms; an entry's time is its window's end.
+        """
+        sums = {}
+        with open(f"{self._prefix}_clat_hist.log") as log:
+            for line in log:
+                fields = line.split(",")
+                end = int(fields[0]) / 1000
+                begin = end - HISTOGRAM_MS / 1000
+                if any(first <= begin and end <= last for first, last in stretches):
+                    for number, count in enumerate(fields[3:]):
+                        if count != " 0":
+                            sums[number] = sums.get(number, 0) + int(count)
+        wanted = fraction * sum(sums.values())
+        for number, count in sorted(sums.items()):
+            wanted -= count
+            if wanted <= 0:
+                return middle_ns(number) / 1e6
+        raise Failed("fio logged no latencies in that time")
+
+
+def middle_ns(number):
+    """Of bin `number` of a fio histogram: 64 bins for each power of two, those below 128 of 1 ns."""
+    if number < 128:
+        return number
+    width = 1 << (number // 64 - 1)
+    return (64 + number % 64 + 0.5) * width
 
 
 def mean_rate(rates, *stretches):

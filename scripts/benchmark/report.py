@@ -168,12 +168,12 @@ def _own_steady_state(results, kind):
 def targets(results):
     """What is to be reached: (what, measured or None, relation, bound)."""
     rows = _group_targets(results)
-    without = _special(results, "snapshots", "io_p99_ms_without")
-    beside = _special(results, "snapshots", "io_p99_ms")
+    usual = _special(results, "around", "p99_usual_ms")
+    near = _special(results, "around", "p99_in_the_second_of_a_snapshot_ms")
     rows += [
         ("snapshot under load, p99 of the command, ms",
          _special(results, "snapshots", "command_p99_ms"), "<=", 10.0),
-        ("snapshots under load, p99 of I/O over that without", beside and beside / without,
+        ("snapshot under load, p99 of I/O in that second over the usual", near and near / usual,
          "<=", 2.0),
         ("restart after kill -9 with a million mapped blocks, s",
          _special(results, "restart", "ready_s"), "<=", 1.0),

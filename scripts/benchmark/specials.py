@@ -54,7 +54,7 @@ def snapshots(place):
 def around(place):
     options = place.options
     with place.filled(options.size * MIB) as server:
-        found = curves.around_snapshots(server, 6 if options.quick else 12, 1, options.seed)
+        found = curves.around_snapshots(server, 8 if options.quick else 24, 3, options.seed)
     edges = [(when, when + 0.2) for when in found["snapshots"]]
     near = [value for when, value in found["longest_ms"]
             if any(begin <= when < end for begin, end in edges)]
@@ -62,13 +62,14 @@ def around(place):
     last = found["snapshots"][-1] + 1
     far = [value for when, value in found["longest_ms"]
            if 0.5 < when < last and not any(begin <= when < end for begin, end in edges)]
-    figures = {"snapshots": len(edges),
+    figures = {"snapshots": len(edges), "p99_in_the_second_of_a_snapshot_ms": found["p99_ms"],
+               "p99_usual_ms": found["usual_p99_ms"],
                "longest_in_20_ms_near_snapshots_p50_ms": special.percentile(near, 0.5),
                "longest_in_20_ms_near_snapshots_ms": max(near),
                "longest_in_20_ms_elsewhere_p50_ms": special.percentile(far, 0.5),
                "longest_in_20_ms_elsewhere_ms": max(far)}
     return [{"name": "around", "figures": figures, "curves": found,
-             "title": "A load around snapshots, one a second (4 KiB random writes, QD 32 x 4, tmpfs)"}]
+             "title": "A load around snapshots, one in three seconds (4 KiB random writes, QD 32 x 4, tmpfs)"}]
 
 
 def restart(place):
@@ -113,7 +114,8 @@ def deleting(place):
     options = place.options
     most = options.change_mib * MIB
     with place.directory(options.disk, 3 * most) as directory:
-        found = deletion.measure(servers.VarveDirect, directory, most, options.seed, place.note)
+        found = deletion.measure(servers.VarveDirect, directory, most, options.rounds,
+                                 options.seed, place.note)
     return [{"name": "deletion", "figures": deletion.figures(found), "curves": found,
              "tables": {"By amount": deletion.table(found)},
              "title": "Deleting a snapshot (the disk's file system, O_DIRECT)"}]
