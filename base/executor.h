@@ -23,7 +23,8 @@ class Executor {
     virtual void Post(Runnable* runnable) = 0;
 
     /// Says that another thread is about to post something that somebody waits for. A thread with
-    /// nothing else to do may look for it for a while before it falls asleep. From this executor.
+    /// nothing else to do may look for a post for a while before it falls asleep. From this
+    /// executor.
     virtual void ExpectPost() {}
 };
 

@@ -5,7 +5,7 @@
 #include <signal.h>
 #include <unistd.h>
 
-#include <chrono>
+#include <algorithm>
 #include <future>
 #include <utility>
 
@@ -97,7 +97,7 @@ void Reactor::State::TakePosted() {
     if (!posted.load(std::memory_order_relaxed)) return;
     Runnable* newest = posted.exchange(nullptr, std::memory_order_acquire);
     if (newest == &asleep) return;
-    post.expected = false;
+    post.Came();
     Runnable* const last = newest;
     Runnable* oldest = nullptr;
     while (newest) {
@@ -148,7 +148,7 @@ void Reactor::State::RunCompleted() {
         Op* const following = op->next_;
         op->in_flight_ = false;
         --in_flight;
-        if (op->kind_ == Op::Kind::kReceive) receive.expected = false;
+        if (op->kind_ == Op::Kind::kReceive) receive.Came();
         Complete(*op);
         op = following;
     }
@@ -198,31 +198,28 @@ bool Reactor::State::Finished() const {
            !posted.load(std::memory_order_relaxed);
 }
 
-/// Looks for what is expected for a while. If something else comes first, that says nothing.
+/// Looks for what is expected, in as many turns as it takes, until its time is over.
 void Reactor::State::Poll() {
     if (options.poll_nanoseconds == 0 || local_head || completed_head) return;
-    const bool for_receive = receive.ShallPoll();
-    const bool for_post = post.ShallPoll();
-    if (!for_receive && !for_post) return;
-    if (!Look(for_post ? 2 * options.poll_nanoseconds : options.poll_nanoseconds)) {
-        if (for_receive) receive.End(false);
-        if (for_post) post.End(false);
-    }
-    for (const Op* op = completed_head; op; op = op->next_) {
-        if (op->kind_ == Op::Kind::kReceive) receive.End(true);
-    }
-    if (posted.load(std::memory_order_relaxed)) post.End(true);
+    if (!receive.expected && !post.expected) return;
+    const std::chrono::nanoseconds most(options.poll_nanoseconds);
+    const Clock::time_point began = Clock::now();
+    Clock::time_point end = began;
+    if (receive.ShallPoll(began, most)) end = std::max(end, receive.until);
+    if (post.ShallPoll(began, 2 * most)) end = std::max(end, post.until);
+    if (end == began) return;
+    LookUntil(end);
+    const Clock::time_point now = Clock::now();
+    receive.GiveUpIfLate(now);
+    post.GiveUpIfLate(now);
 }
 
-/// Whether anything completes or is posted in that time.
-bool Reactor::State::Look(int64_t nanoseconds) {
-    using Clock = std::chrono::steady_clock;
-    const auto end = Clock::now() + std::chrono::nanoseconds(nanoseconds);
+/// Until anything completes or is posted.
+void Reactor::State::LookUntil(Clock::time_point end) {
     for (bool late = false;; late = Clock::now() >= end) {
         Enter(false);
         Reap();
-        if (completed_head || posted.load(std::memory_order_relaxed)) return true;
-        if (late) return false;
+        if (late || completed_head || posted.load(std::memory_order_relaxed)) return;
         sched_yield();  // what is looked for may need this processor
     }
 }

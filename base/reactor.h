@@ -137,10 +137,10 @@ class Reactor : public Executor {
     /// stay valid until completion. A closed peer gives EPIPE, no signal.
     void SendAll(Op& op, int fd, const msghdr& message);
 
-    /// Says that a receive is about to complete. Until it does the thread looks for it for
-    /// ReactorOptions::poll_nanoseconds, once, before it falls asleep: to be woken takes longer
-    /// than that in a virtual machine, and as much processor time. It does so less and less often
-    /// while nothing comes.
+    /// Says that a receive is about to complete. When there is nothing else to do the thread looks
+    /// for one, from then on for ReactorOptions::poll_nanoseconds, before it falls asleep: to be
+    /// woken takes longer than that in a virtual machine, and as much processor time. It does so
+    /// less and less often while nothing comes in time.
     void ExpectSoon();
 
     // ---- others

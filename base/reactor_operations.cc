@@ -101,11 +101,11 @@ void Reactor::SendAll(Op& op, int fd, const msghdr& message) {
 }
 
 void Reactor::ExpectSoon() {
-    state_->receive.expected = true;
+    state_->receive.Expect();
 }
 
 void Reactor::ExpectPost() {
-    state_->post.expected = true;
+    state_->post.Expect();
 }
 
 void Reactor::StartTimer(TimerOp& op, int64_t nanoseconds) {

@@ -4,6 +4,7 @@
 #include <liburing.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <thread>
@@ -18,6 +19,8 @@ namespace varve {
 constexpr uint16_t kBufferGroup = 0;  // of what Receive() lends
 
 struct Reactor::State {
+    using Clock = std::chrono::steady_clock;
+
     explicit State(ReactorOptions o) : options(std::move(o)) {
         stop.run = [](Runnable* self) { static_cast<StopRequest*>(self)->requested = true; };
         wake_op.done = [](Op*, int32_t) {};
@@ -37,7 +40,7 @@ struct Reactor::State {
     void RunHooks();
     bool Finished() const;
     void Poll();
-    bool Look(int64_t nanoseconds);
+    void LookUntil(Clock::time_point end);
     bool FallAsleep();
     void Enter(bool wait);
     void Reap();
@@ -60,18 +63,33 @@ struct Reactor::State {
         return buffers + index * options.receive_buffer_bytes;
     }
 
-    /// That something is about to happen, and whether it is worthwhile to look for it.
+    /// That something is about to come, and until when it is looked for.
     struct Expectation {
         bool expected = false;
+        bool polled = false;  // for this one
+        Clock::time_point until;
         Backoff polls{63};
 
-        bool ShallPoll() {
-            expected = expected && !polls.Skip();
+        void Expect() {
+            expected = true;
+            polled = false;
+        }
+        void Came() {
+            if (expected && polled) polls.Succeeded();
+            expected = false;
+        }
+        bool ShallPoll(Clock::time_point now, std::chrono::nanoseconds most) {
+            if (expected && !polled) {
+                expected = !polls.Skip();
+                polled = true;
+                until = now + most;
+            }
             return expected;
         }
-        void End(bool met) {
+        void GiveUpIfLate(Clock::time_point now) {
+            if (!expected || now < until) return;
+            polls.Failed();
             expected = false;
-            met ? polls.Succeeded() : polls.Failed();
         }
     };
 

@@ -107,7 +107,7 @@ Task<void> Head::Round() {
     Errno error = 0;
     if (!Mutated(Mutant::kRowsBeforeData)) error = co_await SyncData();
     if (error == 0 && !commit.empty()) {
-        lane_.executor.ExpectPost();
+        if (!round_done_.empty()) lane_.executor.ExpectPost();
         const varve::Status s = co_await host_.CommitHead(disk_, commit, lane_.executor);
         VARVE_CHECK(s.ok() || core_.failed);
     }

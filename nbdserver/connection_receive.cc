@@ -45,8 +45,11 @@ int64_t NowNanoseconds() {
 /// Requests since it was asked before, which is at each receive.
 uint64_t Connection::CountArrived() {
     const uint64_t came = arrived_ - std::exchange(arrived_then_, arrived_);
-    if (came >= kTrickle) trickle_ = 0;
-    if (came > 0 && trickle_ < kTrickleLong) ++trickle_;
+    if (came >= kTrickle) {
+        trickle_ = 0;
+    } else if (came > 0 && trickle_ < kTrickleLong) {
+        ++trickle_;
+    }
     if (local_) rests_or_not_.Count(came, NowNanoseconds);
     return came;
 }

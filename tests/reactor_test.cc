@@ -376,7 +376,11 @@ TEST(Reactor, APollForAPostEndsWithIt) {
     auto reactor = StartReactor({.poll_nanoseconds = int64_t{3600} * 1'000'000'000});
     RunOn(*reactor, [&] { reactor->ExpectPost(); });
     const uint64_t polling = reactor->enters() + 1000;
-    while (reactor->enters() < polling) std::this_thread::yield();
+    const auto late = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+    while (reactor->enters() < polling && std::chrono::steady_clock::now() < late) {
+        std::this_thread::yield();
+    }
+    EXPECT_GE(reactor->enters(), polling);
     RunOn(*reactor, [] {});
     WaitedTimer timer;
     RunOn(*reactor, [&] {
@@ -408,6 +412,29 @@ void ExpectPollsToBecomeRare(void (*expect)(Reactor&)) {
 TEST(Reactor, PollsThatFindNothingBecomeRare) {
     ExpectPollsToBecomeRare([](Reactor& reactor) { reactor.ExpectSoon(); });
     ExpectPollsToBecomeRare([](Reactor& reactor) { reactor.ExpectPost(); });
+}
+
+/// What comes meanwhile, each 100 us for a second, does not give a poll of 1 ms another one.
+TEST(Reactor, APollThatIsInterruptedEndsInTime) {
+    auto reactor = StartReactor({.poll_nanoseconds = 1'000'000});
+    struct Ticking : TimerOp {
+        Reactor* reactor = nullptr;
+        int left = 10'000;
+        std::promise<void> over;
+    } ticking;
+    ticking.reactor = reactor.get();
+    ticking.done = [](Op* op, int32_t) {
+        auto* self = static_cast<Ticking*>(op);
+        if (--self->left == 0) return self->over.set_value();
+        self->reactor->StartTimer(*self, 100'000);
+    };
+    RunOn(*reactor, [&] {
+        reactor->StartTimer(ticking, 100'000);
+        reactor->ExpectPost();
+    });
+    ticking.over.get_future().wait();
+    EXPECT_LT(reactor->enters(), 40'000u);  // two for each tick, and those of the poll
+    reactor->Stop();
 }
 
 /// A thread that was told of a receive and of a post, and got both, sleeps: else the polls, of an

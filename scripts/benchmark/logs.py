@@ -68,15 +68,14 @@ class LoggedLoad:
     def percentile(self, fraction, *stretches):
         """Of the latencies of all requests that ended in one of the stretches (from, to), in ms.
 
-        Whole windows of 100 ms; an entry's time is its window's end.
+        Of windows of 100 ms that end in one; an entry's time is its window's end.
         """
         sums = {}
         with open(f"{self._prefix}_clat_hist.log") as log:
             for line in log:
                 fields = line.split(",")
                 end = int(fields[0]) / 1000
-                begin = end - HISTOGRAM_MS / 1000
-                if any(first <= begin and end <= last for first, last in stretches):
+                if any(first < end <= last for first, last in stretches):
                     for number, count in enumerate(fields[3:]):
                         if count != " 0":
                             sums[number] = sums.get(number, 0) + int(count)

@@ -27,9 +27,9 @@ class Place:
             yield directory
 
     @contextlib.contextmanager
-    def filled(self, size):
-        """A server on tmpfs with a disk of `size` bytes, written once."""
-        with self.directory(self.options.tmpfs, 3 * size) as directory:
+    def filled(self, size, room=3):
+        """A server on tmpfs with a disk of `size` bytes, written once; room for so many of it."""
+        with self.directory(self.options.tmpfs, room * size) as directory:
             server = servers.Varve(directory, size)
             server.prepare()
             server.start()
@@ -53,7 +53,7 @@ def snapshots(place):
 
 def around(place):
     options = place.options
-    with place.filled(options.size * MIB) as server:
+    with place.filled(options.size * MIB, room=10) as server:
         found = curves.around_snapshots(server, 8 if options.quick else 24, 3, options.seed)
     edges = [(when, when + 0.2) for when in found["snapshots"]]
     near = [value for when, value in found["longest_ms"]
