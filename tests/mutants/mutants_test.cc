@@ -81,7 +81,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kRoundDuringCut, "round-during-cut",
      "rows of the new generation are committed before the snapshot", 20},
     {Mutant::kCutWithoutHold, "cut-without-hold", "a cut across disks is taken one after the other",
-     50},
+     150},
     // The journal
     {Mutant::kDeletedUnfolded, "deleted-unfolded",
      "a snapshot is deleted while its generation is in the journal", 50},
