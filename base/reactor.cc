@@ -208,6 +208,7 @@ void Reactor::State::Poll() {
     if (receive.ShallPoll(began, most)) end = std::max(end, receive.until);
     if (post.ShallPoll(began, 2 * most)) end = std::max(end, post.until);
     if (end == began) return;
+    polls.store(polls.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     LookUntil(end);
     const Clock::time_point now = Clock::now();
     receive.GiveUpIfLate(now);

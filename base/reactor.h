@@ -156,6 +156,9 @@ class Reactor : public Executor {
     /// How often the loop entered the kernel. From any thread.
     uint64_t enters() const;
 
+    /// How often the loop looked for what was expected, in vain or not. From any thread.
+    uint64_t polls() const;
+
   private:
     struct State;  // with liburing, kept out of this header
 

@@ -132,4 +132,8 @@ uint64_t Reactor::enters() const {
     return state_->enters.load(std::memory_order_relaxed);
 }
 
+uint64_t Reactor::polls() const {
+    return state_->polls.load(std::memory_order_relaxed);
+}
+
 }  // namespace varve

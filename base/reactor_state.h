@@ -117,6 +117,7 @@ struct Reactor::State {
     BatchHook** hooks_tail = &hooks_head;
     uint64_t in_flight = 0;
     std::atomic<uint64_t> enters{0};
+    std::atomic<uint64_t> polls{0};
     StopRequest stop;
     Expectation receive;
     Expectation post;

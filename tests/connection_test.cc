@@ -11,7 +11,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <deque>
 #include <future>
 #include <optional>
@@ -22,6 +21,7 @@
 
 #include "nbdserver/wire.h"
 #include "tests/fake_volume.h"
+#include "tests/polling.h"
 #include "tests/run_on.h"
 
 namespace varve::nbdserver {
@@ -557,18 +557,6 @@ TEST_F(ConnectionTest, RequestsMayArriveInAnyPieces) {
 
 TEST_F(ConnectionTest, RepliesOfABatchLeaveTogether) {
     ExpectFewEntersForBatches();
-}
-
-constexpr int64_t kHour = int64_t{3600} * 1'000'000'000;
-
-/// A poll that would last for an hour enters the kernel all the time.
-void ExpectPolling(const Reactor& reactor) {
-    const uint64_t enough = reactor.enters() + 1000;
-    const auto late = std::chrono::steady_clock::now() + std::chrono::minutes(1);
-    while (reactor.enters() < enough && std::chrono::steady_clock::now() < late) {
-        std::this_thread::yield();
-    }
-    EXPECT_GE(reactor.enters(), enough);
 }
 
 TEST_F(ConnectionTest, TheReactorPollsForAClientWithOneRequestAtATime) {

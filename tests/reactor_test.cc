@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "base/buffers.h"
+#include "tests/polling.h"
 #include "tests/run_on.h"
 
 namespace varve {
@@ -305,7 +306,7 @@ TEST(Reactor, TimersFireAndCanBeCancelled) {
     WaitedTimer soon, late;
     RunOn(*reactor, [&] {
         reactor->StartTimer(soon, 1'000'000);
-        reactor->StartTimer(late, int64_t{3600} * 1'000'000'000);
+        reactor->StartTimer(late, kHour);
         EXPECT_EQ(reactor->in_flight(), 2u);
     });
     EXPECT_EQ(soon.Result(), 0);
@@ -351,7 +352,7 @@ TEST(Reactor, HooksRunOncePerTurnAfterEverythingElse) {
 
 /// With a poll that would last for an hour, whatever is not noticed hangs.
 TEST(Reactor, APollEndsWithWhatComesFirst) {
-    auto reactor = StartReactor({.poll_nanoseconds = int64_t{3600} * 1'000'000'000});
+    auto reactor = StartReactor({.poll_nanoseconds = kHour});
     SocketPair pair;
     Waited<ReceiveOp> receive;
     RunOn(*reactor, [&] {
@@ -373,14 +374,9 @@ TEST(Reactor, APollEndsWithWhatComesFirst) {
 }
 
 TEST(Reactor, APollForAPostEndsWithIt) {
-    auto reactor = StartReactor({.poll_nanoseconds = int64_t{3600} * 1'000'000'000});
+    auto reactor = StartReactor({.poll_nanoseconds = kHour});
     RunOn(*reactor, [&] { reactor->ExpectPost(); });
-    const uint64_t polling = reactor->enters() + 1000;
-    const auto late = std::chrono::steady_clock::now() + std::chrono::minutes(1);
-    while (reactor->enters() < polling && std::chrono::steady_clock::now() < late) {
-        std::this_thread::yield();
-    }
-    EXPECT_GE(reactor->enters(), polling);
+    ExpectPolling(*reactor);
     RunOn(*reactor, [] {});
     WaitedTimer timer;
     RunOn(*reactor, [&] {
@@ -393,19 +389,16 @@ TEST(Reactor, APollForAPostEndsWithIt) {
 
 void ExpectPollsToBecomeRare(void (*expect)(Reactor&)) {
     auto reactor = StartReactor({.poll_nanoseconds = 1'000'000});
-    int polls = 0;
     for (int i = 0; i < 127; ++i) {
-        const uint64_t before = reactor->enters();
         WaitedTimer timer;
         RunOn(*reactor, [&] {
             reactor->StartTimer(timer, 4'000'000);
             expect(*reactor);
         });
         EXPECT_EQ(timer.Result(), 0);
-        if (reactor->enters() - before > 10) ++polls;
     }
-    EXPECT_GE(polls, 1);
-    EXPECT_LE(polls, 40);  // 7, if all of them last as long as they should
+    EXPECT_GE(reactor->polls(), 1u);
+    EXPECT_LE(reactor->polls(), 40u);  // 7, if all of them last as long as they should
     reactor->Stop();
 }
 
@@ -440,7 +433,7 @@ TEST(Reactor, APollThatIsInterruptedEndsInTime) {
 /// A thread that was told of a receive and of a post, and got both, sleeps: else the polls, of an
 /// hour, would go on.
 TEST(Reactor, WhatHasComeIsNotExpectedAnyMore) {
-    auto reactor = StartReactor({.poll_nanoseconds = int64_t{3600} * 1'000'000'000});
+    auto reactor = StartReactor({.poll_nanoseconds = kHour});
     SocketPair pair;
     Waited<ReceiveOp> receive;
     EXPECT_EQ(write(pair.theirs, "a", 1), 1);

@@ -25,17 +25,15 @@ class LoggedLoad:
              "--per_job_logs=0"],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    def wait(self):
+    def wait(self, codes=(0,)):
         _, errors = self._process.communicate()
-        if self._process.returncode != 0:
+        if self._process.returncode not in codes:
             raise Failed(f"fio: {errors.strip()[-500:]}")
 
     def end(self):
         """Asks it to end early; what was logged until then is there."""
         self._process.send_signal(signal.SIGINT)
-        _, errors = self._process.communicate()
-        if self._process.returncode not in (0, 128):
-            raise Failed(f"fio: {errors.strip()[-500:]}")
+        self.wait(codes=(0, 128))
 
     def stop(self):
         """For when something else failed."""
