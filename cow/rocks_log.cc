@@ -84,6 +84,20 @@ bool AllZero(std::string_view bytes) {
     return std::all_of(bytes.begin(), bytes.end(), [](char c) { return c == 0; });
 }
 
+/// Whether the fragment at `at`, which is not whole, would be if its payload ended elsewhere: where
+/// all that follows in the block is zeros. Its length has changed, then.
+bool OnlyItsLengthIsWrong(std::string_view log, uint64_t at) {
+    const uint64_t payload = at + kHeader;
+    const uint64_t limit = std::min<uint64_t>(log.size(), BlockEnd(at));
+    const uint64_t used = log.substr(0, limit).find_last_not_of('\0') + 1;
+    // Zeros may be its own; more than a sector of them is not worth the search.
+    const uint64_t first = std::max(used, payload);
+    for (uint64_t end = first; end <= std::min(limit, first + kSector); ++end) {
+        if (ChecksumFits(log, at, end - payload)) return true;
+    }
+    return false;
+}
+
 /// Whether a part of the fragment at `at`, which is not whole, was never written: the file ends
 /// before it does, or one of its sectors reads as zeros, from where a write may have begun.
 bool LacksPart(std::string_view log, uint64_t at) {
@@ -92,18 +106,17 @@ bool LacksPart(std::string_view log, uint64_t at) {
     const uint64_t end = payload + LoadLittle<uint16_t>(log.data() + at + 4);
     const auto type = static_cast<uint8_t>(log[at + 6]);
     const bool plausible = type >= kFull && type <= kLast && end <= BlockEnd(at);
-    if (plausible && end > log.size()) {
-        // Unless it ends where the file does, and what has changed is its length.
-        return !ChecksumFits(log, at, log.size() - payload);
-    }
-    const uint64_t limit = plausible ? end : log.size();
+    if (plausible && OnlyItsLengthIsWrong(log, at)) return false;
+    if (plausible && end > log.size()) return true;
+    // A header that makes no sense has changed, unless a sector of its own is missing.
+    const uint64_t limit = plausible ? end : std::min<uint64_t>(log.size(), SectorEnd(payload - 1));
     const auto missing = [&](uint64_t from) {
         return AllZero(log.substr(from, std::min(limit, SectorEnd(from)) - from));
     };
     for (uint64_t from = at; from < limit; from = SectorEnd(from)) {
         if (missing(from)) return true;
     }
-    return payload < limit && missing(payload);
+    return plausible && payload < limit && missing(payload);
 }
 
 /// Follows whole records from the start on; returns where the first that is not whole begins, and

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "base/log.h"
+#include "cow/rocks_files.h"
 #include "cow/rocks_log.h"
 
 namespace varve::cow {
@@ -147,8 +148,8 @@ class RocksView : public MetadataView {
 
 class RocksStore : public MetadataStore {
   public:
-    RocksStore(std::unique_ptr<rocksdb::DB> db, std::string path)
-        : db_(std::move(db)), path_(std::move(path)) {}
+    RocksStore(std::unique_ptr<rocksdb::Env> env, std::unique_ptr<rocksdb::DB> db, std::string path)
+        : env_(std::move(env)), db_(std::move(db)), path_(std::move(path)) {}
 
     ~RocksStore() override {
         const rocksdb::Status status = db_->Close();
@@ -178,15 +179,17 @@ class RocksStore : public MetadataStore {
     }
 
   private:
+    const std::unique_ptr<rocksdb::Env> env_;  // outlives db_
     const std::unique_ptr<rocksdb::DB> db_;
     const std::string path_;
     std::mutex mutex_;  // one commit at a time: a torn record can only be the log's last
     std::optional<Error> failure_;
 };
 
-rocksdb::Options MakeOptions(const RocksOptions& given, rocksdb::WALRecoveryMode recovery) {
+rocksdb::Options MakeOptions(const RocksOptions& given, rocksdb::Env& env,
+                             rocksdb::WALRecoveryMode recovery) {
     rocksdb::Options options;
-    if (given.env) options.env = given.env;
+    options.env = &env;
     options.create_if_missing = given.create;
     options.paranoid_checks = true;
     options.compression = rocksdb::kLZ4Compression;
@@ -259,12 +262,14 @@ Result<std::unique_ptr<MetadataStore>> OpenRocksStore(const std::string& path,
     if (!torn.ok()) return torn.error();
     const auto recovery = torn.value() ? rocksdb::WALRecoveryMode::kPointInTimeRecovery
                                        : rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
-    const rocksdb::Options options = MakeOptions(given, recovery);
+    auto env = NewOverwritingEnv(given.env ? *given.env : *rocksdb::Env::Default());
+    const rocksdb::Options options = MakeOptions(given, *env, recovery);
     rocksdb::DB* raw = nullptr;
     const rocksdb::Status status = rocksdb::DB::Open(options, path, &raw);
     if (!status.ok()) return ToError(status, path);
     std::unique_ptr<rocksdb::DB> db(raw);
-    return std::unique_ptr<MetadataStore>(std::make_unique<RocksStore>(std::move(db), path));
+    return std::unique_ptr<MetadataStore>(
+        std::make_unique<RocksStore>(std::move(env), std::move(db), path));
 }
 
 }  // namespace varve::cow

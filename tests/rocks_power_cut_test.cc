@@ -223,26 +223,41 @@ TEST_F(RocksPowerCutTest, CommitsSurviveAtEverySyncAndBetween) {
                 history.log.position(), cuts.size());
 }
 
-/// What was not synced of a file ends at any byte; or at a sector, with zeros in the place of the
-/// rest.
+/// Of what was not synced of a file, that up to some byte has arrived: where the file has grown the
+/// rest is missing, or is zeros from a sector on; in place it is as before, from a sector on.
 class TornTailTest : public RocksPowerCutTest {
   protected:
     void TearAt(const History& history, size_t position, const std::string& prefix,
                 const std::string& suffix, size_t step) {
         const Files all = history.log.All(position);
         const std::string name = Latest(all, prefix, suffix);
-        const size_t whole = all.at(name).size();
-        const size_t durable = history.log.DurableBytes(name, position);
-        for (size_t length = durable; length <= whole; length += 1 + random_() % step) {
-            for (const bool zeros : {false, true}) {
-                if (zeros && length % 512 != 0 && length != durable) continue;
+        const std::string& whole = all.at(name);
+        const std::string durable = history.log.Durable(name, position);
+        const size_t used = whole.find_last_not_of('\0') + 1;
+        const auto arrived =
+            std::mismatch(whole.begin(), whole.end(), durable.begin(), durable.end());
+        const size_t first = static_cast<size_t>(arrived.first - whole.begin());
+        for (size_t length = first; length <= used; length += 1 + random_() % step) {
+            const bool sector = length % 512 == 0 || length == first;
+            const std::string begin = whole.substr(0, length);
+            std::vector<std::string> torn;
+            if (length >= durable.size()) torn.push_back(begin);
+            if (length >= durable.size() && sector) {
+                torn.push_back(begin + std::string(whole.size() - length, '\0'));
+            }
+            const std::string sectors = whole.substr(0, std::max(first, length / 512 * 512));
+            if (sectors.size() < durable.size()) {
+                torn.push_back(sectors + durable.substr(sectors.size()));
+            }
+            for (std::string& content : torn) {
+                const size_t size = content.size();
                 Files files = all;
-                files[name].resize(length);
-                if (zeros) files[name].resize(whole, '\0');
+                files[name] = std::move(content);
                 ++cuts_;
                 ASSERT_TRUE(Opens(history, files, position))
-                    << wrong_ << "; " << name << " with " << length << " of " << whole
-                    << " bytes, durable " << durable << ", zeros " << zeros << ", seed " << seed_;
+                    << wrong_ << "; " << length << " of " << used << " bytes of " << name
+                    << ", which has " << size << ", durable " << durable.size() << ", seed "
+                    << seed_;
             }
         }
     }
@@ -306,7 +321,8 @@ TEST_F(RocksPowerCutTest, NoModeOfRocksDBsTellsTornFromDamaged) {
     Files torn = log.All(log.position());  // the third commit lacks a sector, and was not answered
     Files damaged = torn;                  // the first one was answered
     std::string& content = torn.at(Latest(torn, "", ".log"));
-    content.replace(content.size() / 512 * 512 - 512, 512, std::string(512, '\0'));
+    const size_t last = content.find_last_not_of('\0') / 512 * 512;
+    content.replace(last - 512, 512, std::string(512, '\0'));
     damaged.at(Latest(damaged, "", ".log"))[1000] ^= 1;
 
     EXPECT_EQ(CommitsIn(place_.New(torn), Mode::kTolerateCorruptedTailRecords), std::nullopt);

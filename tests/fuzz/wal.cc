@@ -86,9 +86,11 @@ void VerifyCut(const Log& log, size_t at) {
     // A crash leaves a beginning, or lacks sectors.
     at %= log.bytes.size() + 1;
     VARVE_CHECK(ScanLog(log.bytes.substr(0, at)).end != LogScan::End::kDamaged);
-    std::string zeros = log.bytes.substr(0, at / kSector * kSector);
-    zeros.resize(std::max(at, zeros.size()) + 100, '\0');
-    VARVE_CHECK(ScanLog(zeros).end != LogScan::End::kDamaged);
+    for (const size_t ahead : {size_t{100}, 2 * kLogBlock}) {
+        std::string zeros = log.bytes.substr(0, at / kSector * kSector);
+        zeros.resize(std::max(at, zeros.size()) + ahead, '\0');
+        VARVE_CHECK(ScanLog(zeros).end != LogScan::End::kDamaged);
+    }
 }
 
 void VerifyBroken(Log log, size_t at, uint8_t change) {
@@ -102,11 +104,14 @@ void VerifyBroken(Log log, size_t at, uint8_t change) {
     const size_t block_left = kLogBlock - at % kLogBlock;
     if (block_left < kHeader) return;
     log.bytes[at] = static_cast<char>(log.bytes[at] ^ change);
-    const LogScan scan = ScanLog(log.bytes);
     // In the last record, a sequence number's zeros may look like a missing sector.
     const bool last = begin == log.begins.back();
-    VARVE_CHECK(scan.end == LogScan::End::kDamaged || (last && scan.end == LogScan::End::kTorn));
-    VARVE_CHECK(scan.offset == begin);
+    for (const size_t ahead : {size_t{0}, 2 * kLogBlock}) {
+        const LogScan scan = ScanLog(log.bytes.append(ahead, '\0'));
+        const bool torn = scan.end == LogScan::End::kTorn;
+        VARVE_CHECK(scan.end == LogScan::End::kDamaged || (last && torn));
+        VARVE_CHECK(scan.offset == begin);
+    }
 }
 
 }  // namespace

@@ -177,11 +177,11 @@ Files FileLog::All(size_t position) const {
     return files;
 }
 
-size_t FileLog::DurableBytes(const std::string& name, size_t position) const {
+std::string FileLog::Durable(const std::string& name, size_t position) const {
     std::lock_guard lock(mutex_);
     State state = StateAt(position);
     for (const Op* op : state.loose) Apply(*op, state.names);
-    return state.contents[state.names.at(name)].durable.size();
+    return state.contents[state.names.at(name)].durable;
 }
 
 std::string FileLog::Tear(const Content& content, Random& random) {

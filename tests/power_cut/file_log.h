@@ -51,8 +51,8 @@ class FileLog {
     Files Cut(size_t position, Random& random) const;
     /// As if nothing was lost.
     Files All(size_t position) const;
-    /// How many bytes of a file's beginning are durable.
-    size_t DurableBytes(const std::string& name, size_t position) const;
+    /// What is durable of a file's bytes.
+    std::string Durable(const std::string& name, size_t position) const;
 
   private:
     struct Op {

@@ -40,12 +40,15 @@ class LoggedFile : public rocksdb::FSWritableFileOwnerWrapper {
                     const rocksdb::DataVerificationInfo&, IODebugContext* debug) override {
         return Append(data, options, debug);
     }
-    IOStatus PositionedAppend(const Slice&, uint64_t, const IOOptions&, IODebugContext*) override {
-        return IOStatus::NotSupported("only O_DIRECT needs it");
+    IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
+                              IODebugContext* debug) override {
+        const IOStatus status = target()->PositionedAppend(data, offset, options, debug);
+        if (status.ok()) log_.Write(id_, offset, {data.data(), data.size()});
+        return status;
     }
     IOStatus PositionedAppend(const Slice&, uint64_t, const IOOptions&,
                               const rocksdb::DataVerificationInfo&, IODebugContext*) override {
-        return IOStatus::NotSupported("only O_DIRECT needs it");
+        return IOStatus::NotSupported("nothing asks for it");
     }
     IOStatus Truncate(uint64_t, const IOOptions&, IODebugContext*) override {
         return IOStatus::NotSupported("only O_DIRECT needs it");

@@ -1,0 +1,130 @@
+// The file system that RocksDB gets: logs that are overwritten in place. What a crash makes of them
+// is tested by rocks_power_cut_test.
+#include "cow/rocks_files.h"
+
+#include <gtest/gtest.h>
+#include <rocksdb/file_system.h>
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+namespace varve::cow {
+namespace {
+
+namespace fs = std::filesystem;
+using rocksdb::IODebugContext;
+using rocksdb::IOOptions;
+using rocksdb::IOStatus;
+using rocksdb::Slice;
+
+/// A file system that has no room for long writes.
+class Narrow : public rocksdb::FileSystemWrapper {
+  public:
+    Narrow() : FileSystemWrapper(rocksdb::FileSystem::Default()) {}
+    const char* Name() const override { return "Narrow"; }
+    IOStatus NewWritableFile(const std::string& path, const rocksdb::FileOptions& options,
+                             std::unique_ptr<rocksdb::FSWritableFile>* result,
+                             IODebugContext* debug) override {
+        std::unique_ptr<rocksdb::FSWritableFile> file;
+        IOStatus status = target()->NewWritableFile(path, options, &file, debug);
+        if (status.ok()) *result = std::make_unique<File>(std::move(file));
+        return status;
+    }
+
+  private:
+    struct File : rocksdb::FSWritableFileOwnerWrapper {
+        using FSWritableFileOwnerWrapper::FSWritableFileOwnerWrapper;
+        IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
+                                  IODebugContext* debug) override {
+            if (data.size() >= kLogAheadBytes) return IOStatus::NoSpace("no room");
+            return target()->PositionedAppend(data, offset, options, debug);
+        }
+    };
+};
+
+class RocksFilesTest : public testing::Test {
+  protected:
+    RocksFilesTest() {
+        std::string pattern = (fs::temp_directory_path() / "varve-files-XXXXXX").string();
+        root_ = ::mkdtemp(pattern.data());
+        Make("1.log");
+    }
+    ~RocksFilesTest() override { fs::remove_all(root_); }
+
+    void Make(const std::string& name) {
+        path_ = root_ / name;
+        const rocksdb::Status status = env_->NewWritableFile(path_.string(), &file_, {});
+        ASSERT_TRUE(status.ok()) << status.ToString();
+    }
+    void Commit(size_t bytes, char content = 'c') {
+        ASSERT_TRUE(file_->Append(std::string(bytes, content)).ok());
+        ASSERT_TRUE(file_->Sync().ok());
+        expected_ += std::string(bytes, content);
+    }
+    uint64_t Size() const { return fs::file_size(path_); }
+    /// What was committed, and then zeros only.
+    void Verify() const {
+        std::ifstream in(path_, std::ios::binary);
+        const std::string content((std::istreambuf_iterator<char>(in)), {});
+        ASSERT_GE(content.size(), expected_.size());
+        EXPECT_TRUE(content.starts_with(expected_));
+        EXPECT_EQ(content.find_first_not_of('\0', expected_.size()), std::string::npos);
+    }
+
+    fs::path root_, path_;
+    std::unique_ptr<rocksdb::Env> env_ = NewOverwritingEnv(*rocksdb::Env::Default());
+    std::unique_ptr<rocksdb::WritableFile> file_;
+    std::string expected_;
+};
+
+TEST_F(RocksFilesTest, ShortCommitsOverwriteWhatIsThere) {
+    uint64_t grown = 0;
+    uint64_t size = 0;
+    for (int i = 0; i < 3000; ++i) {
+        Commit(200, static_cast<char>('a' + i % 26));
+        if (Size() != size) ++grown;
+        size = Size();
+    }
+    Verify();
+    EXPECT_EQ(grown, 3u);
+    EXPECT_EQ(file_->GetFileSize(), 600'000u);
+    EXPECT_LE(Size(), 600'000 + kLogAheadBytes);
+}
+
+TEST_F(RocksFilesTest, LongCommitsGetNoZeros) {
+    Commit(kLogAheadBytes);
+    EXPECT_EQ(Size(), kLogAheadBytes);
+    Commit(1);
+    EXPECT_EQ(Size(), 2 * kLogAheadBytes + 1);
+    Commit(kLogAheadBytes - 1);
+    EXPECT_EQ(Size(), 2 * kLogAheadBytes + 1);
+    Commit(2 * kLogAheadBytes);
+    Verify();
+    EXPECT_EQ(Size(), 4 * kLogAheadBytes);
+}
+
+TEST_F(RocksFilesTest, WithoutRoomForZerosALogGrows) {
+    const auto narrow = rocksdb::NewCompositeEnv(std::make_shared<Narrow>());
+    env_ = NewOverwritingEnv(*narrow);
+    Make("2.log");
+    for (int i = 1; i <= 3; ++i) {
+        Commit(100);
+        EXPECT_EQ(Size(), 100u * static_cast<unsigned>(i));
+    }
+    Verify();
+    EXPECT_FALSE(file_->Append(std::string(kLogAheadBytes, 'x')).ok());
+    Commit(100);
+    Verify();
+}
+
+TEST_F(RocksFilesTest, OtherFilesAreLeftAlone) {
+    Make("2.sst");
+    Commit(100);
+    Verify();
+    EXPECT_EQ(Size(), 100u);
+}
+
+}  // namespace
+}  // namespace varve::cow
