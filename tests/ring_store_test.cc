@@ -81,6 +81,7 @@ class Fixture {
         EXPECT_EQ(io.error, 0);
         return now;
     }
+    uint64_t syncs_done_now() const { return store_->syncs_done_now(); }
     Errno Run(Kind kind, uint64_t offset, std::vector<iovec> vectors) {
         std::vector<Waited> ios(1);
         ios[0].kind = kind;
@@ -209,6 +210,52 @@ TEST(RingStore, OnlyReadsOfWhatIsMappedAreDoneAtOnce) {
         EXPECT_FALSE(fixture.DoNow(Kind::kRead, 1 << 20, memory));
         EXPECT_FALSE(fixture.DoNow(Kind::kWrite, 0, memory));
         EXPECT_FALSE(fixture.DoNow(Kind::kSync, 0, memory));
+    }
+}
+
+/// How many of `syncs` syncs, one after the other, do not go through the ring.
+uint64_t SyncsDoneNow(const FileTraits& traits, int syncs) {
+    Fixture fixture(TemporaryFile(0), traits);
+    for (int i = 0; i < syncs; ++i) EXPECT_EQ(fixture.Run(Kind::kSync, 0, {}), 0);
+    return fixture.syncs_done_now();
+}
+
+TEST(RingStore, OnlyQuickSyncsOfADeviceAreDoneAtOnce) {
+    FileTraits traits;
+    traits.quick_sync_nanoseconds = INT64_MAX;
+    EXPECT_EQ(SyncsDoneNow(traits, 100), 0u);  // the page cache may hold much
+    traits.alignment = 512;
+    EXPECT_EQ(SyncsDoneNow(traits, 100), 100u);
+    traits.quick_sync_nanoseconds = -1;
+    EXPECT_EQ(SyncsDoneNow(traits, 100), 6u);  // after 1, 3, 7... others
+}
+
+TEST(RingStore, ASyncBesideAnotherTransferGoesThroughTheRing) {
+    FileTraits traits;
+    traits.alignment = 512;
+    traits.quick_sync_nanoseconds = INT64_MAX;
+    Fixture fixture(TemporaryFile(0), traits);
+    alignas(512) char block[512] = {};
+    iovec vector{block, sizeof block};
+    std::vector<Fixture::Waited> ios(2);
+    ios[0].kind = Kind::kWrite;
+    ios[0].vectors = &vector;
+    ios[0].vector_count = 1;
+    ios[1].kind = Kind::kSync;
+    EXPECT_EQ(fixture.Run(ios), std::vector<Errno>(2, 0));
+    EXPECT_EQ(fixture.syncs_done_now(), 0u);
+}
+
+TEST(RingStore, AFailedSyncIsReportedHoweverItIsDone) {
+    for (const uint32_t alignment : {1u, 512u}) {
+        FileTraits traits;
+        traits.alignment = alignment;
+        int fds[2];
+        ASSERT_EQ(pipe2(fds, O_CLOEXEC), 0);
+        close(fds[0]);
+        Fixture fixture(fds[1], traits);
+        EXPECT_EQ(fixture.Run(Kind::kSync, 0, {}), EINVAL);
+        EXPECT_EQ(fixture.syncs_done_now(), alignment > 1 ? 1u : 0u);
     }
 }
 
