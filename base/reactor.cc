@@ -233,9 +233,16 @@ bool Reactor::State::FallAsleep() {
 }
 
 void Reactor::State::Enter(bool wait) {
+    Entered(wait ? io_uring_submit_and_wait(&ring, 1) : io_uring_submit_and_get_events(&ring));
+}
+
+void Reactor::State::Submit() {
+    Entered(io_uring_submit(&ring));
+}
+
+void Reactor::State::Entered(int result) {
     enters.store(enters.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
-    const int result =
-        wait ? io_uring_submit_and_wait(&ring, 1) : io_uring_submit_and_get_events(&ring);
+    transfers_prepared = 0;
     // What could not be submitted now stays in the queue for the next turn.
     VARVE_CHECK(result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY);
 }

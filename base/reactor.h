@@ -3,7 +3,8 @@
 //
 // One turn of the loop: run what completed, run what was posted, run the batch hooks, then submit
 // everything that those prepared and wait for the next completion, in one system call. So a
-// hundred requests that arrive together cost few system calls together.
+// hundred requests that arrive together cost few system calls together. Only transfers of files do
+// not wait for the end of the turn: they leave in groups of four, so that the device begins.
 #pragma once
 
 #include <sys/socket.h>

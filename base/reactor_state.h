@@ -42,7 +42,10 @@ struct Reactor::State {
     void Poll();
     void LookUntil(Clock::time_point end);
     bool FallAsleep();
+    void Submit();
+    void SubmitTransfer();
     void Enter(bool wait);
+    void Entered(int result);
     void Reap();
 
     void PostLocally(Runnable* runnable) {
@@ -121,6 +124,7 @@ struct Reactor::State {
     StopRequest stop;
     Expectation receive;
     Expectation post;
+    unsigned transfers_prepared = 0;  // since the last submission
     Op wake_op;
     uint64_t wake_count = 0;
 

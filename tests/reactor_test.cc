@@ -6,6 +6,7 @@
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -198,6 +199,27 @@ TEST(Reactor, ReadsAndWritesSeveralVectorsAndSyncs) {
     EXPECT_EQ(c + d.substr(0, 7), "first second");
     RunOn(*reactor, [&] { reactor->Read(bad, -1, in, 1, 0); });
     EXPECT_EQ(bad.Result(), -EBADF);
+    reactor->Stop();
+    close(fd);
+}
+
+TEST(Reactor, TransfersAreUnderWayWhileOthersArePrepared) {
+    auto reactor = StartReactor();
+    const int fd = memfd_create("varve", MFD_CLOEXEC);
+    ASSERT_EQ(ftruncate(fd, 4096), 0);
+    std::deque<WaitedOp> ops(10);
+    char byte = 0;
+    iovec vector{&byte, 1};
+    std::vector<uint64_t> entered;
+    RunOn(*reactor, [&] {
+        const uint64_t before = reactor->enters();
+        for (WaitedOp& op : ops) {
+            reactor->Read(op, fd, &vector, 1, 0);
+            entered.push_back(reactor->enters() - before);
+        }
+    });
+    EXPECT_EQ(entered, (std::vector<uint64_t>{0, 0, 0, 1, 1, 1, 1, 2, 2, 2}));
+    for (WaitedOp& op : ops) EXPECT_EQ(op.Result(), 1);
     reactor->Stop();
     close(fd);
 }
