@@ -18,6 +18,10 @@ namespace {
 constexpr uint32_t kVectorsMax = 1024;  // IOV_MAX: more leave as several transfers
 // Neighbours leave as one transfer of at most so many bytes.
 constexpr uint64_t kJoinedBytesMax = 256 << 10;
+// A write to memory of at least so many bytes is left to one of the ring's threads, and this one
+// receives the next meanwhile. One client, QD 8, requests/s: 1 MiB 1,520 -> 3,864, 64 KiB 31,453 ->
+// 56,067, 32 KiB 57,926 -> 52,644; neighbours of 4 KiB that leave together 199,805 -> 170,667.
+constexpr uint64_t kHandedOverBytes = 64 << 10;
 
 uint64_t BytesOf(const iovec* vectors, uint32_t count) {
     uint64_t bytes = 0;
@@ -175,7 +179,7 @@ void RingStore::Step(Transfer& transfer) {
     }
     const auto n = static_cast<uint32_t>(std::min<size_t>(count, kVectorsMax));
     const uint64_t offset = transfer.offset + transfer.moved;
-    if (traits_.in_memory) {
+    if (IsMovedNow(transfer)) {
         transfer.result = MoveNow(transfer.kind, vectors, n, offset);
         reactor_.Post(&transfer);
     } else if (transfer.kind == cow::BlockIo::Kind::kRead) {
@@ -204,6 +208,12 @@ int32_t RingStore::SyncNow() {
     took.count() <= traits_.quick_sync_nanoseconds ? syncs_now_.Succeeded() : syncs_now_.Failed();
     ++syncs_done_now_;
     return result < 0 ? -errno : 0;
+}
+
+bool RingStore::IsMovedNow(const Transfer& transfer) const {
+    if (!traits_.in_memory) return false;
+    const bool large = transfer.ios.size() == 1 && transfer.total >= kHandedOverBytes;
+    return transfer.kind != cow::BlockIo::Kind::kWrite || !large;
 }
 
 bool RingStore::ReadMapped(const iovec* vectors, uint32_t count, uint64_t offset) {

@@ -91,6 +91,39 @@ class Fixture {
         return Run(ios)[0];
     }
 
+    /// Writes pieces of zeros side by side in one turn; returns how many transfers the ring has
+    /// then.
+    uint64_t HandedOver(size_t pieces, size_t bytes) {
+        struct Look : Runnable {
+            Reactor* reactor = nullptr;
+            uint64_t in_flight = 0;
+        } look;
+        look.reactor = reactor_.get();
+        look.run = [](Runnable* self) {
+            auto* it = static_cast<Look*>(self);
+            it->in_flight = it->reactor->in_flight();
+        };
+        std::string zeros(bytes, 0);
+        iovec memory{zeros.data(), bytes};
+        std::vector<Waited> ios(pieces);
+        RunOn(*reactor_, [&] {
+            for (size_t i = 0; i < pieces; ++i) {
+                ios[i].kind = Kind::kWrite;
+                ios[i].offset = i * bytes;
+                ios[i].vectors = &memory;
+                ios[i].vector_count = 1;
+                ios[i].done = [](cow::BlockIo* io) {
+                    static_cast<Waited*>(io)->promise.set_value(io->error);
+                };
+                store_->Submit(ios[i]);
+            }
+            reactor_->Post(&look);  // runs when they have started
+        });
+        for (Waited& io : ios) EXPECT_EQ(io.promise.get_future().get(), 0);
+        RunOn(*reactor_, [] {});
+        return look.in_flight;
+    }
+
   private:
     const int fd_;
     std::unique_ptr<Reactor> reactor_;
@@ -211,6 +244,17 @@ TEST(RingStore, OnlyReadsOfWhatIsMappedAreDoneAtOnce) {
         EXPECT_FALSE(fixture.DoNow(Kind::kWrite, 0, memory));
         EXPECT_FALSE(fixture.DoNow(Kind::kSync, 0, memory));
     }
+}
+
+TEST(RingStore, OnlyLargeWritesToMemoryAreHandedOver) {
+    const int fd = memfd_create("varve", MFD_CLOEXEC);
+    Fixture fixture(fd, Probe(fd, false));
+    EXPECT_EQ(fixture.HandedOver(1, 4096), 0u);
+    EXPECT_EQ(fixture.HandedOver(1, 32 << 10), 0u);
+    EXPECT_EQ(fixture.HandedOver(1, 64 << 10), 1u);
+    EXPECT_EQ(fixture.HandedOver(1, 1 << 20), 1u);
+    EXPECT_EQ(fixture.HandedOver(4, 256 << 10), 4u);
+    EXPECT_EQ(fixture.HandedOver(64, 4096), 0u);  // they leave together, and at once
 }
 
 /// How many of `syncs` syncs, one after the other, do not go through the ring.
