@@ -121,7 +121,7 @@ void Reactor::State::ArmWake() {
 // The loop
 
 void Reactor::State::Loop() {
-    for (;;) {
+    for (;; ++turn) {
         RunCompleted();
         RunPosted();
         RunHooks();

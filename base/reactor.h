@@ -4,7 +4,8 @@
 // One turn of the loop: run what completed, run what was posted, run the batch hooks, then submit
 // everything that those prepared and wait for the next completion, in one system call. So a
 // hundred requests that arrive together cost few system calls together. Only transfers of files do
-// not wait for the end of the turn: they leave in groups of four, so that the device begins.
+// not wait for the end of the turn: each four of them leave, with all that was prepared before, so
+// that the device begins.
 #pragma once
 
 #include <sys/socket.h>
@@ -153,6 +154,9 @@ class Reactor : public Executor {
 
     /// Operations in flight, the reactor's own not counted.
     uint64_t in_flight() const;
+
+    /// A number that every turn of the loop has of its own.
+    uint64_t turn() const;
 
     /// How often the loop entered the kernel. From any thread.
     uint64_t enters() const;

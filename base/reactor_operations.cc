@@ -138,6 +138,10 @@ uint64_t Reactor::in_flight() const {
     return state_->in_flight;
 }
 
+uint64_t Reactor::turn() const {
+    return state_->turn;
+}
+
 uint64_t Reactor::enters() const {
     return state_->enters.load(std::memory_order_relaxed);
 }

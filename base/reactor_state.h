@@ -124,6 +124,7 @@ struct Reactor::State {
     StopRequest stop;
     Expectation receive;
     Expectation post;
+    uint64_t turn = 0;
     unsigned transfers_prepared = 0;  // since the last submission
     Op wake_op;
     uint64_t wake_count = 0;

@@ -29,28 +29,30 @@ class LogFile : public rocksdb::FSWritableFileOwnerWrapper {
         return Append(data, options, debug);
     }
     IOStatus Sync(const IOOptions& options, IODebugContext* debug) override {
-        if (written_ > end_) {
-            end_ = written_;
-            if (written_ - synced_ < kLogAheadBytes) WriteAhead(options, debug);
-        }
-        IOStatus status = target()->Sync(options, debug);
-        if (status.ok()) synced_ = written_;
-        return status;
+        GrowIfNeeded(options, debug);
+        return target()->Sync(options, debug);
     }
     IOStatus Fsync(const IOOptions& options, IODebugContext* debug) override {
-        return Sync(options, debug);
+        GrowIfNeeded(options, debug);
+        return target()->Fsync(options, debug);
     }
     uint64_t GetFileSize(const IOOptions&, IODebugContext*) override { return written_; }
 
   private:
-    void WriteAhead(const IOOptions& options, IODebugContext* debug) {
+    void GrowIfNeeded(const IOOptions& options, IODebugContext* debug) {
+        const uint64_t commit = written_ - std::exchange(before_, written_);
+        if (written_ <= end_) return;
+        end_ = written_;
+        if (commit >= kLogAheadBytes || !ahead_) return;
         static const std::string zeros(kLogAheadBytes, '\0');
-        if (target()->PositionedAppend(zeros, end_, options, debug).ok()) end_ += zeros.size();
+        ahead_ = target()->PositionedAppend(zeros, end_, options, debug).ok();
+        if (ahead_) end_ += zeros.size();
     }
 
     uint64_t written_ = 0;  // bytes of the log
-    uint64_t synced_ = 0;   // of these
-    uint64_t end_ = 0;      // the file's: after it there are no zeros yet
+    uint64_t before_ = 0;   // at the latest sync
+    uint64_t end_ = 0;      // up to here the file has bytes for certain
+    bool ahead_ = true;     // no use once there was no room
 };
 
 class OverwritingFileSystem : public rocksdb::FileSystemWrapper {

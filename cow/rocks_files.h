@@ -17,8 +17,9 @@ constexpr uint64_t kLogAheadBytes = 256 << 10;
 /// bytes that are there already: once a sync finds that the file has grown, it writes
 /// kLogAheadBytes of zeros after the end, so that the following syncs need not store a new size.
 /// On ext4, appending 200 bytes and fdatasync took 167 to 316 us, over existing bytes 120 to 125.
-/// Commits that are longer than that gain nothing and get no zeros. If zeros cannot be written, the
-/// log grows as without them.
+/// Commits that are longer than that gain nothing and get no zeros. If zeros cannot be written,
+/// this log grows as without them from then on. Not for DB::SyncWAL(), which may sync a log while
+/// another thread appends to it.
 std::unique_ptr<rocksdb::Env> NewOverwritingEnv(rocksdb::Env& base);
 
 }  // namespace varve::cow

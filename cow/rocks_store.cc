@@ -169,6 +169,9 @@ class RocksStore : public MetadataStore {
             status = op.value ? rows.Put(op.key, *op.value) : rows.Delete(op.key);
             if (!status.ok()) break;
         }
+        // A record's last sector must not read as zeros, as if it had never been written: rows may
+        // end in many. Only the log gets this.
+        if (status.ok()) status = rows.PutLogData("\xff");
         rocksdb::WriteOptions options;
         options.sync = true;  // claim of MetadataStore::Commit: what succeeded is durable
         if (status.ok()) status = db_->Write(options, &rows);

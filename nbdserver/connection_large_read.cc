@@ -39,7 +39,7 @@ class ConnectionHost::Shared::SliceTurn {
 
 /// Whether none has begun in this turn.
 bool ConnectionHost::Shared::BeginSlice() {
-    return std::exchange(slice_turn_, reactor.enters()) != reactor.enters();
+    return std::exchange(slice_turn_, reactor.turn()) != reactor.turn();
 }
 
 void ConnectionHost::Shared::OnSliceTimer() {

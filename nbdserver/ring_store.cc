@@ -18,9 +18,10 @@ namespace {
 constexpr uint32_t kVectorsMax = 1024;  // IOV_MAX: more leave as several transfers
 // Neighbours leave as one transfer of at most so many bytes.
 constexpr uint64_t kJoinedBytesMax = 256 << 10;
-// A write to memory of at least so many bytes is left to one of the ring's threads, and this one
-// receives the next meanwhile. One client, QD 8, requests/s: 1 MiB 1,520 -> 3,864, 64 KiB 31,453 ->
-// 56,067, 32 KiB 57,926 -> 52,644; neighbours of 4 KiB that leave together 199,805 -> 170,667.
+// A write to memory of at least so many bytes, or neighbours that have so many on average, is left
+// to one of the ring's threads, and this one receives the next meanwhile. One client, QD 8,
+// requests/s: 1 MiB 1,520 -> 3,864, 64 KiB 31,453 -> 56,067, 32 KiB 57,926 -> 52,644; neighbours of
+// 4 KiB that leave together 199,805 -> 170,667.
 constexpr uint64_t kHandedOverBytes = 64 << 10;
 
 uint64_t BytesOf(const iovec* vectors, uint32_t count) {
@@ -75,16 +76,29 @@ struct RingStore::Transfer : Op, Runnable {
     uint64_t total = 0;  // bytes
     std::vector<cow::BlockIo*> ios;
     std::vector<iovec> vectors;
-    std::vector<iovec> rest;  // what is left after a short step
-    int32_t result = 0;       // of the last step, in memory only
+    std::vector<iovec> rest;                      // what is left after a short step
+    int32_t result = 0;                           // of the last step, in memory only
+    std::chrono::steady_clock::time_point began;  // of a sync
 };
 
 RingStore::RingStore(Reactor& reactor, int fd, FileTraits traits,
-                     std::shared_ptr<const FileMapping> mapping)
-    : reactor_(reactor), fd_(fd), traits_(traits), mapping_(std::move(mapping)) {
+                     std::shared_ptr<const FileMapping> mapping, int64_t quick_sync_nanoseconds)
+    : reactor_(reactor),
+      fd_(fd),
+      traits_(traits),
+      mapping_(std::move(mapping)),
+      quick_sync_nanoseconds_(quick_sync_nanoseconds) {
     start_pending_.store = this;
     start_pending_.run = [](Runnable* self) {
         static_cast<StartPending*>(self)->store->FlushPending();
+    };
+    sync_next_.store = this;
+    sync_next_.BatchHook::run = [](BatchHook* self) {
+        auto* next = static_cast<SyncNext*>(self);
+        next->store->reactor_.Post(next);
+    };
+    sync_next_.Runnable::run = [](Runnable* self) {
+        static_cast<SyncNext*>(self)->store->SyncOrLeaveToRing();
     };
 }
 
@@ -139,6 +153,7 @@ RingStore::Transfer& RingStore::Begin(cow::BlockIo& io, uint64_t bytes) {
     transfer.offset = io.offset;
     transfer.moved = 0;
     transfer.total = bytes;
+    if (io.kind == cow::BlockIo::Kind::kSync) transfer.began = std::chrono::steady_clock::now();
     transfer.ios.assign(1, &io);
     transfer.vectors.assign(io.vectors, io.vectors + io.vector_count);
     return transfer;
@@ -187,8 +202,8 @@ void RingStore::Step(Transfer& transfer) {
     } else if (transfer.kind == cow::BlockIo::Kind::kWrite) {
         reactor_.Write(transfer, fd_, vectors, n, offset);
     } else if (MaySyncNow()) {
-        transfer.result = SyncNow();
-        reactor_.Post(&transfer);
+        sync_next_.transfer = &transfer;
+        reactor_.AtBatchEnd(sync_next_);
     } else {
         reactor_.DataSync(transfer, fd_);
     }
@@ -197,22 +212,26 @@ void RingStore::Step(Transfer& transfer) {
 /// The ring hands a sync to a thread of its own, there and back longer than a fast device takes.
 /// Whoever else is served by this thread waits meanwhile, so there must be no other transfer, no
 /// page cache that could hold much, and syncs must have been quick.
-bool RingStore::MaySyncNow() {
-    return in_flight_ == 1 && traits_.alignment > 1 && !syncs_now_.Skip();
+bool RingStore::MaySyncNow() const {
+    return in_flight_ == 1 && traits_.alignment > 1 && quick_syncs_ >= kQuickSyncs;
 }
 
-int32_t RingStore::SyncNow() {
-    const auto began = std::chrono::steady_clock::now();
-    const int result = fdatasync(fd_);
-    const std::chrono::nanoseconds took = std::chrono::steady_clock::now() - began;
-    took.count() <= traits_.quick_sync_nanoseconds ? syncs_now_.Succeeded() : syncs_now_.Failed();
+/// In the turn after the one that asked for it: replies have left. Others may have come, though.
+void RingStore::SyncOrLeaveToRing() {
+    Transfer& transfer = *std::exchange(sync_next_.transfer, nullptr);
+    if (!MaySyncNow()) return reactor_.DataSync(transfer, fd_);
     ++syncs_done_now_;
-    return result < 0 ? -errno : 0;
+    Advance(transfer, MoveNow(transfer.kind, nullptr, 0, 0));
+}
+
+void RingStore::CountSync(std::chrono::steady_clock::time_point began) {
+    const std::chrono::nanoseconds took = std::chrono::steady_clock::now() - began;
+    quick_syncs_ = took.count() <= quick_sync_nanoseconds_ ? quick_syncs_ + 1 : 0;
 }
 
 bool RingStore::IsMovedNow(const Transfer& transfer) const {
     if (!traits_.in_memory) return false;
-    const bool large = transfer.ios.size() == 1 && transfer.total >= kHandedOverBytes;
+    const bool large = transfer.total >= kHandedOverBytes * transfer.ios.size();
     return transfer.kind != cow::BlockIo::Kind::kWrite || !large;
 }
 
@@ -253,7 +272,10 @@ int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32
 void RingStore::Advance(Transfer& transfer, int32_t result) {
     if (result == -EINTR || result == -EAGAIN) return Step(transfer);
     if (result < 0) return Finish(transfer, -result);
-    if (transfer.kind == cow::BlockIo::Kind::kSync) return Finish(transfer, 0);
+    if (transfer.kind == cow::BlockIo::Kind::kSync) {
+        CountSync(transfer.began);
+        return Finish(transfer, 0);
+    }
     // The rest of a direct transfer must begin aligned again: an odd tail is done twice.
     const uint64_t mask = traits_.alignment - 1;
     const uint64_t moved = transfer.moved + static_cast<uint32_t>(result);

@@ -4,11 +4,11 @@
 // Not the owner of the file, and not the source of its space (cow::SpaceStore).
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "base/backoff.h"
 #include "base/reactor.h"
 #include "cow/stores.h"
 #include "nbdserver/file_mapping.h"
@@ -21,9 +21,6 @@ struct FileTraits {
     /// tmpfs: nothing waits for a device, but the ring hands such files to its worker threads,
     /// which costs several times a small transfer (measured: 4.5 against 1.8 us of CPU for 4 KiB).
     bool in_memory = false;
-    /// A sync that takes no longer than this may hold up the reactor's thread, if nothing else is
-    /// under way: through the ring it takes 70 us longer (measured: 217 to 248 us, and 144 to 159).
-    int64_t quick_sync_nanoseconds = 500'000;
 };
 
 /// Asks the system about `fd`. `direct`: it was opened with O_DIRECT. A file system that does not
@@ -35,10 +32,17 @@ Result<FileTraits> ProbeFile(int fd, bool direct);
 /// that makes no aligned progress.
 class RingStore : public cow::BlockStore {
   public:
+    /// A sync that takes no longer than this may hold up the reactor's thread: through the ring it
+    /// takes 70 us longer (measured: 217 to 248 us, and 144 to 159). A limit for tests to change.
+    static constexpr int64_t kQuickSyncNanoseconds = 500'000;
+    /// So many in a row must have been quick, however they were done.
+    static constexpr unsigned kQuickSyncs = 64;
+
     /// `fd` stays the caller's and open until the store is gone. REQUIRES: traits as probed.
     /// `mapping`: of that file, if it is in memory; null: reads are system calls.
     RingStore(Reactor& reactor, int fd, FileTraits traits,
-              std::shared_ptr<const FileMapping> mapping = nullptr);
+              std::shared_ptr<const FileMapping> mapping = nullptr,
+              int64_t quick_sync_nanoseconds = kQuickSyncNanoseconds);
     /// REQUIRES: nothing in flight. Any thread, once the reactor no longer uses it.
     ~RingStore() override;
 
@@ -59,6 +63,12 @@ class RingStore : public cow::BlockStore {
         RingStore* store = nullptr;
     };
 
+    /// A sync that this thread is to do, once the present turn's replies have left.
+    struct SyncNext : BatchHook, Runnable {
+        RingStore* store = nullptr;
+        Transfer* transfer = nullptr;  // null: none
+    };
+
     Transfer* Take();
     void Return(Transfer& transfer);
     Transfer& Begin(cow::BlockIo& io, uint64_t bytes);
@@ -66,8 +76,9 @@ class RingStore : public cow::BlockStore {
     void FlushPending();
     void Step(Transfer& transfer);
     bool IsMovedNow(const Transfer& transfer) const;
-    bool MaySyncNow();
-    int32_t SyncNow();
+    bool MaySyncNow() const;
+    void SyncOrLeaveToRing();
+    void CountSync(std::chrono::steady_clock::time_point began);
     bool ReadMapped(const iovec* vectors, uint32_t count, uint64_t offset);
     int32_t MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32_t count, uint64_t offset);
     void Advance(Transfer& transfer, int32_t result);
@@ -80,9 +91,11 @@ class RingStore : public cow::BlockStore {
     Transfer* unused_ = nullptr;      // recycled
     std::vector<Transfer*> pending_;  // of this turn; not started
     StartPending start_pending_;
+    SyncNext sync_next_;
     std::vector<cow::BlockIo*> finishing_;  // of one transfer
     uint64_t in_flight_ = 0;
-    Backoff syncs_now_{63};  // rare where they are not quick
+    const int64_t quick_sync_nanoseconds_;
+    unsigned quick_syncs_ = 0;  // in a row, the latest ones
     uint64_t syncs_done_now_ = 0;
 };
 

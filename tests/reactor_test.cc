@@ -211,13 +211,17 @@ TEST(Reactor, TransfersAreUnderWayWhileOthersArePrepared) {
     char byte = 0;
     iovec vector{&byte, 1};
     std::vector<uint64_t> entered;
+    uint64_t turn = 0;
     RunOn(*reactor, [&] {
         const uint64_t before = reactor->enters();
+        turn = reactor->turn();
         for (WaitedOp& op : ops) {
             reactor->Read(op, fd, &vector, 1, 0);
             entered.push_back(reactor->enters() - before);
         }
+        EXPECT_EQ(reactor->turn(), turn);
     });
+    RunOn(*reactor, [&] { EXPECT_GT(reactor->turn(), turn); });
     EXPECT_EQ(entered, (std::vector<uint64_t>{0, 0, 0, 1, 1, 1, 1, 2, 2, 2}));
     for (WaitedOp& op : ops) EXPECT_EQ(op.Result(), 1);
     reactor->Stop();

@@ -25,7 +25,7 @@ using Kind = cow::BlockIo::Kind;
 /// A reactor and a store on `fd`.
 class Fixture {
   public:
-    Fixture(int fd, FileTraits traits) : fd_(fd) {
+    Fixture(int fd, FileTraits traits, int64_t quick_sync_nanoseconds = 0) : fd_(fd) {
         Result<std::unique_ptr<Reactor>> reactor = Reactor::Start({});
         VARVE_CHECK(reactor.ok());
         reactor_ = std::move(reactor.value());
@@ -34,7 +34,8 @@ class Fixture {
             mapping = FileMapping::Map(fd);
             EXPECT_TRUE(mapping);
         }
-        store_ = std::make_unique<RingStore>(*reactor_, fd, traits, mapping);
+        store_ =
+            std::make_unique<RingStore>(*reactor_, fd, traits, mapping, quick_sync_nanoseconds);
     }
     ~Fixture() {
         reactor_->Stop();
@@ -254,53 +255,78 @@ TEST(RingStore, OnlyLargeWritesToMemoryAreHandedOver) {
     EXPECT_EQ(fixture.HandedOver(1, 64 << 10), 1u);
     EXPECT_EQ(fixture.HandedOver(1, 1 << 20), 1u);
     EXPECT_EQ(fixture.HandedOver(4, 256 << 10), 4u);
+    EXPECT_EQ(fixture.HandedOver(3, 64 << 10), 1u);
     EXPECT_EQ(fixture.HandedOver(64, 4096), 0u);  // they leave together, and at once
 }
 
-/// How many of `syncs` syncs, one after the other, do not go through the ring.
-uint64_t SyncsDoneNow(const FileTraits& traits, int syncs) {
-    Fixture fixture(TemporaryFile(0), traits);
-    for (int i = 0; i < syncs; ++i) EXPECT_EQ(fixture.Run(Kind::kSync, 0, {}), 0);
-    return fixture.syncs_done_now();
-}
+/// A store on a file whose syncs may be done at once, which is so after as many as it needs to
+/// know.
+class DirectSyncs : public Fixture {
+  public:
+    explicit DirectSyncs(int64_t quick = INT64_MAX, uint32_t alignment = 512)
+        : DirectSyncs(TemporaryFile(0), quick, alignment) {}
+    int fd() const { return fd_; }
+
+    /// How many of `syncs` syncs, one after the other, do not go through the ring.
+    uint64_t Sync(unsigned syncs) {
+        const uint64_t before = syncs_done_now();
+        for (unsigned i = 0; i < syncs; ++i) EXPECT_EQ(Run(Kind::kSync, 0, {}), 0);
+        return syncs_done_now() - before;
+    }
+    /// The same of a sync and a write in one turn, in this order.
+    uint64_t Together(Kind first, Kind second) {
+        const uint64_t before = syncs_done_now();
+        alignas(512) char block[512] = {};
+        iovec vector{block, sizeof block};
+        std::vector<Waited> ios(2);
+        ios[0].kind = first;
+        ios[1].kind = second;
+        for (Waited& io : ios) {
+            io.vectors = &vector;
+            io.vector_count = io.kind == Kind::kWrite ? 1 : 0;
+        }
+        EXPECT_EQ(Run(ios), std::vector<Errno>(2, 0));
+        return syncs_done_now() - before;
+    }
+
+  private:
+    static FileTraits Aligned(uint32_t alignment) {
+        FileTraits traits;
+        traits.alignment = alignment;
+        return traits;
+    }
+    DirectSyncs(int fd, int64_t quick, uint32_t alignment)
+        : Fixture(fd, Aligned(alignment), quick), fd_(fd) {}
+    const int fd_;
+};
 
 TEST(RingStore, OnlyQuickSyncsOfADeviceAreDoneAtOnce) {
-    FileTraits traits;
-    traits.quick_sync_nanoseconds = INT64_MAX;
-    EXPECT_EQ(SyncsDoneNow(traits, 100), 0u);  // the page cache may hold much
-    traits.alignment = 512;
-    EXPECT_EQ(SyncsDoneNow(traits, 100), 100u);
-    traits.quick_sync_nanoseconds = -1;
-    EXPECT_EQ(SyncsDoneNow(traits, 100), 6u);  // after 1, 3, 7... others
+    EXPECT_EQ(DirectSyncs().Sync(RingStore::kQuickSyncs + 36), 36u);
+    EXPECT_EQ(DirectSyncs(-1).Sync(100), 0u);            // never quick
+    EXPECT_EQ(DirectSyncs(INT64_MAX, 1).Sync(100), 0u);  // the page cache may hold much
 }
 
 TEST(RingStore, ASyncBesideAnotherTransferGoesThroughTheRing) {
-    FileTraits traits;
-    traits.alignment = 512;
-    traits.quick_sync_nanoseconds = INT64_MAX;
-    Fixture fixture(TemporaryFile(0), traits);
-    alignas(512) char block[512] = {};
-    iovec vector{block, sizeof block};
-    std::vector<Fixture::Waited> ios(2);
-    ios[0].kind = Kind::kWrite;
-    ios[0].vectors = &vector;
-    ios[0].vector_count = 1;
-    ios[1].kind = Kind::kSync;
-    EXPECT_EQ(fixture.Run(ios), std::vector<Errno>(2, 0));
-    EXPECT_EQ(fixture.syncs_done_now(), 0u);
+    DirectSyncs store;
+    store.Sync(RingStore::kQuickSyncs);
+    EXPECT_EQ(store.Together(Kind::kWrite, Kind::kSync), 0u);
+    EXPECT_EQ(store.Together(Kind::kSync, Kind::kWrite), 0u);
+    EXPECT_EQ(store.Together(Kind::kSync, Kind::kSync), 0u);
+    EXPECT_EQ(store.Sync(1), 1u);
 }
 
 TEST(RingStore, AFailedSyncIsReportedHoweverItIsDone) {
-    for (const uint32_t alignment : {1u, 512u}) {
-        FileTraits traits;
-        traits.alignment = alignment;
-        int fds[2];
-        ASSERT_EQ(pipe2(fds, O_CLOEXEC), 0);
-        close(fds[0]);
-        Fixture fixture(fds[1], traits);
-        EXPECT_EQ(fixture.Run(Kind::kSync, 0, {}), EINVAL);
-        EXPECT_EQ(fixture.syncs_done_now(), alignment > 1 ? 1u : 0u);
+    int fds[2];
+    ASSERT_EQ(pipe2(fds, O_CLOEXEC), 0);  // which cannot be synced
+    for (const bool direct : {false, true}) {
+        DirectSyncs store;
+        if (direct) store.Sync(RingStore::kQuickSyncs);
+        ASSERT_GE(dup2(fds[1], store.fd()), 0);
+        EXPECT_EQ(store.Run(Kind::kSync, 0, {}), EINVAL);
+        EXPECT_EQ(store.syncs_done_now(), direct ? 1u : 0u);
     }
+    close(fds[0]);
+    close(fds[1]);
 }
 
 TEST(RingStoreDeathTest, ABusErrorElsewhereEndsTheProgramAsUsual) {
