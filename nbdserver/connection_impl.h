@@ -208,6 +208,7 @@ class Connection {
     uint64_t arrived_ = 0;        // requests
     uint64_t arrived_then_ = 0;   // before the last receive
     unsigned trickle_ = 0;        // receives in a row that brought few requests, up to a limit
+    bool flushed_ = false;        // the latest request is a flush
     uint64_t replied_bytes_ = 0;  // by the last send
     uint64_t replied_ = 0;        // requests, likewise
     Backoff rest_checks_{64};     // looks at what the client has not read

@@ -76,11 +76,12 @@ void Connection::Rest() {
     shared_.reactor.StartTimer(rest_op_, kRestNanoseconds);
 }
 
-/// Whether the client has all it waits for, and had little to wait for: it will ask for more, or is
-/// just doing so: a header may come before its payload.
+/// Whether the client has all it waits for, and had little to wait for, or a flush: it will ask for
+/// more, or is just doing so: a header may come before its payload.
 bool Connection::IsNextSoon() const {
     const size_t asking = filling_ ? 1 : 0;
-    return trickle_ == kTrickleLong && requests_ == asking && receive_op_.in_flight();
+    const bool waits = trickle_ == kTrickleLong || flushed_;
+    return waits && requests_ == asking && receive_op_.in_flight();
 }
 
 void Connection::Receive() {
@@ -212,6 +213,7 @@ bool Connection::Accept(const std::byte* header) {
     }
     request->connection = this;
     ++arrived_;
+    flushed_ = request->type == wire::kCmdFlush;
     const bool payload = request->type == wire::kCmdRead || request->type == wire::kCmdWrite;
     if (payload && request->charge) {
         request->payload = shared_.pool.Take(request->length);

@@ -567,6 +567,14 @@ TEST_F(ConnectionTest, TheReactorPollsForAClientWithOneRequestAtATime) {
     EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 512).error, 0u);
 }
 
+TEST_F(ConnectionTest, TheReactorPollsForWhatFollowsAFlush) {
+    Start({}, {.poll_nanoseconds = kHour});
+    Client& client = Connect();
+    EXPECT_EQ(client.Ask(wire::kCmdFlush, 0, 0).error, 0u);
+    ExpectPolling(*reactor_);
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 512).error, 0u);
+}
+
 /// Clients send a header and its payload one after the other.
 TEST_F(ConnectionTest, TheReactorPollsForThePayloadOfAHeader) {
     Start({}, {.poll_nanoseconds = kHour});
