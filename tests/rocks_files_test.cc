@@ -5,10 +5,13 @@
 #include <gtest/gtest.h>
 #include <rocksdb/file_system.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
+
+#include "tests/power_cut/places.h"
 
 namespace varve::cow {
 namespace {
@@ -50,12 +53,7 @@ class Narrow : public rocksdb::FileSystemWrapper {
 
 class RocksFilesTest : public testing::Test {
   protected:
-    RocksFilesTest() {
-        std::string pattern = (fs::temp_directory_path() / "varve-files-XXXXXX").string();
-        root_ = ::mkdtemp(pattern.data());
-        Make("1.log");
-    }
-    ~RocksFilesTest() override { fs::remove_all(root_); }
+    RocksFilesTest() { Make("1.log"); }
 
     void Make(const std::string& name) {
         path_ = root_ / name;
@@ -77,7 +75,9 @@ class RocksFilesTest : public testing::Test {
         EXPECT_EQ(content.find_first_not_of('\0', expected_.size()), std::string::npos);
     }
 
-    fs::path root_, path_;
+    power_cut::Place place_;
+    const fs::path root_ = place_.New();
+    fs::path path_;
     std::unique_ptr<rocksdb::Env> env_ = NewOverwritingEnv(*rocksdb::Env::Default());
     std::unique_ptr<rocksdb::WritableFile> file_;
     std::string expected_;
