@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "base/result.h"
-#include "cow/pool.h"
+#include "cow/pool/pool.h"
 
 namespace varve::admin {
 

@@ -14,7 +14,7 @@
 #include "admin/client_directory.h"
 #include "admin/jsonrpc.h"
 #include "base/task.h"
-#include "cow/pool.h"
+#include "cow/pool/pool.h"
 
 namespace varve::admin {
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "admin/cli.h"
-#include "cow/pool_directory.h"
+#include "cow/pool/pool_directory.h"
 
 namespace {
 

@@ -11,7 +11,7 @@
 #include "admin/client_directory.h"
 #include "base/executor.h"
 #include "base/result.h"
-#include "cow/pool.h"
+#include "cow/pool/pool.h"
 
 namespace boost::asio {
 class io_context;

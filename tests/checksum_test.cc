@@ -1,8 +1,8 @@
 // Checksums of frozen blocks: damage is an I/O error, and nothing else ever is.
-#include "cow/catalog.h"
-#include "cow/checksums.h"
-#include "cow/map_reader.h"
-#include "cow/runs.h"
+#include "cow/format/runs.h"
+#include "cow/history/catalog.h"
+#include "cow/volume/checksums.h"
+#include "cow/volume/map_reader.h"
 #include "tests/engine_fixture.h"
 
 namespace varve {

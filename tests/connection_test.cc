@@ -1,6 +1,6 @@
 // Connection: each command, flag, limit and way to misbehave, over socket pairs, against a volume
 // in memory.
-#include "nbdserver/connection.h"
+#include "nbdserver/connection/connection.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -19,7 +19,7 @@
 #include <thread>
 #include <vector>
 
-#include "nbdserver/wire.h"
+#include "nbdserver/wire/wire.h"
 #include "tests/fake_volume.h"
 #include "tests/polling.h"
 #include "tests/run_on.h"

@@ -1,6 +1,6 @@
 // DataSpace on what pool_directory_test does not have: a block device, a file system that cannot
 // reserve space, a file that may not grow. Loop devices and a mounted image stand for them: root.
-#include "cow/data_space.h"
+#include "cow/space/data_space.h"
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <filesystem>
 
-#include "cow/pool_directory.h"
+#include "cow/pool/pool_directory.h"
 
 namespace varve::cow {
 namespace {

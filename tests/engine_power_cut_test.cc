@@ -6,8 +6,8 @@
 
 #include <cstring>
 
-#include "cow/pool.h"
-#include "cow/rocks_store.h"
+#include "cow/pool/pool.h"
+#include "cow/store/rocks_store.h"
 #include "tests/power_cut/logged_env.h"
 #include "tests/power_cut/places.h"
 #include "tests/simulation/scheduler.h"

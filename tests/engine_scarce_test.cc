@@ -1,5 +1,5 @@
 // The engine when something is scarce: memory for the map, space, branches, a device that works.
-#include "cow/format.h"
+#include "cow/format/format.h"
 #include "tests/engine_fixture.h"
 
 namespace varve {

@@ -11,8 +11,8 @@
 
 #include "base/run_on.h"
 #include "base/worker.h"
-#include "cow/pool.h"
-#include "cow/pool_directory.h"
+#include "cow/pool/pool.h"
+#include "cow/pool/pool_directory.h"
 
 namespace varve {
 namespace {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "base/sync.h"
-#include "cow/pool.h"
+#include "cow/pool/pool.h"
 
 namespace varve::testing {
 

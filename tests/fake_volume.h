@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "base/sync.h"
-#include "cow/volume.h"
+#include "cow/volume/volume.h"
 
 namespace varve {
 

@@ -1,7 +1,7 @@
 // The journal of map changes: what its rows hold, and what a crash leaves of it.
-#include "cow/journal.h"
+#include "cow/head/journal.h"
 
-#include "cow/format.h"
+#include "cow/format/format.h"
 #include "tests/engine_fixture.h"
 
 namespace varve {

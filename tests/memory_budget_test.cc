@@ -1,5 +1,5 @@
 // MemoryBudget: how a bounded memory is shared, and that nobody is kept out of it for ever.
-#include "nbdserver/memory_budget.h"
+#include "nbdserver/connection/memory_budget.h"
 
 #include <gtest/gtest.h>
 

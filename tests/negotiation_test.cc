@@ -1,13 +1,13 @@
 // Negotiator: every option of the protocol, well-formed and hostile, against a table of exports.
-#include "nbdserver/negotiation.h"
+#include "nbdserver/negotiation/negotiation.h"
 
 #include <gtest/gtest.h>
 
 #include <map>
 #include <random>
 
-#include "nbdserver/connection.h"
-#include "nbdserver/wire.h"
+#include "nbdserver/connection/connection.h"
+#include "nbdserver/wire/wire.h"
 
 namespace varve::nbdserver {
 namespace {

@@ -1,5 +1,5 @@
 // Options: the command line, the configuration file, and every way to get them wrong.
-#include "nbdserver/options.h"
+#include "nbdserver/daemon/options.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
 // Background work gives way to requests, and yet ends. docs/design/pacing.md.
-#include "cow/pacer.h"
+#include "cow/core/pacer.h"
 #include "tests/engine_fixture.h"
 
 namespace varve {

@@ -1,5 +1,5 @@
 // PoolDirectory: making, locking and opening pools, and every way in which their parts do not fit.
-#include "cow/pool_directory.h"
+#include "cow/pool/pool_directory.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -11,8 +11,8 @@
 #include <filesystem>
 #include <fstream>
 
-#include "cow/format.h"
-#include "cow/journal.h"
+#include "cow/format/format.h"
+#include "cow/head/journal.h"
 
 namespace varve::cow {
 namespace {

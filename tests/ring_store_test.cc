@@ -1,5 +1,5 @@
 // RingStore: files through the ring and in memory, short transfers, alignment, errors.
-#include "nbdserver/ring_store.h"
+#include "nbdserver/storage/ring_store.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>

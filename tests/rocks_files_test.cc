@@ -1,6 +1,6 @@
 // The file system that RocksDB gets: logs that are overwritten in place. What a crash makes of them
 // is tested by rocks_power_cut_test.
-#include "cow/rocks_files.h"
+#include "cow/store/rocks_files.h"
 
 #include <gtest/gtest.h>
 #include <rocksdb/file_system.h>

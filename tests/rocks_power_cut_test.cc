@@ -10,7 +10,7 @@
 #include <fstream>
 #include <optional>
 
-#include "cow/rocks_store.h"
+#include "cow/store/rocks_store.h"
 #include "tests/power_cut/logged_env.h"
 #include "tests/power_cut/places.h"
 

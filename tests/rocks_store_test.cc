@@ -1,5 +1,5 @@
 // RocksStore: commits, views, cursors, and what it makes of logs that a crash or a fault changed.
-#include "cow/rocks_store.h"
+#include "cow/store/rocks_store.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -12,8 +12,8 @@
 #include <iterator>
 #include <random>
 
-#include "cow/rocks_files.h"
-#include "cow/rocks_log.h"
+#include "cow/store/rocks_files.h"
+#include "cow/store/rocks_log.h"
 
 namespace varve::cow {
 namespace {

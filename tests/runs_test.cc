@@ -1,12 +1,12 @@
 // Operations on the runs of a chunk, against a plain array of 64 blocks.
-#include "cow/runs.h"
+#include "cow/format/runs.h"
 
 #include <gtest/gtest.h>
 
 #include <array>
 #include <random>
 
-#include "cow/format.h"
+#include "cow/format/format.h"
 
 namespace varve::cow {
 namespace {

@@ -17,8 +17,8 @@
 #include <thread>
 
 #include "admin/unix_socket.h"
-#include "nbdserver/daemon.h"
-#include "nbdserver/wire.h"
+#include "nbdserver/daemon/daemon.h"
+#include "nbdserver/wire/wire.h"
 
 namespace varve::nbdserver {
 namespace {

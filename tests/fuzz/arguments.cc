@@ -3,7 +3,7 @@
 // Input: one argument a line.
 #include "admin/arguments.h"
 
-#include "nbdserver/options.h"
+#include "nbdserver/daemon/options.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace varve {

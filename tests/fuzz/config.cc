@@ -5,7 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "nbdserver/options.h"
+#include "nbdserver/daemon/options.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace varve::nbdserver {

@@ -1,11 +1,11 @@
 // Fuzz target: any bytes of a client against the Negotiator. What it says does not depend on how
 // the bytes were cut; every answer is well-formed; only a granted lookup opens an export.
 // Input: size of the pieces, whether the server is stopping, then the client's bytes.
-#include "nbdserver/negotiation.h"
+#include "nbdserver/negotiation/negotiation.h"
 
 #include <map>
 
-#include "nbdserver/wire.h"
+#include "nbdserver/wire/wire.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace varve::nbdserver {

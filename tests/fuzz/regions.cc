@@ -5,7 +5,7 @@
 #include <array>
 #include <map>
 
-#include "cow/allocator.h"
+#include "cow/space/allocator.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace varve::cow {

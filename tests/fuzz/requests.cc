@@ -11,8 +11,8 @@
 #include <map>
 #include <memory>
 
-#include "nbdserver/connection.h"
-#include "nbdserver/wire.h"
+#include "nbdserver/connection/connection.h"
+#include "nbdserver/wire/wire.h"
 #include "tests/fake_volume.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/run_on.h"

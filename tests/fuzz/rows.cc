@@ -4,10 +4,10 @@
 #include <cstring>
 
 #include "base/endian.h"
-#include "cow/checksums.h"
-#include "cow/format.h"
-#include "cow/runs.h"
-#include "cow/superblock.h"
+#include "cow/format/format.h"
+#include "cow/format/runs.h"
+#include "cow/format/superblock.h"
+#include "cow/volume/checksums.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace varve::cow {

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "cow/rocks_log.h"
+#include "cow/store/rocks_log.h"
 #include "tests/fuzz/fuzz.h"
 
 namespace varve::cow {

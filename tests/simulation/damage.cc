@@ -1,9 +1,9 @@
 // Damage: without any, nothing is taken for it; a flipped bit is an I/O error for all who see it.
 #include <algorithm>
 
-#include "cow/catalog.h"
-#include "cow/map_reader.h"
-#include "cow/runs.h"
+#include "cow/format/runs.h"
+#include "cow/history/catalog.h"
+#include "cow/volume/map_reader.h"
 #include "tests/simulation/runner.h"
 
 namespace varve::simulation {

@@ -9,7 +9,7 @@
 
 #include <map>
 
-#include "cow/transfers.h"
+#include "cow/volume/transfers.h"
 #include "tests/simulation/model.h"
 #include "tests/simulation/simulation.h"
 #include "tests/simulation/world.h"

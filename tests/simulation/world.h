@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-#include "cow/pool.h"
+#include "cow/pool/pool.h"
 #include "tests/simulation/media.h"
 
 namespace varve::simulation {

@@ -16,11 +16,11 @@
 #include <string>
 
 #include "base/units.h"
-#include "cow/allocator.h"
-#include "cow/catalog.h"
-#include "cow/pool.h"
-#include "cow/pool_directory.h"
-#include "cow/runs.h"
+#include "cow/format/runs.h"
+#include "cow/history/catalog.h"
+#include "cow/pool/pool.h"
+#include "cow/pool/pool_directory.h"
+#include "cow/space/allocator.h"
 
 namespace {
 

@@ -22,8 +22,8 @@
 
 #include "admin/unix_socket.h"
 #include "base/check.h"
-#include "nbdserver/negotiation.h"
-#include "nbdserver/wire.h"
+#include "nbdserver/negotiation/negotiation.h"
+#include "nbdserver/wire/wire.h"
 
 namespace varve::nbdserver {
 namespace {

@@ -1,0 +1,472 @@
+#include "cow/head/head.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cow/format/runs.h"
+#include "cow/mutants.h"
+
+namespace varve::cow {
+namespace {
+
+/// Segments of one large request that are under way together: 8 MiB.
+constexpr uint64_t kSegmentsTogether = 32;
+/// With less in hand, the next lease is fetched ahead: 4 MiB.
+constexpr uint64_t kLeaseLow = 1024;
+/// A lease of a tight region may be smaller than what a write needs: 64 blocks at most.
+constexpr unsigned kLeaseTries = 64;
+/// Chunks that are unmapped without letting others run.
+constexpr uint64_t kUnmapTogether = 256;
+
+alignas(kBlockBytes) std::byte zeros[kChunkBytes];  // never written
+
+uint64_t MaskOf(uint32_t first, uint32_t end) {
+    const uint64_t below_end = end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
+    return below_end & ~((uint64_t{1} << first) - 1);
+}
+
+/// The blocks of its chunk that bytes [offset, offset + length) touch.
+struct BlockRange {
+    ChunkIndex chunk;
+    uint32_t first = 0, end = 0;
+    uint64_t mask = 0;
+
+    BlockRange(uint64_t offset, uint64_t length) : chunk{offset / kChunkBytes} {
+        const uint64_t at = offset % kChunkBytes;
+        first = static_cast<uint32_t>(at / kBlockBytes);
+        end = static_cast<uint32_t>((at + length + kBlockBytes - 1) / kBlockBytes);
+        mask = MaskOf(first, end);
+    }
+    uint64_t offset() const { return chunk.value * kChunkBytes + first * kBlockBytes; }
+    uint64_t bytes() const { return (end - first) * kBlockBytes; }
+};
+
+/// Map changes from which on a round begins by itself: what a snapshot has to commit, and the data
+/// it has to sync, before it is answered. 4 MiB of single blocks.
+constexpr size_t kJournalSoft = 1024;
+/// Map changes from which on writers wait for a round.
+constexpr size_t kJournalHard = 64 << 10;
+/// Changed chunks of a lane from which on they are folded: 1 GiB of disk that is written at random,
+/// some 16 MiB of memory. They bound what recovery has to do.
+constexpr uint64_t kUnfoldedSoftMax = 4096;
+/// Changed chunks of a lane from which on writers wait.
+constexpr uint64_t kUnfoldedHardMax = 2 * kUnfoldedSoftMax;
+/// A pass takes 32 rounds, so each folds at most 128 chunks: some 0.2 ms of encoding on the lane
+/// and 1 ms of the home thread, for which a flush or a snapshot may have to wait.
+constexpr uint64_t kRoundsOfPass = 32;
+
+}  // namespace
+
+Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place)
+    : MappedVolume(core, lane, place.line, place.size),
+      host_(host),
+      disk_(disk),
+      branch_(place.line.front().branch),
+      writers_gone_(lane.executor),
+      unlocked_(lane.executor),
+      unheld_(lane.executor),
+      refilled_(lane.executor),
+      round_done_(lane.executor),
+      unfolded_soft_(std::clamp<uint64_t>(lane.cache.limit() / (16 << 10), 2, kUnfoldedSoftMax)),
+      unfolded_hard_(std::clamp<uint64_t>(lane.cache.limit() / (8 << 10), 4, kUnfoldedHardMax)),
+      fold_together_(std::max<uint64_t>(1, unfolded_soft_ / kRoundsOfPass)) {
+    generation_ = place.generation;
+}
+
+Head::~Head() {
+    // After a failure there may be changes that will never be committed.
+    for (const auto* list : {&dirty_, &folding_, &sealed_, &stranded_}) {
+        for (Chunk* chunk : *list) --chunk->pins;
+    }
+    lane_.unfolded -= unfolded_;
+    std::erase(lane_.unfolded_heads, this);
+}
+
+void Head::Rebase(Place place) {
+    VARVE_CHECK(unfolded_ == 0 && rows_.empty() && journal_.empty() && !unsynced_);
+    VARVE_CHECK(!cut_ && !sealed_open_ && writers_[0] + writers_[1] == 0);
+    branch_ = place.line.front().branch;
+    generation_ = place.generation;
+    if (!Mutated(Mutant::kRestoreKeepsMap)) Reset(std::move(place.line), place.size);
+}
+
+// ---- locks
+
+Chunk* Head::TryLock(ChunkIndex index, uint64_t mask) {
+    Chunk* chunk = Find(index);
+    if (!chunk) return nullptr;
+    if ((chunk->locked & mask) != 0 && !Mutated(Mutant::kNoRangeLock)) return nullptr;
+    chunk->locked |= mask;
+    ++chunk->pins;
+    return chunk;
+}
+
+Task<Errno> Head::Lock(ChunkIndex index, uint64_t mask, Chunk** chunk) {
+    while (!(*chunk = TryLock(index, mask))) {
+        if (Find(index)) {
+            co_await unlocked_.Wait();
+        } else {
+            const Loaded loaded = co_await Load(index);
+            if (loaded.error != 0) co_return loaded.error;
+        }
+    }
+    co_return 0;
+}
+
+void Head::Unlock(Chunk& chunk, uint64_t mask) {
+    chunk.locked &= ~mask;
+    --chunk.pins;
+    if (!unlocked_.empty()) unlocked_.WakeAll();
+}
+
+// ---- space
+
+uint64_t Head::FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) const {
+    uint64_t needed = 0;
+    while (first < end) {
+        const Piece piece = PieceAt(chunk.runs, first, end);
+        if (!piece.mapped || piece.birth != generation_) needed += piece.count;
+        first += piece.count;
+    }
+    return needed;
+}
+
+Task<Errno> Head::EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end) {
+    // The generation may change while this waits, and with it what is needed. In a pool that is
+    // almost full, disks may take the last blocks from each other for a while.
+    for (unsigned tries = 0; FreshNeeded(chunk, first, end) > lease_blocks_; ++tries) {
+        if (tries == kLeaseTries) co_return ENOSPC;
+        const Errno error = co_await Refill(true);
+        if (error != 0) co_return error;
+    }
+    co_return 0;
+}
+
+Task<Errno> Head::Refill(bool urgent) {
+    if (refilling_) {
+        co_await refilled_.Wait();
+        // What the other refill could not get, an urgent one still may.
+        co_return urgent&& refill_error_ == EAGAIN ? 0 : refill_error_;
+    }
+    refilling_ = true;
+    Result<std::vector<Extent>> lease = co_await host_.LeaseBlocks(disk_, lane_.executor, urgent);
+    refilling_ = false;
+    refill_error_ = 0;
+    if (lease.ok()) {
+        for (const Extent& extent : lease.value()) {
+            lease_.push_back(extent);
+            lease_blocks_ += extent.count;
+        }
+    } else if (!urgent) {
+        refill_error_ = EAGAIN;
+    } else {
+        refill_error_ = lease.error().kind == ErrorKind::kNoSpace ? ENOSPC : EIO;
+    }
+    refill_ahead_ = lease.ok();
+    refilled_.WakeAll();
+    co_return refill_error_;
+}
+
+Task<void> Head::RefillAhead() {
+    co_await Refill(false);
+}
+
+Extent Head::Allocate(uint64_t most) {
+    VARVE_CHECK(!lease_.empty());
+    Extent& front = lease_.front();
+    const Extent taken{front.place, std::min(most, front.count)};
+    front.place += taken.count;
+    front.count -= taken.count;
+    if (front.count == 0) lease_.pop_front();
+    lease_blocks_ -= taken.count;
+    return taken;
+}
+
+void Head::Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& stretches) {
+    while (first < end) {
+        const Piece piece = PieceAt(chunk.runs, first, end);
+        const bool ours = piece.birth == generation_ || Mutated(Mutant::kHeldBlockOverwritten);
+        if (piece.mapped && ours) {
+            stretches.push_back({first, piece.count, piece.place, false});
+            first += piece.count;
+            continue;
+        }
+        const Extent extent = Allocate(piece.count);
+        const auto count = static_cast<uint32_t>(extent.count);
+        stretches.push_back({first, count, extent.place, true});
+        first += count;
+    }
+    if (lease_blocks_ < kLeaseLow && refill_ahead_ && !refilling_) Spawn(RefillAhead());
+}
+
+std::vector<Extent> Head::TakeLease() {
+    lease_blocks_ = 0;
+    std::vector<Extent> extents(lease_.begin(), lease_.end());
+    lease_.clear();
+    return extents;
+}
+
+// ---- writes
+
+/// Whether an answer has to wait, or somebody has to be told that there is work.
+bool Head::Laden() const {
+    return hold_ || journal_.changes.size() >= kJournalSoft || lane_.unfolded > unfolded_soft_;
+}
+
+Task<void> Head::Answerable() {
+    while (hold_) co_await unheld_.Wait();
+    if (journal_.changes.size() >= kJournalSoft) RequestRound();
+    if (lane_.unfolded > unfolded_soft_) FoldLane();
+    while (!core_.failed && (journal_.changes.size() > kJournalHard ||
+                             (lane_.unfolded > unfolded_hard_ && unfolded_ > 0))) {
+        const uint64_t done = rounds_done_;
+        RequestRound();
+        FoldLane();
+        // A round that has nothing to commit is over by now.
+        if (rounds_done_ == done) co_await round_done_.Wait();
+    }
+}
+
+void Head::FoldLane() {
+    const std::vector<Head*> heads = lane_.unfolded_heads;
+    for (Head* head : heads) {
+        if (!head->pass_ && !head->pass_wanted_) head->RequestFold();
+    }
+}
+
+Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer) {
+    if (!InRange(offset, buffer.size())) co_return EINVAL;
+    if (core_.failed) co_return EIO;
+    if (buffer.empty()) co_return 0;
+    const LoadMeter::Request counted(lane_.load);
+    Errno error = 0;
+    if (offset / kChunkBytes == (offset + buffer.size() - 1) / kChunkBytes) {
+        error = co_await WriteSegment(offset, buffer);
+    } else {
+        error = co_await WriteMany(offset, buffer.size(), buffer.data());
+    }
+    if (Laden()) co_await Answerable();
+    co_return error;
+}
+
+Task<void> Head::WriteCounted(uint64_t offset, std::span<const std::byte> buffer, Errno* error,
+                              Join* join) {
+    const Errno result = co_await WriteSegment(offset, buffer);
+    if (result != 0) *error = result;
+    join->Done();
+}
+
+Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* data) {
+    Errno error = 0;
+    while (length > 0 && error == 0) {
+        const uint64_t stop = (offset / kChunkBytes + kSegmentsTogether) * kChunkBytes;
+        const uint64_t end = std::min(offset + length, stop);
+        Join join(static_cast<uint32_t>((end - 1) / kChunkBytes - offset / kChunkBytes + 1));
+        while (offset < end) {
+            const uint64_t part = std::min(end - offset, kChunkBytes - offset % kChunkBytes);
+            const std::span<const std::byte> bytes(data ? data : zeros, part);
+            Spawn(WriteCounted(offset, bytes, &error, &join));
+            offset += part;
+            length -= part;
+            if (data) data += part;
+        }
+        co_await join;
+    }
+    co_return error;
+}
+
+Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffer) {
+    const BlockRange blocks(offset, buffer.size());
+    Chunk* chunk = TryLock(blocks.chunk, blocks.mask);
+    Errno error = 0;
+    if (!chunk) error = co_await Lock(blocks.chunk, blocks.mask, &chunk);
+    if (error != 0) co_return error;
+    if (FreshNeeded(*chunk, blocks.first, blocks.end) > lease_blocks_) {
+        error = co_await EnsureLease(*chunk, blocks.first, blocks.end);
+        if (error != 0) {
+            Unlock(*chunk, blocks.mask);
+            co_return error;
+        }
+    }
+    // From here to the start of the transfer there is no suspension: the write belongs to the
+    // generation that is present now.
+    const Generation generation = generation_;
+    const unsigned era = era_;
+    ++writers_[era];
+    Stretches stretches;
+    Plan(*chunk, blocks.first, blocks.end, stretches);
+    const bool part_of_first = offset != blocks.offset() && stretches.front().fresh;
+    const bool part_of_last =
+        offset + buffer.size() != blocks.offset() + blocks.bytes() && stretches.back().fresh;
+    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    const bool aligned = ((offset | buffer.size() | address) & (lane_.blocks.alignment() - 1)) == 0;
+    if (aligned && !part_of_first && !part_of_last) {
+        IoPieces pieces;
+        for (const Stretch& stretch : stretches) {
+            const uint64_t begin = blocks.chunk.value * kChunkBytes + stretch.first * kBlockBytes;
+            const uint64_t from = std::max(begin, offset);
+            const uint64_t to =
+                std::min(begin + stretch.count * kBlockBytes, offset + buffer.size());
+            auto* memory = const_cast<std::byte*>(&buffer[from - offset]);
+            AppendPiece(pieces, stretch.place * kBlockBytes + (from - begin), memory, to - from);
+        }
+        if (Mutated(Mutant::kMappedBeforeWritten)) MapStretches(*chunk, generation, stretches);
+        error = co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
+    } else {
+        error = co_await WriteDetour(*chunk, generation, stretches, offset, buffer);
+    }
+    // Even if it failed: what it overwrote in part must not change any more under a snapshot.
+    unsynced_ |= stretches.front().fresh || !Mutated(Mutant::kInPlaceWriteNotSynced);
+    if (error == 0 || Mutated(Mutant::kFailedWriteMapped)) {
+        MapStretches(*chunk, generation, stretches);
+    } else {
+        GiveUp(stretches);
+    }
+    if (--writers_[era] == 0) writers_gone_.WakeAll();
+    Unlock(*chunk, blocks.mask);
+    co_return error;
+}
+
+Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
+                              uint64_t offset, std::span<const std::byte> buffer) {
+    const BlockRange blocks(offset, buffer.size());
+    const AlignedBuffer detour = AllocateAligned(blocks.bytes());
+    // The blocks at the edges that are written in part keep the rest of their old content.
+    IoPieces old;
+    FrozenList frozen;  // the damage of a block must not become part of a new one
+    const auto keep = [&](uint32_t block) {
+        std::byte* memory = detour.get() + (block - blocks.first) * kBlockBytes;
+        const Piece piece = PieceAt(chunk.runs, block, block + 1);
+        if (piece.mapped && !Mutated(Mutant::kPartOfBlockLosesRest)) {
+            AppendPiece(old, piece.place * kBlockBytes, memory, kBlockBytes);
+            const bool present = piece.birth == generation || Mutated(Mutant::kDamageLaundered);
+            if (!present) frozen.push_back({piece.place, 1, piece.birth, memory});
+        } else {
+            std::memset(memory, 0, kBlockBytes);
+        }
+    };
+    const bool first_part = offset != blocks.offset();
+    const bool last_part = offset + buffer.size() != blocks.offset() + blocks.bytes();
+    if (first_part) keep(blocks.first);
+    if (last_part && (!first_part || blocks.end - blocks.first > 1)) keep(blocks.end - 1);
+    const Errno error = co_await ReadVerified(core_, lane_, old, frozen);
+    if (error != 0) co_return error;
+    std::memcpy(detour.get() + (offset - blocks.offset()), buffer.data(), buffer.size());
+    IoPieces pieces;
+    for (const Stretch& stretch : stretches) {
+        AppendPiece(pieces, stretch.place * kBlockBytes,
+                    detour.get() + (stretch.first - blocks.first) * kBlockBytes,
+                    stretch.count * kBlockBytes);
+    }
+    co_return co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
+}
+
+// ---- trims and zeroes
+
+Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block) {
+    ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
+    uint64_t settled = 0;
+    uint64_t visited = 0;
+    while (begin_block < end_block) {
+        const ChunkIndex index{begin_block / kChunkBlocks};
+        const uint64_t stop = std::min(end_block, (index.value + 1) * kChunkBlocks);
+        const auto first = static_cast<uint32_t>(begin_block % kChunkBlocks);
+        const auto end = static_cast<uint32_t>(stop - index.value * kChunkBlocks);
+        begin_block = stop;
+        if (++visited % kUnmapTogether == 0) {
+            co_await Hop(lane_.executor);
+            co_await Answerable();
+        }
+        if (!Find(index)) {
+            if (index >= nothing_from && index < nothing_to && settled == settled_) continue;
+            const Loaded loaded = co_await Load(index);
+            if (loaded.error != 0) co_return loaded.error;
+            nothing_from = GroupEnd(index);
+            nothing_to = loaded.next;
+            settled = loaded.settled;
+        }
+        Chunk* chunk = TryLock(index, MaskOf(first, end));
+        Errno error = 0;
+        if (!chunk) error = co_await Lock(index, MaskOf(first, end), &chunk);
+        if (error != 0) co_return error;
+        if (MappedBlocks(chunk->runs) > 0) UnmapNow(*chunk, first, end);
+        Unlock(*chunk, MaskOf(first, end));
+    }
+    co_return 0;
+}
+
+Task<Errno> Head::Trim(uint64_t offset, uint64_t length) {
+    if (!InRange(offset, length)) co_return EINVAL;
+    if (core_.failed) co_return EIO;
+    const LoadMeter::Request counted(lane_.load);
+    const uint64_t begin = (offset + kBlockBytes - 1) / kBlockBytes;
+    const uint64_t end = (offset + length) / kBlockBytes;
+    Errno error = 0;
+    if (begin < end) error = co_await UnmapBlocks(begin, end);
+    co_await Answerable();
+    co_return error;
+}
+
+Task<Errno> Head::TrimFrom(uint64_t from) {
+    const uint64_t first_block = from / kBlockBytes;
+    const uint64_t end = kDiskBytesMax / kChunkBytes;
+    uint64_t next_stored = 0;  // after the group that was loaded last
+    for (uint64_t index = first_block / kChunkBlocks; index < end;) {
+        if (core_.closing) co_return ECANCELED;
+        const ChunkIndex chunk{index};
+        if (!Find(chunk)) {
+            const Loaded loaded = co_await Load(chunk);
+            if (loaded.error != 0) co_return loaded.error;
+            next_stored = loaded.next.value;
+            continue;
+        }
+        const uint64_t begin = std::max(first_block, index * kChunkBlocks);
+        const Errno error = co_await UnmapBlocks(begin, (index + 1) * kChunkBlocks);
+        if (error != 0) co_return error;
+        co_await Answerable();
+        ++index;
+        if (index == GroupEnd(chunk).value) index = std::max(index, next_stored);
+    }
+    co_return 0;
+}
+
+Task<Errno> Head::ZeroPart(uint64_t offset, uint64_t length) {
+    const BlockRange blocks(offset, length);
+    if (!Find(blocks.chunk)) {
+        const Loaded loaded = co_await Load(blocks.chunk);
+        if (loaded.error != 0) co_return loaded.error;
+    }
+    const Chunk* chunk = Find(blocks.chunk);
+    if (chunk && !PieceAt(chunk->runs, blocks.first, blocks.end).mapped) co_return 0;
+    const std::span<const std::byte> bytes(zeros, length);
+    co_return co_await WriteSegment(offset, bytes);
+}
+
+Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate) {
+    if (!InRange(offset, length)) co_return EINVAL;
+    if (core_.failed) co_return EIO;
+    if (length == 0) co_return 0;
+    const LoadMeter::Request counted(lane_.load);
+    Errno error = 0;
+    if (allocate) {
+        error = co_await WriteMany(offset, length, nullptr);
+        co_await Answerable();
+        co_return error;
+    }
+    const uint64_t end = offset + length;
+    const uint64_t first_whole = (offset + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
+    const uint64_t last_whole = end / kBlockBytes * kBlockBytes;
+    if (offset < first_whole && !Mutated(Mutant::kZeroesMissTheEdges)) {
+        error = co_await ZeroPart(offset, std::min(first_whole, end) - offset);
+    }
+    if (error == 0 && first_whole < last_whole) {
+        error = co_await UnmapBlocks(first_whole / kBlockBytes, last_whole / kBlockBytes);
+    }
+    if (error == 0 && last_whole < end && last_whole >= first_whole) {
+        error = co_await ZeroPart(last_whole, end - last_whole);
+    }
+    co_await Answerable();
+    co_return error;
+}
+
+}  // namespace varve::cow

@@ -1,0 +1,240 @@
+// Head: the writable end of a disk.
+// Not the catalog's disk: it knows its branch and generation, no names, no snapshots.
+//
+// Belongs to its lane, but for the constructor.
+//
+// A write: the blocks it touches are locked (a bit each in their chunk); blocks born in the present
+// generation are overwritten in place, all others get new blocks from the lease; when the data
+// write has completed, the map is changed, in memory; then the write is answered. What becomes of
+// it in a crash is decided by the next commit round.
+//
+// A commit round makes durable all that was answered before it began: it syncs the data file, and
+// only then hands the map changes to the committer, as a journal row. Flushes that arrive during a
+// round wait for the next one, together. Map rows are folded later, some chunks in each round: a
+// pass takes all that have changed so far (docs/design/journal.md).
+//
+// A freeze (snapshot) ends the generation in one step without suspension: from then on writes
+// belong to the next generation. Changes that are not folded yet, and writes of the old generation
+// that are still under way, become the sealed state of their chunks; Seal() waits for those writes,
+// syncs, and gives the last journal row of the old generation. No round runs between the freeze and
+// the commit of the seal, so nothing of the new generation can be durable before the snapshot is:
+// after a crash either the snapshot is there, or its generation goes on. The sealed generation is
+// folded before the present one, and before the next freeze.
+//
+// Generations of a chunk's state (chunk_cache.h):
+//   pending   sealed   means
+//   none      none     the stored row (Chunk::row) is the state
+//   g         none     `runs` differs from the row; generation g, present or sealed
+//   g+1       none     `base` is the end of generation g, encoded; `runs` is newer
+//   g+1       set      `sealed` is the end of generation g, not encoded; `runs` is newer
+#pragma once
+
+#include <deque>
+#include <functional>
+
+#include "cow/head/journal.h"
+#include "cow/volume/mapped_volume.h"
+
+namespace varve::cow {
+
+/// What one round commits. Extents and rows as they were, not as they are.
+struct HeadCommit {
+    struct Row {
+        ChunkIndex chunk;
+        std::string value;
+        std::optional<RowAt> previous;  // the row that held the state before
+        Runs added;                     // mapped by this row and not by the previous state
+        Runs dropped;                   // the other way round
+    };
+    BranchId branch;
+    Generation generation;  // of the rows
+    SnapshotId snapshot;    // the one that this generation ended with, if it did
+    std::vector<Row> rows;
+    std::string journal_key, journal;   // a new journal row; empty: none
+    std::vector<std::string> obsolete;  // keys of journal rows that are folded with this
+    std::vector<Extent> released;  // leased blocks that were given up before any row named them
+
+    bool empty() const {
+        return rows.empty() && released.empty() && journal.empty() && obsolete.empty();
+    }
+};
+
+/// What a head asks of the pool. Tasks are started on the head's lane and finish there.
+class HeadHost {
+  public:
+    virtual ~HeadHost() = default;
+    /// Free blocks; kNoSpace if there are none, after all that could give some has been tried.
+    /// Not `urgent`: only those that are at hand.
+    virtual Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
+                                                          bool urgent) = 0;
+    /// Commits what a round gives; its data has been synced.
+    virtual Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) = 0;
+};
+
+class Head : public MappedVolume {
+  public:
+    struct Place {
+        Line line;  // the first stretch is the head's branch
+        Generation generation;
+        uint64_t size = 0;
+    };
+    Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place);
+    ~Head() override;
+
+    bool read_only() const override { return false; }
+    Task<Errno> Write(uint64_t offset, std::span<const std::byte> buffer) override;
+    Task<Errno> Trim(uint64_t offset, uint64_t length) override;
+    Task<Errno> WriteZeroes(uint64_t offset, uint64_t length, bool allocate) override;
+    Task<Errno> Flush() override;
+
+    // ---- for the pool; on the lane
+    /// Ends the generation. With `hold`, no write is answered until Unhold(): for a cut across
+    /// several disks. REQUIRES: no other cut is under way.
+    void Freeze(Generation next, bool hold);
+    void Unhold();
+    /// After Freeze: the rest of the old generation's journal, synced. An error has failed the
+    /// pool.
+    Task<Errno> Seal(HeadCommit* commit);
+    /// After the seal was committed, with the snapshot; or not.
+    void FinishCut(SnapshotId snapshot);
+    /// Waits until all of the generation that was sealed last is in map rows, or the pool failed.
+    Task<void> SealedFolded();
+    /// Makes durable, in map rows, all that was answered before. Errors as of Flush().
+    Task<Errno> Fold();
+
+    /// Waits for what the head does by itself: rounds and lease refills.
+    Task<void> Quiesce();
+    /// Whether there is something that is not durable or not folded. Any thread; a hint.
+    bool changed() const { return changed_.load(std::memory_order_relaxed); }
+
+    /// Starts over at another place in history. REQUIRES: nothing under way, nothing changed.
+    void Rebase(Place place);
+    void SetSize(uint64_t size) { size_ = size; }
+    /// Unmaps all blocks from `from` (a multiple of 4096) on, whatever the disk's size is.
+    /// REQUIRES: nothing under way, everything folded.
+    Task<Errno> TrimFrom(uint64_t from);
+    /// Takes back the free blocks it was handed.
+    std::vector<Extent> TakeLease();
+
+    uint64_t leased_blocks() const { return lease_blocks_; }
+
+  private:
+    struct Stretch {  // of a segment's blocks: where they will be written
+        uint32_t first = 0, count = 0;
+        uint64_t place = 0;
+        bool fresh = false;  // newly allocated, else in place
+    };
+    using Stretches = boost::container::small_vector<Stretch, 4>;
+
+    struct PendingJournal {  // of one generation; in no journal row yet
+        std::vector<MapChange> changes;
+        std::vector<Extent> released;  // blocks that are free once the changes are durable
+        bool empty() const { return changes.empty() && released.empty(); }
+    };
+    struct JournalRow {
+        Generation generation;
+        uint64_t number;
+    };
+
+    // head.cc: requests
+    Task<Errno> WriteSegment(uint64_t offset, std::span<const std::byte> buffer);
+    Task<Errno> WriteMany(uint64_t offset, uint64_t length, const std::byte* data);
+    Task<void> WriteCounted(uint64_t offset, std::span<const std::byte> buffer, Errno* error,
+                            Join* join);
+    Task<Errno> WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
+                            uint64_t offset, std::span<const std::byte> buffer);
+    Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block);
+    Task<Errno> ZeroPart(uint64_t offset, uint64_t length);
+    bool Laden() const;
+    Task<void> Answerable();
+    void FoldLane();
+    Chunk* TryLock(ChunkIndex index, uint64_t mask);
+    Task<Errno> Lock(ChunkIndex index, uint64_t mask, Chunk** chunk);
+    void Unlock(Chunk& chunk, uint64_t mask);
+
+    // head.cc: space
+    uint64_t FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) const;
+    Task<Errno> EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end);
+    Task<Errno> Refill(bool urgent);
+    Task<void> RefillAhead();
+    Extent Allocate(uint64_t most);
+    void Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& stretches);
+
+    // head_changes.cc: changes of the map, and cuts
+    void Pin(std::vector<Chunk*>& list, Chunk& chunk);
+    PendingJournal& JournalOf(Generation generation);
+    void MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches);
+    void GiveUp(const Stretches& stretches);
+    void UnmapNow(Chunk& chunk, uint32_t first, uint32_t end);
+    void Prepare(Chunk& chunk);
+    Runs* PrepareSealed(Chunk& chunk, Generation generation);
+    void ReleaseTentative(const Chunk& chunk, const Runs& removed);
+
+    // head_rounds.cc: how they become durable
+    void RequestRound();
+    void RequestFold();
+    bool RoundWanted() const;
+    Task<void> Rounds();
+    Task<void> Round();
+    void BeginPass();
+    static void SortForFold(std::vector<Chunk*>& chunks);
+    void Encode(Chunk& chunk, HeadCommit& commit) const;
+    void TakeJournal(uint64_t folded_below, HeadCommit& commit);
+    void PutJournal(PendingJournal journal, Generation generation, HeadCommit& commit);
+    Task<Errno> SyncData();
+    void Unpin(std::vector<Chunk*>& chunks);
+
+    HeadHost& host_;
+    const DiskId disk_;
+    BranchId branch_;
+    Generation sealed_generation_;  // from Freeze until it is folded
+
+    // Requests under way that may change data, by the parity of the cuts before them.
+    uint64_t writers_[2] = {0, 0};
+    unsigned era_ = 0;
+    WaitList writers_gone_;
+    WaitList unlocked_;
+    bool hold_ = false;
+    WaitList unheld_;
+
+    std::deque<Extent> lease_;
+    uint64_t lease_blocks_ = 0;
+    bool refilling_ = false;
+    bool refill_ahead_ = true;  // no use once the pool was full
+    Errno refill_error_ = 0;
+    WaitList refilled_;
+
+    // Changed chunks, by what they wait for:
+    std::vector<Chunk*> dirty_;     // the next pass
+    std::vector<Chunk*> folding_;   // the present pass
+    std::vector<Chunk*> sealed_;    // the fold of the sealed generation
+    std::vector<Chunk*> stranded_;  // nothing: their commit failed, they stay until the end
+    uint64_t unfolded_ = 0;         // in all of them, and in the round
+    std::atomic<bool> changed_ = false;
+
+    PendingJournal journal_;         // of the present generation
+    PendingJournal sealed_journal_;  // of the sealed one, between Freeze and Seal
+    std::deque<JournalRow> rows_;    // that are stored
+    uint64_t next_row_ = 0;
+    bool pass_ = false;  // under way; its rows are those before:
+    uint64_t pass_rows_ = 0;
+    bool pass_wanted_ = false;
+    uint64_t passes_started_ = 0;
+    uint64_t passes_done_ = 0;
+    bool sealed_open_ = false;  // the sealed generation is not folded; its rows are before:
+    uint64_t sealed_rows_ = 0;
+    SnapshotId sealed_snapshot_;
+
+    bool unsynced_ = false;  // data was written since the last sync began
+    bool cut_ = false;       // between Freeze and FinishCut
+    bool rounds_running_ = false;
+    bool round_active_ = false;
+    uint64_t rounds_wanted_ = 0;
+    uint64_t rounds_started_ = 0;
+    uint64_t rounds_done_ = 0;
+    WaitList round_done_;
+    const uint64_t unfolded_soft_, unfolded_hard_;  // of the lane: fold, make writers wait
+    const size_t fold_together_;                    // chunks that a round folds at most
+};
+
+}  // namespace varve::cow

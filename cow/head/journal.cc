@@ -1,0 +1,125 @@
+#include "cow/head/journal.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cow/format/codec.h"
+#include "cow/format/format.h"
+#include "cow/format/runs.h"
+#include "cow/mutants.h"
+
+namespace varve::cow {
+namespace {
+
+/// Neighbours whose rows are read together.
+constexpr uint64_t kIndicesTogether = 16;
+/// A varint for the chunk and one for the place, two bytes for the blocks.
+constexpr size_t kChangeBytesMax = 2 * kVarintBytesMax + 2;
+
+}  // namespace
+
+std::string EncodeChanges(std::span<const MapChange> changes) {
+    std::string value(1 + changes.size() * kChangeBytesMax, '\0');
+    char* out = value.data();
+    *out++ = static_cast<char>(kFormatVersion);
+    for (const MapChange& change : changes) {
+        out = PutVarint(out, change.chunk.value);
+        *out++ = static_cast<char>(change.first);
+        *out++ = static_cast<char>(change.count);
+        out = PutVarint(out, change.place);
+    }
+    value.resize(static_cast<size_t>(out - value.data()));
+    return value;
+}
+
+bool DecodeChanges(std::string_view value, std::vector<MapChange>* changes) {
+    Decoder in(value);
+    if (in.Byte() != kFormatVersion) return false;
+    while (in.ok() && !in.rest().empty()) {
+        MapChange change;
+        change.chunk.value = in.Varint();
+        const uint64_t first = in.Byte(), count = in.Byte(), place = in.Varint();
+        change.first = first;
+        change.count = count;
+        change.place = place;
+        const bool sound = count > 0 && first + count <= kChunkBlocks &&
+                           change.chunk.value < kDiskBytesMax / kChunkBytes &&
+                           (place == 0 || ArePlaces(place, count));
+        if (!in.ok() || !sound) return false;
+        changes->push_back(change);
+    }
+    return in.Finished();
+}
+
+Result<std::vector<JournalPart>> ReadJournal(MetadataView& view) {
+    std::vector<JournalPart> parts;
+    const auto cursor = view.Range("L", PrefixEnd("L"));
+    for (cursor->Seek("L"); cursor->valid(); cursor->Next()) {
+        const std::string_view key = cursor->key();
+        const BranchId branch{KeyNumber(key, 0)};
+        const Generation generation{KeyNumber(key, 1)};
+        const bool same = !parts.empty() && parts.back().branch == branch &&
+                          parts.back().generation == generation;
+        if (!same) parts.push_back({branch, generation, {}, {}});
+        if (KeyNumbers(key) != 3 || !DecodeChanges(cursor->value(), &parts.back().changes)) {
+            return MakeError(ErrorKind::kDamaged,
+                             fmt::format("a journal row of branch {}, generation {} is damaged",
+                                         branch.value, generation.value));
+        }
+        parts.back().keys.emplace_back(key);
+    }
+    if (Status s = cursor->status(); !s.ok()) return s.error();
+    for (JournalPart& part : parts) {
+        if (Mutated(Mutant::kJournalOutOfOrder)) {
+            std::reverse(part.changes.begin(), part.changes.end());
+        }
+        std::stable_sort(part.changes.begin(), part.changes.end(),
+                         [](const MapChange& a, const MapChange& b) { return a.chunk < b.chunk; });
+    }
+    return parts;
+}
+
+Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line& line,
+                                                 const JournalPart& part, size_t begin, size_t most,
+                                                 size_t* end) {
+    std::vector<JournaledChunk> chunks;
+    std::vector<MapRow> rows;  // of the chunks below `known`
+    ChunkIndex known;
+    size_t next = begin;
+    while (next < part.changes.size() && chunks.size() < most) {
+        const ChunkIndex index = part.changes[next].chunk;
+        if (index >= known) {
+            known.value = index.value + kIndicesTogether;
+            Result<MapRows> read = ReadMap(view, line, index, known);
+            if (!read.ok()) return read.error();
+            rows = std::move(read.value().rows);
+        }
+        JournaledChunk& chunk = chunks.emplace_back();
+        chunk.index = index;
+        const auto row = std::find_if(rows.begin(), rows.end(),
+                                      [index](const MapRow& r) { return r.chunk == index; });
+        if (row != rows.end()) {
+            chunk.row = row->at;
+            chunk.before = std::move(row->runs);
+        }
+        chunk.after = chunk.before;
+        for (; next < part.changes.size() && part.changes[next].chunk == index; ++next) {
+            const MapChange& change = part.changes[next];
+            if (change.place == 0) {
+                Unmap(chunk.after, change.first, change.first + change.count, nullptr);
+            } else {
+                Run run;
+                run.place = change.place;
+                run.first = change.first;
+                run.count = change.count;
+                run.birth = part.generation;
+                Map(chunk.after, run, nullptr);
+            }
+        }
+    }
+    *end = next;
+    return chunks;
+}
+
+}  // namespace varve::cow

@@ -1,0 +1,55 @@
+// Journal rows: map changes that are durable, but not in map rows yet. docs/design/journal.md says
+// when they are written and deleted; this is what they hold, and how they are read again.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cow/store/stores.h"
+#include "cow/volume/map_reader.h"
+
+namespace varve::cow {
+
+/// `count` blocks of a chunk, from `first` on, lie side by side from `place` on now, born in the
+/// generation of the journal row. Place 0: they are not mapped any more.
+struct MapChange {
+    ChunkIndex chunk;
+    uint64_t place : 48;
+    uint64_t first : 8;
+    uint64_t count : 8;
+    friend bool operator==(const MapChange&, const MapChange&) = default;
+};
+static_assert(sizeof(MapChange) == 16);
+
+/// A journal row's value. The changes' order is kept: it is the order in which they happened.
+std::string EncodeChanges(std::span<const MapChange> changes);
+/// The inverse, appended to `changes`; false if `value` breaks a rule of the format.
+bool DecodeChanges(std::string_view value, std::vector<MapChange>* changes);
+
+/// What the journal says of one generation of a branch.
+struct JournalPart {
+    BranchId branch;
+    Generation generation;
+    std::vector<std::string> keys;   // of its rows
+    std::vector<MapChange> changes;  // by chunk; of one chunk in the order they happened
+};
+
+/// The whole journal: by branch, older generations first. kDamaged names an unreadable row.
+Result<std::vector<JournalPart>> ReadJournal(MetadataView& view);
+
+/// A chunk as the journal leaves it.
+struct JournaledChunk {
+    ChunkIndex index;
+    std::optional<RowAt> row;  // which holds `before`
+    Runs before, after;
+};
+
+/// Applies changes of `part`, from the `begin`-th on, to what `line` resolves their chunks to.
+/// At most `most` chunks; `*end` is where to go on.
+Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line& line,
+                                                 const JournalPart& part, size_t begin, size_t most,
+                                                 size_t* end);
+
+}  // namespace varve::cow

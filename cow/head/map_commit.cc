@@ -1,0 +1,73 @@
+#include "cow/head/map_commit.h"
+
+#include "cow/mutants.h"
+
+namespace varve::cow {
+namespace {
+
+Extent ExtentOf(const Run& run) {
+    return {run.place, run.count};
+}
+
+Status BuildRow(CommitContext& context, const HeadCommit& commit, const HeadCommit::Row& row,
+                Generation snapshot_below) {
+    const RowAt at{commit.branch, commit.generation};
+    context.batch.Put(MapKey(at.branch, row.chunk, at.generation), row.value);
+    // An older row that no snapshot of this line resolves to may be dead now; only a sweep, which
+    // sees the other lines too, can tell.
+    bool note = false;
+    if (row.previous != at) {
+        context.batch.Put(TouchedKey(at.branch, at.generation, row.chunk), "");
+        note = row.previous && row.previous->generation > snapshot_below;
+    }
+    for (const Run& run : row.added) {
+        if (Status s = context.allocator.MarkUsed(ExtentOf(run)); !s.ok()) return s;
+    }
+    NoteRecord dropped;
+    for (const Run& run : row.dropped) {
+        if (run.birth == commit.generation || Mutated(Mutant::kHeadFreesHeldBlock)) {
+            if (Status s = context.allocator.MarkFree(ExtentOf(run)); !s.ok()) return s;
+            if (!Mutated(Mutant::kReusedBeforeCommit)) context.freed.push_back(ExtentOf(run));
+        } else if (run.birth > snapshot_below) {
+            dropped.push_back(run);
+        }
+    }
+    if ((note || !dropped.empty()) && !Mutated(Mutant::kNoteForgotten)) {
+        context.noted = true;
+        const uint64_t number = context.catalog.NextId();
+        context.batch.Put(NoteKey(at.branch, row.chunk, at.generation, number),
+                          EncodeNote(dropped));
+    }
+    return Status();
+}
+
+}  // namespace
+
+Status BuildHeadCommit(Core& core, CommitContext& context, DiskId disk, const HeadCommit& commit) {
+    DiskRecord record = context.catalog.disk(disk).record;
+    VARVE_CHECK(record.branch == commit.branch);
+    const Generation snapshot_below =
+        context.catalog.history().SnapshotBelow(commit.branch, commit.generation);
+    for (const HeadCommit::Row& row : commit.rows) {
+        for (const Run& run : row.added) record.mapped_blocks += run.count;
+        for (const Run& run : row.dropped) record.mapped_blocks -= run.count;
+        if (Status s = BuildRow(context, commit, row, snapshot_below); !s.ok()) {
+            core.Fail(s.error().message);
+            return s;
+        }
+    }
+    for (const Extent& extent : commit.released) context.freed.push_back(extent);
+    if (!commit.rows.empty()) {
+        const uint64_t before = context.catalog.disk(disk).record.mapped_blocks;
+        const auto change = static_cast<int64_t>(record.mapped_blocks - before);
+        if (commit.snapshot.value != 0) {
+            context.catalog.AddMapped(commit.snapshot, change, context.batch);
+        }
+        context.catalog.UpdateDisk(disk, std::move(record), context.batch);
+    }
+    if (!commit.journal.empty()) context.batch.Put(commit.journal_key, commit.journal);
+    for (const std::string& key : commit.obsolete) context.batch.Delete(key);
+    return Status();
+}
+
+}  // namespace varve::cow

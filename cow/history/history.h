@@ -1,0 +1,106 @@
+// History: the tree of branches with the views on it, and what follows from its shape.
+// Pure data in memory; knows no rows and no names.
+//
+// A branch is a line of generations. A view is something that somebody can read: a snapshot, at a
+// generation, or a head, above all generations of its branch. A branch may start from its
+// parent's state at the end of a generation, its fork. A view resolves a chunk to the newest row
+// at or below it on its line: its own branch from the view down, then the parent from the fork
+// down, and so on to the root.
+//
+// A region is a part of the tree between views: it has one live snapshot (or nothing) at its
+// bottom, live views at its tops, and none inside. A block born in a region is visible somewhere
+// only if it is visible at one of the region's tops, because what a view sees of older blocks the
+// views below it see as well. So the fate of a block is decided inside one region, however large
+// the tree is.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <optional>
+#include <set>
+#include <vector>
+
+#include "cow/format/types.h"
+
+namespace varve::cow {
+
+/// Above all generations: where a head stands.
+inline constexpr Generation kHead{~uint64_t{0}};
+
+/// Rows of `branch` at generations in (after, to].
+struct Stretch {
+    BranchId branch;
+    Generation after;
+    Generation to;
+};
+
+/// From the view down to the root: where to look for a chunk's row, in this order.
+using Line = std::vector<Stretch>;
+
+struct Segment : Stretch {
+    int parent = -1;    // index of the segment below, which comes earlier; -1: the floor
+    bool view = false;  // a live view stands at `to`
+};
+
+struct Region {
+    Generation floor;  // of the live snapshot at the bottom; 0: none
+    std::vector<Segment> segments;
+    int through = -1;  // see RegionThrough
+};
+
+class History {
+  public:
+    struct Branch {
+        BranchId parent;  // 0: none
+        Generation fork;
+        std::set<Generation> snapshots;
+        std::multimap<Generation, BranchId> children;  // by fork
+        bool head = false;
+    };
+
+    // ---- changes
+    void AddBranch(BranchId id, BranchId parent, Generation fork);
+    /// REQUIRES: no views, no children.
+    void RemoveBranch(BranchId id);
+    void AddSnapshot(BranchId id, Generation generation);
+    void RemoveSnapshot(BranchId id, Generation generation);
+    void SetHead(BranchId id, bool head);
+
+    // ---- questions
+    bool Contains(BranchId id) const { return branches_.contains(id); }
+    const Branch& Get(BranchId id) const;
+    const std::map<BranchId, Branch>& branches() const { return branches_; }
+    BranchId Root(BranchId id) const;
+    /// The line of a view at (`id`, `generation`); kHead for a head.
+    Line LineOf(BranchId id, Generation generation) const;
+    /// The newest live snapshot on the line strictly below (`id`, `generation`); 0 if none.
+    Generation SnapshotBelow(BranchId id, Generation generation) const;
+    /// The region in which the row of a view at (`id`, `generation`) was born, with the views that
+    /// are live now: the one just below the generation that follows.
+    Region RegionOf(BranchId id, Generation generation) const;
+    /// The region there would be without the snapshot at (`id`, `generation`), but with a segment
+    /// that ends at it, `through`, which has `view` set.
+    Region RegionThrough(BranchId id, Generation generation) const;
+    /// From (`id`, `generation`) down to the nearest live snapshot at or below it, or to the root.
+    Line StretchesBelow(BranchId id, Generation generation) const;
+    /// The same, but only snapshots whose generation `counts` end it.
+    Line StretchesDownTo(BranchId id, Generation generation,
+                         const std::function<bool(Generation)>& counts) const;
+    /// From just above (`id`, `generation`) up to one of the nearest live views; empty if no live
+    /// view is above.
+    Line StretchesAbove(BranchId id, Generation generation) const;
+
+  private:
+    struct Point {
+        BranchId branch;
+        Generation generation;
+    };
+    Region RegionAround(BranchId id, Generation generation, const Point& through) const;
+    void Grow(Region& region, BranchId id, Generation after, int parent,
+              const Point& through) const;
+    bool ClimbTo(Line& path, BranchId id, Generation after) const;
+
+    std::map<BranchId, Branch> branches_;
+};
+
+}  // namespace varve::cow

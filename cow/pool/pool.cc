@@ -1,0 +1,277 @@
+// Opening and closing a pool, its status, and where space comes from when it is scarce.
+#include "cow/pool/pool.h"
+
+#include <algorithm>
+
+#include "base/log.h"
+#include "cow/pool/pool_impl.h"
+
+namespace varve::cow {
+namespace {
+
+/// Of the pool's capacity, free: with less, deletions do not give way to requests.
+constexpr uint64_t kScarcePart = 16;
+constexpr uint64_t kScarceBytesMax = 1 << 30;
+/// How long that holds for whoever asks for the status and waits.
+constexpr int64_t kHurryUs = 1'000'000;
+
+}  // namespace
+
+PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog)
+    : core_(std::move(environment)),
+      lanes_(core_, options.map_cache_bytes),
+      options_(options),
+      catalog_(std::move(catalog)),
+      allocator_(core_.metadata(), *core_.environment.space, catalog_.mutable_pool(),
+                 options.capacity_max),
+      leases_(core_, allocator_),
+      reclaimer_(core_, catalog_, committer_, [this] { return Scarce(); }),
+      committer_(core_, lanes_, catalog_, allocator_, leases_, [this] { reclaimer_.Wake(); }),
+      checksummer_(core_, lanes_, catalog_, committer_,
+                   [this](DiskId id) { return FoldSealed(id); }),
+      scrubber_(core_, lanes_, catalog_, [this](DiskId id) { return FoldSealed(id); }),
+      commands_(core_.home()),
+      export_closed_(core_.home()),
+      visit_ended_(core_.home()),
+      background_(core_.home()) {}
+
+PoolImpl::~PoolImpl() {
+    VARVE_CHECK(disks_.empty() && snapshots_.empty());
+}
+
+Task<Result<std::unique_ptr<Pool>>> Pool::Open(Environment environment, PoolOptions options) {
+    VARVE_CHECK(!environment.lanes.empty());
+    const std::unique_ptr<MetadataView> view = environment.metadata->View();
+    Result<Catalog> catalog = Catalog::Load(*view);
+    if (!catalog.ok()) co_return catalog.error();
+    auto pool =
+        std::make_unique<PoolImpl>(std::move(environment), options, std::move(catalog.value()));
+    const Status s = co_await pool->Recover();
+    if (!s.ok()) co_return s.error();
+    pool->Start();
+    co_return std::unique_ptr<Pool>(std::move(pool));
+}
+
+void PoolImpl::Start() {
+    core_.opened = true;
+    for (const auto& [id, disk] : catalog_.disks()) {
+        AddHead(id);
+        if (disk.record.trimming) {
+            disks_.at(id).busy = disks_.at(id).fenced = true;
+            Spawn(Trimmed(id));
+        }
+    }
+    reclaimer_.Start();
+    checksummer_.Start();
+}
+
+Task<void> PoolImpl::Trimmed(DiskId id) {
+    background_.Enter();
+    const Status s = co_await FinishShrink(id);
+    if (!s.ok() && !core_.closing) Log(LogLevel::kError, s.error().message);
+    background_.Leave();
+}
+
+Task<Status> PoolImpl::Shutdown() {
+    co_await commands_.Lock();
+    const CommandLock lock(commands_);
+    core_.closing = true;
+    VARVE_CHECK(exports_.empty());
+    co_await background_.Drained();
+    co_await reclaimer_.Stop();
+    co_await checksummer_.Stop();
+    Status result;
+    while (!disks_.empty()) {
+        const DiskId id = disks_.begin()->first;
+        const Status s = co_await Settle(*disks_.at(id).head);
+        if (!s.ok()) result = s;
+        co_await DropHead(id);
+    }
+    co_await committer_.Idle();
+    co_await leases_.Idle();
+    co_return result;
+}
+
+Task<Status> PoolImpl::Commit(Change change) {
+    co_return co_await committer_.Commit(std::move(change), core_.home());
+}
+
+Task<Status> PoolImpl::CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) {
+    Change change = [this, disk, &commit](CommitContext& context) {
+        return BuildHeadCommit(core_, context, disk, commit);
+    };
+    co_await Hop(core_.home());
+    co_return co_await committer_.Commit(std::move(change), lane);
+}
+
+Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& lane, bool urgent) {
+    co_await Hop(core_.home());
+    Result<std::vector<Extent>> lease = co_await leases_.Take();
+    if (!lease.ok() && lease.error().kind == ErrorKind::kNoSpace && urgent) {
+        lease = co_await FindSpace(disk);
+    }
+    co_await Hop(lane);
+    co_return lease;
+}
+
+/// The pool looks full: takes back what idle disks were handed, folds trims, and waits for
+/// deletions under way. kNoSpace only when all of that gave nothing.
+Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk) {
+    const Error full = MakeError(ErrorKind::kNoSpace,
+                                 "the pool is full; delete snapshots or disks, or enlarge it");
+    const bool changing = !reclaimer_.idle() || committer_.resting() ||
+                          std::any_of(disks_.begin(), disks_.end(),
+                                      [](const auto& d) { return d.second.head->changed(); });
+    if (full_ && !changing && full_at_release_ == committer_.released_blocks()) co_return full;
+    background_.Enter();
+    const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
+    co_await RecallLeases(for_disk);
+    Result<std::vector<Extent>> lease = co_await leases_.Take();
+    if (!lease.ok()) {
+        co_await FoldAll();
+        co_await committer_.Settled();
+        lease = co_await leases_.Take();
+    }
+    for (bool more = true; !lease.ok() && more && !core_.closing;) {
+        // Once more after the last step: what it freed may not have been there at the one before.
+        more = co_await reclaimer_.WaitStep();
+        co_await committer_.Settled();
+        lease = co_await leases_.Take();
+    }
+    full_ = !lease.ok();
+    full_at_release_ = committer_.released_blocks();
+    background_.Leave();
+    co_return lease;
+}
+
+void PoolImpl::EndVisit(DiskId id) {
+    if (--disks_.at(id).visitors == 0) visit_ended_.WakeAll();
+}
+
+Task<void> PoolImpl::RecallLeases(DiskId for_disk) {
+    std::vector<DiskId> ids;
+    for (const auto& [id, disk] : disks_) {
+        if (id != for_disk) ids.push_back(id);
+    }
+    for (const DiskId id : ids) {
+        const auto disk = disks_.find(id);
+        if (disk == disks_.end()) continue;
+        Head& head = *disk->second.head;
+        ++disk->second.visitors;
+        co_await Hop(head.executor());
+        const std::vector<Extent> extents = head.TakeLease();
+        co_await Hop(core_.home());
+        EndVisit(id);
+        leases_.Release(extents);
+    }
+}
+
+Task<void> PoolImpl::CommitOne(DiskId id, bool fold, Join* join) {
+    Head& head = *disks_.at(id).head;
+    ++disks_.at(id).visitors;
+    co_await Hop(head.executor());
+    // A failure shows in the pool's state.
+    const Errno ignored = fold ? co_await head.Fold() : co_await head.Flush();
+    (void)ignored;
+    co_await Hop(core_.home());
+    EndVisit(id);
+    join->Done();
+}
+
+Task<void> PoolImpl::CommitChanged(bool fold) {
+    std::vector<DiskId> changed;
+    for (const auto& [id, disk] : disks_) {
+        if (disk.head->changed()) changed.push_back(id);
+    }
+    if (changed.empty() || core_.failed) co_return;
+    background_.Enter();
+    Join join(static_cast<uint32_t>(changed.size()));
+    for (const DiskId id : changed) Spawn(CommitOne(id, fold, &join));
+    co_await join;
+    background_.Leave();
+}
+
+Task<void> PoolImpl::CommitDirty() {
+    co_await CommitChanged(false);
+}
+
+/// Brings all that has been answered into map rows, which is where figures are taken from.
+Task<void> PoolImpl::FoldAll() {
+    co_await CommitChanged(true);
+}
+
+Task<Result<PoolStatus>> PoolImpl::GetStatus() {
+    co_await FoldAll();
+    PoolStatus status;
+    status.used = catalog_.pool().used_blocks * kBlockBytes;
+    status.capacity = std::max(allocator_.Capacity(), status.used);
+    status.free = status.capacity - status.used;
+    status.disks = catalog_.disks().size();
+    status.snapshots = catalog_.snapshots().size();
+    status.reclaim_pending = std::max<uint64_t>(catalog_.jobs().size(), reclaimer_.idle() ? 0 : 1);
+    status.reclaimed_chunks = reclaimer_.swept_chunks();
+    status.reclaimed_bytes = reclaimer_.freed_blocks() * kBlockBytes;
+    status.commits = committer_.commits();
+    status.map_cache_limit = options_.map_cache_bytes;
+    status.checksums_pending = checksummer_.pending();
+    status.checksummed_bytes = checksummer_.summed_blocks() * kBlockBytes;
+    status.scrub_running = scrubber_.running();
+    status.scrubbed_bytes = scrubber_.verified_blocks() * kBlockBytes;
+    status.damaged_bytes = core_.damaged_blocks() * kBlockBytes;
+    status.failed = core_.failed;
+    status.failure = core_.failed ? core_.failure() : reclaimer_.failure();
+    for (const auto& lane : lanes_) {
+        co_await Hop(lane->executor);
+        const uint64_t used = lane->cache.used() + lane->sums.used();
+        co_await Hop(core_.home());
+        status.map_cache_used += used;
+    }
+    co_return status;
+}
+
+Task<Result<CheckReport>> PoolImpl::Check() {
+    co_await FoldAll();
+    co_await Hop(core_.auditor());
+    Result<CheckReport> report = CheckMetadata(core_.metadata());
+    co_await Hop(core_.home());
+    co_return report;
+}
+
+Task<Result<ScrubReport>> PoolImpl::Scrub(std::optional<std::string> disk) {
+    std::optional<DiskId> id;
+    if (disk) {
+        const Result<DiskId> found = catalog_.FindDisk(*disk);
+        if (!found.ok()) co_return found.error();
+        id = found.value();
+    }
+    background_.Enter();
+    co_await FoldAll();
+    Result<ScrubReport> report = co_await scrubber_.Run(id);
+    background_.Leave();
+    co_return report;
+}
+
+Task<void> PoolImpl::WaitForReclaim() {
+    const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
+    co_await FoldAll();
+    co_await reclaimer_.WaitIdle();
+    co_await committer_.Idle();
+}
+
+Task<void> PoolImpl::WaitForChecksums() {
+    const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kChecksums);
+    co_await checksummer_.WaitIdle();
+}
+
+void PoolImpl::HurryReclaim() {
+    core_.pacer.HurryFor(Pacer::Work::kSpace, kHurryUs);
+}
+
+/// Whether writers may soon have to wait for deletions.
+bool PoolImpl::Scarce() const {
+    const uint64_t capacity = allocator_.Capacity();
+    const uint64_t used = catalog_.pool().used_blocks * kBlockBytes;
+    return used + std::min(capacity / kScarcePart, kScarceBytesMax) >= capacity;
+}
+
+}  // namespace varve::cow

@@ -1,0 +1,170 @@
+// Pool: the engine's front door. Opens a pool, keeps its disks and snapshots, hands out volumes.
+// Not the data path (volume.h), not a server: knows no sockets and no command syntax.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/task.h"
+#include "cow/core/environment.h"
+#include "cow/integrity/scrub_report.h"
+#include "cow/volume/volume.h"
+
+namespace varve::cow {
+
+/// Settings with their defaults. Counts and sizes are limits: going over gives ErrorKind::kLimit.
+struct PoolOptions {
+    uint64_t map_cache_bytes = 256 << 20;  // all lanes together
+    uint64_t disks_max = 10'000;
+    uint64_t snapshots_max = 100'000;         // of one disk
+    uint64_t disk_bytes_max = kDiskBytesMax;  // size of one disk
+    uint64_t capacity_max = 0;                // bytes of the data file; 0: what the device holds
+    uint64_t commit_interval_ms = 1000;       // (server) how long a write may wait for its commit
+};
+
+struct DiskInfo {
+    std::string name;
+    uint64_t size = 0;       // bytes
+    uint64_t used = 0;       // bytes of blocks mapped by the disk now
+    uint64_t snapshots = 0;  // how many
+    uint64_t clients = 0;    // attached to the disk (not to its snapshots)
+    int64_t created_ms = 0;
+    uint64_t generation = 0;  // the one being written now
+    uint64_t depth = 0;       // branches a lookup may have to visit
+};
+
+struct SnapshotInfo {
+    std::string disk;
+    std::string name;
+    int64_t created_ms = 0;
+    uint64_t size = 0;  // bytes
+    uint64_t generation = 0;
+    uint64_t unique = 0;      // bytes that deleting it would free
+    uint64_t referenced = 0;  // bytes of blocks mapped by it
+};
+
+struct PoolStatus {
+    uint64_t capacity = 0;  // bytes the pool could hold
+    uint64_t used = 0;      // bytes of allocated blocks, those waiting for reclaim included
+    uint64_t free = 0;      // capacity - used
+    uint64_t disks = 0;
+    uint64_t snapshots = 0;
+    uint64_t reclaim_pending = 0;   // deletions whose space is not all given back yet
+    uint64_t reclaimed_chunks = 0;  // looked at by the running deletion
+    uint64_t reclaimed_bytes = 0;   // given back since the start
+    uint64_t commits = 0;           // since the start
+    uint64_t map_cache_used = 0;    // bytes
+    uint64_t map_cache_limit = 0;
+    uint64_t checksums_pending = 0;  // snapshots whose blocks may lack checksums
+    uint64_t checksummed_bytes = 0;  // since the start
+    bool scrub_running = false;
+    uint64_t scrubbed_bytes = 0;  // verified by the running scrub, or the last one
+    uint64_t damaged_bytes = 0;   // of frozen blocks found damaged since the start
+    bool failed = false;          // a commit or sync failed: writes are refused until a restart
+    std::string failure;
+};
+
+struct CheckReport {
+    std::vector<std::string> errors;  // at most 100, then a count
+    uint64_t disks = 0, snapshots = 0, branches = 0;
+    uint64_t map_rows = 0;
+    uint64_t used_blocks = 0;
+    uint64_t leaked_blocks = 0;   // marked used, held by nothing
+    uint64_t reclaim_blocks = 0;  // marked used, waiting for a deletion to finish
+    uint64_t checksums = 0;       // stored, those of blocks that are gone included
+    bool ok() const { return errors.empty() && leaked_blocks == 0; }
+};
+
+/// What an attached client holds. `volume` stays valid until Pool::Close(export).
+struct Export {
+    Volume* volume = nullptr;
+    uint64_t id = 0;
+};
+
+struct ExportEntry {
+    std::string name;  // "disk" or "disk@snapshot"
+    uint64_t size = 0;
+    bool read_only = false;
+};
+
+/// All methods run on the environment's home executor, except where said. Names are checked here.
+/// Every command is atomic: after a crash it is done or not done. Errors carry a message of one
+/// line that says what to do.
+class Pool {
+  public:
+    virtual ~Pool() = default;
+
+    /// Reads the catalog and resumes interrupted deletions in the background. An empty store
+    /// becomes a new pool. Runs on home. kDamaged or kInvalid (other version) with a message.
+    static Task<Result<std::unique_ptr<Pool>>> Open(Environment environment, PoolOptions options);
+
+    /// Shutdown will follow: long work ends early, to be taken up at the next start; a writer that
+    /// waits for space gets ENOSPC. From any thread.
+    virtual void PrepareShutdown() = 0;
+    /// Commits everything, stops background work, waits for all volumes. Exports must be closed.
+    virtual Task<Status> Shutdown() = 0;
+
+    // ---- disks
+    virtual Task<Status> CreateDisk(std::string name, uint64_t size) = 0;
+    virtual Task<Result<std::vector<DiskInfo>>> ListDisks() = 0;
+    virtual Task<Result<DiskInfo>> ShowDisk(std::string name) = 0;
+    virtual Task<Status> RenameDisk(std::string name, std::string to) = 0;
+    /// Smaller sizes need `shrink`; see `disconnect` at RestoreSnapshot.
+    virtual Task<Status> ResizeDisk(std::string name, uint64_t size, bool shrink,
+                                    bool disconnect) = 0;
+    /// A disk that has snapshots needs `snapshots`, which deletes them too. Clones stay.
+    virtual Task<Status> DeleteDisk(std::string name, bool snapshots, bool disconnect) = 0;
+    virtual Task<Status> CloneSnapshot(std::string snapshot, std::string name) = 0;
+
+    // ---- snapshots, named "disk@snapshot"
+    /// One crash-consistent cut across all of them. Returns once it is durable.
+    virtual Task<Status> CreateSnapshots(std::vector<std::string> names) = 0;
+    /// Oldest first. `unique` costs time proportional to what changed around each snapshot.
+    virtual Task<Result<std::vector<SnapshotInfo>>> ListSnapshots(std::string disk) = 0;
+    virtual Task<Result<SnapshotInfo>> ShowSnapshot(std::string name) = 0;
+    virtual Task<Status> RenameSnapshot(std::string name, std::string to) = 0;
+    virtual Task<Status> DeleteSnapshot(std::string name, bool disconnect) = 0;
+    /// Needs the disk without clients: kBusy, or, with `disconnect`, they are fenced first.
+    /// `keep_as`: also freezes the present state under that name, in the same commit.
+    virtual Task<Status> RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
+                                         bool disconnect) = 0;
+
+    // ---- the pool
+    virtual Task<Result<PoolStatus>> GetStatus() = 0;
+    /// Verifies every invariant on one consistent view, while disks are in use.
+    virtual Task<Result<CheckReport>> Check() = 0;
+    /// Reads all frozen blocks of `disk` and its snapshots, or of all, and compares them with their
+    /// checksums, while disks are in use. May take hours. kBusy while another one runs.
+    virtual Task<Result<ScrubReport>> Scrub(std::optional<std::string> disk) = 0;
+    /// Waits until no checksums are missing that could be made, which goes at full speed then.
+    virtual Task<void> WaitForChecksums() = 0;
+    /// Waits until no deletion is pending. Meanwhile deletions do not give way to requests.
+    virtual Task<void> WaitForReclaim() = 0;
+    /// Somebody waits for deletions by asking for the status: they do not give way for a second.
+    virtual void HurryReclaim() = 0;
+    /// Commits what is dirty on every disk: the server calls it every commit_interval_ms.
+    virtual Task<void> CommitDirty() = 0;
+
+    // ---- exports
+    virtual std::vector<ExportEntry> ListExports() = 0;
+    /// By export name; "" is the only disk when there is exactly one. kNotFound; kBusy while the
+    /// disk is fenced.
+    virtual Task<Result<Export>> OpenExport(std::string name) = 0;
+    /// REQUIRES: no task of the volume is running for this export.
+    virtual Task<void> CloseExport(uint64_t id) = 0;
+    /// What the export is called now: it follows renames. REQUIRES: it is open.
+    virtual std::string ExportName(uint64_t id) = 0;
+    /// How commands fence: must make the holders of these exports close them, soon, and drop what
+    /// they have not answered. Set once by the server, called on home.
+    virtual void SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) = 0;
+};
+
+/// Verifies the metadata in `store`; what Pool::Check does, and the offline check. Blocks.
+Result<CheckReport> CheckMetadata(MetadataStore& store);
+
+}  // namespace varve::cow

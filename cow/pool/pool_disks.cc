@@ -1,0 +1,329 @@
+// Commands on disks.
+#include <fmt/format.h>
+
+#include <set>
+
+#include "base/units.h"
+#include "cow/mutants.h"
+#include "cow/pool/pool_impl.h"
+
+namespace varve::cow {
+
+Head::Place PoolImpl::PlaceOf(DiskId id) const {
+    const DiskRecord& record = catalog_.disk(id).record;
+    return {catalog_.history().LineOf(record.branch, kHead), record.generation, record.size};
+}
+
+Head& PoolImpl::AddHead(DiskId id) {
+    Disk& disk = disks_[id];
+    disk.head = std::make_unique<Head>(core_, lanes_.Of(id), *this, id, PlaceOf(id));
+    return *disk.head;
+}
+
+Status PoolImpl::CheckNewName(std::string_view name) const {
+    if (!IsValidName(name)) {
+        return MakeError(ErrorKind::kInvalid,
+                         fmt::format("'{}' cannot be a name; use letters, digits and . _ : -, at "
+                                     "most 128, a letter or digit first",
+                                     name.substr(0, 300)));
+    }
+    if (catalog_.FindDisk(name).ok()) {
+        return MakeError(ErrorKind::kExists, fmt::format("there is a disk '{}' already", name));
+    }
+    return Status();
+}
+
+namespace {
+
+Status CheckSize(uint64_t size, const PoolOptions& options) {
+    if (size == 0 || size % kBlockBytes != 0) {
+        return MakeError(
+            ErrorKind::kInvalid,
+            fmt::format("a disk's size is a multiple of 4096 bytes and not 0, not {}", size));
+    }
+    const uint64_t most = std::min(options.disk_bytes_max, kDiskBytesMax);
+    if (size > most) {
+        return MakeError(ErrorKind::kLimit, fmt::format("a disk may have at most {} here, not {}",
+                                                        FormatSize(most), FormatSize(size)));
+    }
+    return Status();
+}
+
+Error TooManyDisks(uint64_t most) {
+    return MakeError(ErrorKind::kLimit,
+                     fmt::format("there are {} disks already, which is the limit; delete some or "
+                                 "raise it in the server's settings",
+                                 most));
+}
+
+}  // namespace
+
+Result<DiskId> PoolImpl::FindIdle(std::string_view name) const {
+    Result<DiskId> id = catalog_.FindDisk(name);
+    if (id.ok() && disks_.at(id.value()).busy) {
+        return MakeError(
+            ErrorKind::kBusy,
+            fmt::format("disk '{}' is being resized; try again when that is done", name));
+    }
+    return id;
+}
+
+Task<Status> PoolImpl::CreateDisk(std::string name, uint64_t size) {
+    co_await commands_.Lock();
+    const CommandLock lock(commands_);
+    Status s = CheckNewName(name);
+    if (s.ok()) s = CheckSize(size, options_);
+    if (!s.ok()) co_return s;
+    if (catalog_.disks().size() >= options_.disks_max) co_return TooManyDisks(options_.disks_max);
+    Change change = [&](CommitContext& context) {
+        DiskRecord record;
+        record.name = name;
+        record.size = size;
+        record.branch = context.catalog.AddBranch(BranchId{0}, Generation{0}, context.batch);
+        record.generation = Generation{context.catalog.NextId()};
+        record.created_ms = core_.environment.now_ms();
+        AddHead(context.catalog.AddDisk(std::move(record), context.batch));
+        return Status();
+    };
+    co_return co_await Commit(std::move(change));
+}
+
+DiskInfo PoolImpl::InfoOf(DiskId id) const {
+    const Catalog::Disk& disk = catalog_.disk(id);
+    DiskInfo info;
+    info.name = disk.record.name;
+    info.size = disk.record.size;
+    info.used = disk.record.mapped_blocks * kBlockBytes;
+    info.snapshots = disk.snapshots.size();
+    info.clients = disks_.at(id).clients;
+    info.created_ms = disk.record.created_ms;
+    info.generation = disk.record.generation.value;
+    info.depth = catalog_.history().LineOf(disk.record.branch, kHead).size();
+    return info;
+}
+
+Task<Result<std::vector<DiskInfo>>> PoolImpl::ListDisks() {
+    co_await FoldAll();
+    std::vector<DiskInfo> infos;
+    for (const auto& [id, disk] : catalog_.disks()) infos.push_back(InfoOf(id));
+    std::sort(infos.begin(), infos.end(),
+              [](const DiskInfo& a, const DiskInfo& b) { return a.name < b.name; });
+    co_return infos;
+}
+
+Task<Result<DiskInfo>> PoolImpl::ShowDisk(std::string name) {
+    co_await FoldAll();
+    const Result<DiskId> id = catalog_.FindDisk(name);
+    if (!id.ok()) co_return id.error();
+    co_return InfoOf(id.value());
+}
+
+Task<Status> PoolImpl::RenameDisk(std::string name, std::string to) {
+    co_await commands_.Lock();
+    const CommandLock lock(commands_);
+    const Result<DiskId> id = FindIdle(name);
+    if (!id.ok()) co_return id.error();
+    Status s = CheckNewName(to);
+    if (!s.ok()) co_return s;
+    Change change = [&](CommitContext& context) {
+        DiskRecord record = context.catalog.disk(id.value()).record;
+        record.name = to;
+        context.catalog.UpdateDisk(id.value(), std::move(record), context.batch);
+        return Status();
+    };
+    co_return co_await Commit(std::move(change));
+}
+
+Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
+    co_await commands_.Lock();
+    const CommandLock lock(commands_);
+    const Result<SnapshotId> id = catalog_.FindSnapshot(snapshot);
+    if (!id.ok()) co_return id.error();
+    Status s = CheckNewName(name);
+    if (s.ok()) s = CheckDepth(id.value());
+    if (!s.ok()) co_return s;
+    if (catalog_.disks().size() >= options_.disks_max) co_return TooManyDisks(options_.disks_max);
+    co_await FoldSealed(catalog_.snapshot(id.value()).disk);
+    Change change = [&](CommitContext& context) {
+        const SnapshotRecord& source = context.catalog.snapshot(id.value());
+        DiskRecord record;
+        record.name = name;
+        record.size = source.size;
+        record.mapped_blocks = source.mapped_blocks;
+        record.branch = context.catalog.AddBranch(source.branch, source.generation, context.batch);
+        record.generation = Generation{context.catalog.NextId()};
+        if (Mutated(Mutant::kCloneKeepsGeneration)) record.generation = source.generation;
+        record.created_ms = core_.environment.now_ms();
+        AddHead(context.catalog.AddDisk(std::move(record), context.batch));
+        return Status();
+    };
+    co_return co_await Commit(std::move(change));
+}
+
+/// Folds all that the head has answered, and waits for what it does by itself.
+Task<Status> PoolImpl::Settle(Head& head) {
+    co_await Hop(head.executor());
+    const Errno error = co_await head.Fold();
+    co_await head.Quiesce();
+    co_await Hop(core_.home());
+    if (error == 0) co_return Status();
+    co_return MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
+}
+
+Task<Status> PoolImpl::ResizeDisk(std::string name, uint64_t size, bool shrink, bool disconnect) {
+    std::optional<DiskId> shrunk;
+    Status s = co_await ResizeLocked(std::move(name), size, shrink, disconnect, &shrunk);
+    if (!s.ok() || !shrunk) co_return s;
+    // The disk is fenced and busy; other commands may run meanwhile.
+    background_.Enter();
+    s = co_await FinishShrink(*shrunk);
+    background_.Leave();
+    co_return s;
+}
+
+Task<Status> PoolImpl::ResizeLocked(std::string name, uint64_t size, bool shrink, bool disconnect,
+                                    std::optional<DiskId>* shrunk) {
+    co_await commands_.Lock();
+    const CommandLock lock(commands_);
+    const Result<DiskId> id = FindIdle(name);
+    if (!id.ok()) co_return id.error();
+    Status s = CheckSize(size, options_);
+    if (!s.ok()) co_return s;
+    const uint64_t old_size = catalog_.disk(id.value()).record.size;
+    if (size < old_size && !shrink) {
+        co_return MakeError(ErrorKind::kInvalid,
+                            fmt::format("disk '{}' has {}; making it smaller loses what is beyond "
+                                        "the new end: say --shrink if that is meant",
+                                        name, FormatSize(old_size)));
+    }
+    if (size < old_size) {
+        s = co_await ShrinkDisk(id.value(), size, disconnect);
+        if (s.ok()) *shrunk = id.value();
+        co_return s;
+    }
+    Change change = [&](CommitContext& context) {
+        DiskRecord record = context.catalog.disk(id.value()).record;
+        record.size = size;
+        context.catalog.UpdateDisk(id.value(), std::move(record), context.batch);
+        disks_.at(id.value()).head->SetSize(size);
+        return Status();
+    };
+    co_return co_await Commit(std::move(change));
+}
+
+/// Done is done with this commit; what FinishShrink does then unmaps what nobody can reach any
+/// more, and is taken up again at the next start if it was interrupted.
+Task<Status> PoolImpl::ShrinkDisk(DiskId id, uint64_t size, bool disconnect) {
+    Status s = co_await FenceDisk(id, disconnect);
+    if (!s.ok()) co_return s;
+    Disk& disk = disks_.at(id);
+    s = co_await Settle(*disk.head);
+    if (s.ok()) {
+        Change change = [&](CommitContext& context) {
+            DiskRecord record = context.catalog.disk(id).record;
+            record.size = size;
+            record.trimming = !Mutated(Mutant::kShrinkNotResumed);
+            context.catalog.UpdateDisk(id, std::move(record), context.batch);
+            return Status();
+        };
+        s = co_await Commit(std::move(change));
+    }
+    if (!s.ok()) {
+        disk.fenced = false;
+        co_return s;
+    }
+    disk.busy = true;
+    co_return s;
+}
+
+Task<Status> PoolImpl::FinishShrink(DiskId id) {
+    Disk& disk = disks_.at(id);
+    const uint64_t size = catalog_.disk(id).record.size;
+    co_await Hop(disk.head->executor());
+    disk.head->SetSize(size);
+    Errno error = 0;
+    if (!Mutated(Mutant::kShrinkKeepsData)) error = co_await disk.head->TrimFrom(size);
+    co_await Hop(core_.home());
+    Status s = co_await Settle(*disk.head);
+    if (error != 0 && s.ok()) s = SystemError(error, "trimming a shrunk disk failed");
+    if (!s.ok()) co_return s;  // stays fenced: a later growth must not show the old data
+    Change change = [&](CommitContext& context) {
+        DiskRecord record = context.catalog.disk(id).record;
+        record.trimming = false;
+        context.catalog.UpdateDisk(id, std::move(record), context.batch);
+        return Status();
+    };
+    s = co_await Commit(std::move(change));
+    if (s.ok()) disk.busy = disk.fenced = false;
+    co_return s;
+}
+
+void PoolImpl::BuildDelete(DiskId id, CommitContext& context) {
+    Catalog& catalog = context.catalog;
+    // One job for each branch that loses its views, above all of them: with nothing live above, the
+    // job walks all that lies below. (Several views die at once here, so a row may be dead that was
+    // superseded below the topmost of them.)
+    std::set<BranchId> branches{catalog.disk(id).record.branch};
+    while (!catalog.disk(id).snapshots.empty()) {
+        const SnapshotId snapshot = catalog.disk(id).snapshots.begin()->second;
+        branches.insert(catalog.snapshot(snapshot).branch);
+        catalog.RemoveSnapshot(snapshot, context.batch);
+    }
+    catalog.RemoveDisk(id, context.batch);
+    for (const BranchId branch : branches) {
+        catalog.AddJob({branch, Generation{catalog.NextId()}}, context.batch);
+    }
+    context.noted = true;
+}
+
+Task<Status> PoolImpl::DeleteDisk(std::string name, bool snapshots, bool disconnect) {
+    co_await commands_.Lock();
+    const CommandLock lock(commands_);
+    const Result<DiskId> found = FindIdle(name);
+    if (!found.ok()) co_return found.error();
+    const DiskId id = found.value();
+    std::vector<SnapshotId> doomed;
+    for (const auto& [unused, snapshot] : catalog_.disk(id).snapshots) doomed.push_back(snapshot);
+    if (!doomed.empty() && !snapshots) {
+        co_return MakeError(ErrorKind::kBusy,
+                            fmt::format("disk '{}' has {}; say --snapshots to delete them "
+                                        "with it",
+                                        name, FormatCount(doomed.size(), "snapshot")));
+    }
+    Status s = co_await FenceDisk(id, disconnect);
+    if (!s.ok()) co_return s;
+    for (const SnapshotId snapshot : doomed) {
+        s = co_await FenceSnapshot(snapshot, disconnect);
+        if (!s.ok()) break;
+    }
+    if (s.ok()) s = co_await Settle(*disks_.at(id).head);
+    if (s.ok()) {
+        Change change = [&](CommitContext& context) {
+            BuildDelete(id, context);
+            return Status();
+        };
+        s = co_await Commit(std::move(change));
+    }
+    for (const SnapshotId snapshot : doomed) UnfenceSnapshot(snapshot);
+    if (s.ok()) {
+        co_await DropHead(id);
+    } else {
+        disks_.at(id).fenced = false;
+    }
+    co_return s;
+}
+
+/// Destroys the head on its lane; its lease goes back.
+Task<void> PoolImpl::DropHead(DiskId id) {
+    while (disks_.at(id).visitors > 0) co_await visit_ended_.Wait();
+    std::unique_ptr<Head> head = std::move(disks_.at(id).head);
+    disks_.erase(id);
+    co_await Hop(head->executor());
+    co_await head->Quiesce();
+    const std::vector<Extent> lease = head->TakeLease();
+    head.reset();
+    co_await Hop(core_.home());
+    leases_.Release(lease);
+}
+
+}  // namespace varve::cow

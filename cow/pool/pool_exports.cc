@@ -1,0 +1,148 @@
+// What clients are attached to, and how commands keep them away.
+#include <fmt/format.h>
+
+#include "base/units.h"
+#include "cow/mutants.h"
+#include "cow/pool/pool_impl.h"
+
+namespace varve::cow {
+
+std::vector<ExportEntry> PoolImpl::ListExports() {
+    std::vector<ExportEntry> entries;
+    for (const auto& [id, disk] : catalog_.disks()) {
+        entries.push_back({disk.record.name, disk.record.size, false});
+    }
+    for (const auto& [id, snapshot] : catalog_.snapshots()) {
+        const std::string& disk = catalog_.disk(snapshot.disk).record.name;
+        entries.push_back({disk + "@" + snapshot.name, snapshot.size, true});
+    }
+    return entries;
+}
+
+Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
+    if (name.empty() && catalog_.disks().size() == 1) {
+        name = catalog_.disks().begin()->second.record.name;
+    }
+    const Error fenced =
+        MakeError(ErrorKind::kBusy, fmt::format("'{}' is in use by a command; try again", name));
+    Export result{nullptr, next_export_++};
+    if (name.find('@') == std::string::npos) {
+        const Result<DiskId> id = catalog_.FindDisk(name);
+        if (!id.ok()) co_return id.error();
+        Disk& disk = disks_.at(id.value());
+        if (disk.fenced) co_return fenced;
+        ++disk.clients;
+        result.volume = disk.head.get();
+        exports_[result.id].disk = id.value();
+        co_return result;
+    }
+    // A snapshot's volume reads map rows.
+    Result<SnapshotId> id = catalog_.FindSnapshot(name);
+    for (SnapshotId folded; id.ok() && id.value() != folded; id = catalog_.FindSnapshot(name)) {
+        folded = id.value();
+        if (!Mutated(Mutant::kOpenedUnfolded)) co_await FoldSealed(catalog_.snapshot(folded).disk);
+    }
+    if (!id.ok()) co_return id.error();
+    OpenSnapshot& open = snapshots_[id.value()];
+    if (open.fenced) co_return fenced;
+    if (!open.volume) {
+        if (core_.failed) {
+            // It may be one whose commit failed: then its last rows were never stored.
+            snapshots_.erase(id.value());
+            co_return MakeError(ErrorKind::kIo,
+                                fmt::format("the pool has failed: {}; '{}' can be opened after a "
+                                            "restart of the server",
+                                            core_.failure(), name));
+        }
+        const SnapshotRecord& record = catalog_.snapshot(id.value());
+        open.volume = std::make_unique<MappedVolume>(
+            core_, lanes_.Of(record.disk),
+            catalog_.history().LineOf(record.branch, record.generation), record.size);
+    }
+    ++open.clients;
+    result.volume = open.volume.get();
+    exports_[result.id].snapshot = id.value();
+    co_return result;
+}
+
+Task<void> PoolImpl::CloseExport(uint64_t id) {
+    const auto found = exports_.find(id);
+    VARVE_CHECK(found != exports_.end());
+    const OpenExportState state = found->second;
+    exports_.erase(found);
+    if (state.disk.value != 0) {
+        --disks_.at(state.disk).clients;
+    } else if (--snapshots_.at(state.snapshot).clients == 0) {
+        co_await DropSnapshotVolume(state.snapshot);
+    }
+    export_closed_.WakeAll();
+}
+
+std::string PoolImpl::ExportName(uint64_t id) {
+    const OpenExportState& state = exports_.at(id);
+    if (state.disk.value != 0) return catalog_.disk(state.disk).record.name;
+    const SnapshotRecord& snapshot = catalog_.snapshot(state.snapshot);
+    return catalog_.disk(snapshot.disk).record.name + "@" + snapshot.name;
+}
+
+Task<void> PoolImpl::DropSnapshotVolume(SnapshotId id) {
+    OpenSnapshot& open = snapshots_.at(id);
+    std::unique_ptr<MappedVolume> volume = std::move(open.volume);
+    if (!open.fenced) snapshots_.erase(id);
+    background_.Enter();
+    co_await Hop(volume->executor());
+    volume.reset();
+    co_await Hop(core_.home());
+    background_.Leave();
+}
+
+void PoolImpl::SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) {
+    disconnect_ = std::move(disconnect);
+}
+
+void PoolImpl::Disconnect(DiskId disk, SnapshotId snapshot) {
+    std::vector<uint64_t> ids;
+    for (const auto& [id, state] : exports_) {
+        if (state.disk == disk && state.snapshot == snapshot) ids.push_back(id);
+    }
+    if (disconnect_) disconnect_(ids);
+}
+
+Task<Status> PoolImpl::FenceDisk(DiskId id, bool disconnect) {
+    Disk& disk = disks_.at(id);
+    if (disk.clients > 0 && !disconnect) {
+        co_return MakeError(
+            ErrorKind::kBusy,
+            fmt::format("disk '{}' has {} attached; detach them, or say "
+                        "--disconnect to cut them off",
+                        catalog_.disk(id).record.name, FormatCount(disk.clients, "client")));
+    }
+    disk.fenced = true;
+    if (disk.clients > 0) Disconnect(id, SnapshotId{});
+    while (disk.clients > 0) co_await export_closed_.Wait();
+    co_return Status();
+}
+
+Task<Status> PoolImpl::FenceSnapshot(SnapshotId id, bool disconnect) {
+    OpenSnapshot& open = snapshots_[id];  // made if need be, so that nobody opens it meanwhile
+    if (open.clients > 0 && !disconnect) {
+        co_return MakeError(
+            ErrorKind::kBusy,
+            fmt::format("snapshot '{}' has {} attached; detach them, or say "
+                        "--disconnect to cut them off",
+                        catalog_.snapshot(id).name, FormatCount(open.clients, "client")));
+    }
+    open.fenced = true;
+    if (open.clients > 0) Disconnect(DiskId{}, id);
+    while (open.clients > 0) co_await export_closed_.Wait();
+    co_return Status();
+}
+
+void PoolImpl::UnfenceSnapshot(SnapshotId id) {
+    const auto open = snapshots_.find(id);
+    if (open == snapshots_.end()) return;
+    open->second.fenced = false;
+    if (open->second.clients == 0) snapshots_.erase(open);
+}
+
+}  // namespace varve::cow

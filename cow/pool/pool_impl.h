@@ -1,0 +1,170 @@
+// PoolImpl: the pool's commands, over the catalog, the committer, the reclaimer and the heads.
+// Split by subject: pool.cc (opening, closing, status, space), recovery.cc, pool_disks.cc,
+// pool_snapshots.cc, pool_exports.cc.
+//
+// Everything here belongs to the home executor; a task that visits a lane comes back. Commands
+// that change something run one at a time (commands_); what they await is short, but for fences
+// and the trimming of a shrunk disk, which lets others in meanwhile (Disk::busy).
+#pragma once
+
+#include <map>
+
+#include "cow/head/map_commit.h"
+#include "cow/integrity/checksummer.h"
+#include "cow/integrity/scrub.h"
+#include "cow/pool/pool.h"
+#include "cow/reclaim/reclaim.h"
+
+namespace varve::cow {
+
+class PoolImpl : public Pool, public HeadHost {
+  public:
+    PoolImpl(Environment environment, PoolOptions options, Catalog catalog);
+    ~PoolImpl() override;
+    /// Folds the journal that a crash left. Before Start(). Errors: kDamaged, kIo, kNoSpace.
+    Task<Status> Recover();
+    /// Makes the heads and starts the background work.
+    void Start();
+
+    void PrepareShutdown() override { core_.closing = true; }
+    Task<Status> Shutdown() override;
+
+    Task<Status> CreateDisk(std::string name, uint64_t size) override;
+    Task<Result<std::vector<DiskInfo>>> ListDisks() override;
+    Task<Result<DiskInfo>> ShowDisk(std::string name) override;
+    Task<Status> RenameDisk(std::string name, std::string to) override;
+    Task<Status> ResizeDisk(std::string name, uint64_t size, bool shrink, bool disconnect) override;
+    Task<Status> DeleteDisk(std::string name, bool snapshots, bool disconnect) override;
+    Task<Status> CloneSnapshot(std::string snapshot, std::string name) override;
+
+    Task<Status> CreateSnapshots(std::vector<std::string> names) override;
+    Task<Result<std::vector<SnapshotInfo>>> ListSnapshots(std::string disk) override;
+    Task<Result<SnapshotInfo>> ShowSnapshot(std::string name) override;
+    Task<Status> RenameSnapshot(std::string name, std::string to) override;
+    Task<Status> DeleteSnapshot(std::string name, bool disconnect) override;
+    Task<Status> RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
+                                 bool disconnect) override;
+
+    Task<Result<PoolStatus>> GetStatus() override;
+    Task<Result<CheckReport>> Check() override;
+    Task<Result<ScrubReport>> Scrub(std::optional<std::string> disk) override;
+    Task<void> WaitForChecksums() override;
+    Task<void> WaitForReclaim() override;
+    void HurryReclaim() override;
+    Task<void> CommitDirty() override;
+
+    std::vector<ExportEntry> ListExports() override;
+    Task<Result<Export>> OpenExport(std::string name) override;
+    Task<void> CloseExport(uint64_t id) override;
+    std::string ExportName(uint64_t id) override;
+    void SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) override;
+
+    // HeadHost
+    Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
+                                                  bool urgent) override;
+    Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) override;
+
+  private:
+    struct Disk {
+        std::unique_ptr<Head> head;
+        uint64_t clients = 0;
+        uint64_t visitors = 0;  // tasks that hold the head and are not clients
+        bool fenced = false;    // no new clients
+        bool busy = false;      // a long command is at work: others are refused
+    };
+    struct OpenSnapshot {
+        std::unique_ptr<MappedVolume> volume;
+        uint64_t clients = 0;
+        bool fenced = false;
+    };
+    struct OpenExportState {
+        DiskId disk;          // of a head, or
+        SnapshotId snapshot;  // of a snapshot
+    };
+    /// Names a freeze in progress.
+    struct Cut;
+
+    // recovery.cc
+    Task<Status> FoldPart(const JournalPart& part);
+
+    // pool.cc
+    Task<Status> Commit(Change change);
+    Task<Result<std::vector<Extent>>> FindSpace(DiskId for_disk);
+    Task<void> RecallLeases(DiskId for_disk);
+    bool Scarce() const;
+    void EndVisit(DiskId id);
+    Task<void> CommitOne(DiskId id, bool fold, Join* join);
+    Task<void> CommitChanged(bool fold);
+    Task<void> FoldAll();
+    Task<void> Trimmed(DiskId id);
+
+    // pool_disks.cc
+    Head& AddHead(DiskId id);
+    Head::Place PlaceOf(DiskId id) const;
+    Result<DiskId> FindIdle(std::string_view name) const;
+    Status CheckNewName(std::string_view name) const;
+    DiskInfo InfoOf(DiskId id) const;
+    Task<Status> Settle(Head& head);
+    Task<Status> ResizeLocked(std::string name, uint64_t size, bool shrink, bool disconnect,
+                              std::optional<DiskId>* shrunk);
+    Task<Status> ShrinkDisk(DiskId id, uint64_t size, bool disconnect);
+    Task<Status> FinishShrink(DiskId id);
+    void BuildDelete(DiskId id, CommitContext& context);
+    Task<void> DropHead(DiskId id);
+
+    // pool_snapshots.cc
+    Status CheckNewSnapshot(DiskId disk, std::string_view name) const;
+    Status CheckDepth(SnapshotId id) const;
+    Result<std::vector<Cut>> PlanCuts(const std::vector<std::string>& names);
+    Task<bool> RunCuts(std::vector<Cut>& cuts);
+    Task<void> FoldSealed(DiskId id);
+    Task<void> CutOne(Cut& cut, bool hold, Join* frozen, Join* sealed);
+    Task<void> UnholdOne(DiskId id, Head& head);
+    Task<void> FinishOne(Cut cut);
+    std::optional<SnapshotId> BuildRestore(SnapshotId id, const std::optional<std::string>& keep_as,
+                                           CommitContext& context);
+    Task<Result<SnapshotInfo>> InfoOf(SnapshotId id);
+    Task<Result<uint64_t>> UniqueBytes(SnapshotId id);
+
+    // pool_exports.cc
+    Task<Status> FenceDisk(DiskId id, bool disconnect);
+    Task<Status> FenceSnapshot(SnapshotId id, bool disconnect);
+    void Disconnect(DiskId disk, SnapshotId snapshot);
+    void UnfenceSnapshot(SnapshotId id);
+    Task<void> DropSnapshotVolume(SnapshotId id);
+
+    Core core_;
+    Lanes lanes_;
+    const PoolOptions options_;
+    Catalog catalog_;
+    Allocator allocator_;
+    Leases leases_;
+    Reclaimer reclaimer_;
+    Committer committer_;
+    Checksummer checksummer_;
+    Scrubber scrubber_;
+    AsyncMutex commands_;
+    std::map<DiskId, Disk> disks_;
+    std::map<SnapshotId, OpenSnapshot> snapshots_;  // those that are exported now
+    std::map<uint64_t, OpenExportState> exports_;
+    uint64_t next_export_ = 1;
+    WaitList export_closed_;
+    WaitList visit_ended_;
+    Gate background_;
+    std::function<void(const std::vector<uint64_t>&)> disconnect_;
+    bool full_ = false;             // FindSpace found nothing, and since then nothing was released
+    uint64_t full_at_release_ = 0;  // committer_.released_blocks() then
+};
+
+/// Holds the pool's command lock for a scope.
+class CommandLock {
+  public:
+    explicit CommandLock(AsyncMutex& mutex) : mutex_(mutex) {}
+    ~CommandLock() { mutex_.Unlock(); }
+    CommandLock(const CommandLock&) = delete;
+
+  private:
+    AsyncMutex& mutex_;
+};
+
+}  // namespace varve::cow

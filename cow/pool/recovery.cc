@@ -1,0 +1,88 @@
+// Recovery: folds the journal that a crash left into map rows, before anything else is done with
+// the pool. Interrupted by another crash, it begins again: docs/design/journal.md, rule 3.
+#include <fmt/format.h>
+
+#include "base/log.h"
+#include "cow/format/runs.h"
+#include "cow/pool/pool_impl.h"
+
+namespace varve::cow {
+namespace {
+
+/// Chunks that are folded in one commit.
+constexpr size_t kFoldTogether = 256;
+
+Error NobodySees(const JournalPart& part) {
+    return MakeError(ErrorKind::kDamaged,
+                     fmt::format("the pool's metadata is damaged: there is a journal of branch {}, "
+                                 "generation {}, which nobody sees; restore it from a copy",
+                                 part.branch.value, part.generation.value));
+}
+
+HeadCommit MakeCommit(const JournalPart& part, SnapshotId snapshot,
+                      std::vector<JournaledChunk> chunks) {
+    HeadCommit commit;
+    commit.branch = part.branch;
+    commit.generation = part.generation;
+    commit.snapshot = snapshot;
+    for (JournaledChunk& chunk : chunks) {
+        HeadCommit::Row row;
+        row.chunk = chunk.index;
+        row.previous = chunk.row;
+        row.added = Subtract(chunk.after, chunk.before);
+        row.dropped = Subtract(chunk.before, chunk.after);
+        if (row.added.empty() && row.dropped.empty()) continue;  // folded before the crash
+        row.value = EncodeRuns(chunk.after, part.generation);
+        commit.rows.push_back(std::move(row));
+    }
+    return commit;
+}
+
+}  // namespace
+
+Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
+    const std::optional<Catalog::Owner> owner = catalog_.OwnerOf(part.branch, part.generation);
+    const Line line = catalog_.history().LineOf(part.branch, part.generation);
+    const auto view = core_.metadata().View();
+    for (size_t next = 0; next < part.changes.size();) {
+        Result<std::vector<JournaledChunk>> chunks =
+            ApplyJournal(*view, line, part, next, kFoldTogether, &next);
+        if (!chunks.ok()) co_return chunks.error();
+        HeadCommit commit = MakeCommit(part, owner->snapshot, std::move(chunks.value()));
+        if (next == part.changes.size()) commit.obsolete = part.keys;
+        if (commit.empty()) continue;
+        Change change = [&](CommitContext& context) -> Status {
+            for (const HeadCommit::Row& row : commit.rows) {
+                for (const Run& run : row.added) {
+                    Status s = context.allocator.Claim({run.place, run.count});
+                    if (!s.ok()) return s;
+                }
+            }
+            return BuildHeadCommit(core_, context, owner->disk, commit);
+        };
+        const Status s = co_await Commit(std::move(change));
+        if (!s.ok()) co_return s;
+    }
+    co_return Status();
+}
+
+Task<Status> PoolImpl::Recover() {
+    const Result<std::vector<JournalPart>> parts = ReadJournal(*core_.metadata().View());
+    if (!parts.ok()) co_return parts.error();
+    if (parts.value().empty()) co_return Status();
+    for (const JournalPart& part : parts.value()) {  // before anything is changed
+        if (!catalog_.OwnerOf(part.branch, part.generation)) co_return NobodySees(part);
+    }
+    Status s;
+    size_t changes = 0;
+    for (const JournalPart& part : parts.value()) {
+        s = co_await FoldPart(part);
+        if (!s.ok()) break;
+        changes += part.changes.size();
+    }
+    co_await committer_.Idle();
+    if (s.ok()) Log(LogLevel::kInfo, fmt::format("folded {} map changes of the journal", changes));
+    co_return s;
+}
+
+}  // namespace varve::cow

@@ -1,0 +1,47 @@
+// Leases: hands free blocks to disks, and sees to it that there are some: reads what is known to
+// the store only, makes the data file grow, gives back what nobody needs. Not the book of what is
+// free, which is allocator.h.
+//
+// Belongs to the home executor. What blocks runs on the loader, one step at a time; a region is
+// provisioned ahead of demand, so that a writer rarely waits for the file system.
+#pragma once
+
+#include <vector>
+
+#include "base/sync.h"
+#include "cow/core/core.h"
+#include "cow/space/allocator.h"
+
+namespace varve::cow {
+
+class Leases {
+  public:
+    Leases(Core& core, Allocator& allocator);
+
+    /// Free blocks of one region. kNoSpace if there are none anywhere.
+    Task<Result<std::vector<Extent>>> Take();
+
+    /// Nobody can reach these blocks any more: they may be taken again.
+    void Release(const std::vector<Extent>& extents);
+
+    /// Waits for what runs in the background.
+    Task<void> Idle();
+
+  private:
+    Task<Status> Provide(size_t wanted);
+    Task<Status> Learn(uint64_t most);
+    Task<Status> Grow();
+    Task<Status> Reprovision(uint64_t region);
+    Task<void> ProvideAhead();
+    Task<void> GiveBack();
+
+    Core& core_;
+    Allocator& allocator_;
+    AsyncMutex providing_;  // one at a time: a failing growth cuts the file back
+    bool ahead_ = false;    // ProvideAhead runs
+    bool refused_ = false;  // the last attempt to provide found nothing
+    bool giving_ = false;   // GiveBack runs
+    Gate background_;
+};
+
+}  // namespace varve::cow

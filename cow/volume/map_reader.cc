@@ -1,0 +1,124 @@
+#include "cow/volume/map_reader.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cow/format/format.h"
+#include "cow/format/runs.h"
+
+namespace varve::cow {
+namespace {
+
+constexpr uint64_t kNoChunk = ~uint64_t{0};
+
+Result<MapRow> DecodeRow(std::string_view key, std::string_view value) {
+    if (KeyNumbers(key) == 3) {
+        const BranchId branch{KeyNumber(key, 0)};
+        const ChunkIndex chunk{KeyNumber(key, 1)};
+        const Generation generation{~KeyNumber(key, 2)};
+        if (std::optional<Runs> runs = DecodeRuns(value, generation)) {
+            return MapRow{chunk, {branch, generation}, std::move(*runs)};
+        }
+        return MakeError(ErrorKind::kDamaged,
+                         fmt::format("the map row of branch {}, chunk {}, generation {} is damaged",
+                                     branch.value, chunk.value, generation.value));
+    }
+    return MakeError(ErrorKind::kDamaged, "a map row's key has a wrong length");
+}
+
+/// Steps over the versions of one branch that are newer than `to`, then over older ones.
+struct BranchScan {
+    Cursor& cursor;
+    const Stretch& stretch;
+
+    /// Places the cursor at the row `stretch` resolves the first chunk at or after `chunk` to;
+    /// gives that chunk, or kNoChunk. Seeks only if a few steps do not get there.
+    uint64_t FindFrom(uint64_t chunk, uint64_t end) {
+        for (unsigned steps = 0; chunk < end;) {
+            if (!cursor.valid()) return kNoChunk;
+            const uint64_t here = KeyNumber(cursor.key(), 1);
+            const Generation generation{~KeyNumber(cursor.key(), 2)};
+            if (here > chunk) chunk = here;
+            if (here == chunk && generation <= stretch.to) return here < end ? here : kNoChunk;
+            if (++steps % 4 == 0) {
+                cursor.Seek(MapKey(stretch.branch, ChunkIndex{chunk}, stretch.to));
+            } else {
+                cursor.Next();
+            }
+        }
+        return kNoChunk;
+    }
+};
+
+/// Adds to `found` what `stretch` resolves of [first, end); slots that are filled stay.
+/// Gives the next chunk at or after `end` that has any row in the branch.
+Result<uint64_t> ScanBranch(MetadataView& view, const Stretch& stretch, uint64_t first,
+                            uint64_t end, std::vector<std::optional<MapRow>>& found) {
+    const std::string lower = MapKey(stretch.branch, ChunkIndex{first}, kHead);
+    const std::string upper = PrefixEnd(MapKey(stretch.branch, ChunkIndex{0}, kHead).substr(0, 9));
+    const auto cursor = view.Range(lower, upper);
+    cursor->Seek(MapKey(stretch.branch, ChunkIndex{first}, stretch.to));
+    BranchScan scan{*cursor, stretch};
+    for (uint64_t chunk = first;;) {
+        chunk = scan.FindFrom(chunk, end);
+        if (chunk == kNoChunk) break;
+        std::optional<MapRow>& slot = found[chunk - first];
+        if (!slot) {
+            Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
+            if (!row.ok()) return row.error();
+            slot = std::move(row.value());
+        }
+        ++chunk;
+        cursor->Next();
+    }
+    if (Status s = cursor->status(); !s.ok()) return s.error();
+    if (!cursor->valid()) return kNoChunk;
+    // The cursor may stand at an old version of the range's last chunk.
+    if (KeyNumber(cursor->key(), 1) < end) {
+        cursor->Seek(MapKey(stretch.branch, ChunkIndex{end}, kHead));
+        if (Status s = cursor->status(); !s.ok()) return s.error();
+        if (!cursor->valid()) return kNoChunk;
+    }
+    return KeyNumber(cursor->key(), 1);
+}
+
+}  // namespace
+
+Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end) {
+    VARVE_CHECK(first < end);
+    std::vector<std::optional<MapRow>> found(end.value - first.value);
+    uint64_t next = kNoChunk;
+    for (const Stretch& stretch : line) {
+        const Result<uint64_t> after = ScanBranch(view, stretch, first.value, end.value, found);
+        if (!after.ok()) return after.error();
+        next = std::min(next, after.value());
+    }
+    MapRows rows;
+    rows.next = ChunkIndex{next};
+    for (std::optional<MapRow>& row : found) {
+        if (row) rows.rows.push_back(std::move(*row));
+    }
+    return rows;
+}
+
+std::unique_ptr<Cursor> MapCursor(MetadataView& view) {
+    return view.Range("M", PrefixEnd("M"));
+}
+
+Result<std::vector<MapRow>> ReadVersions(Cursor& map, const Stretch& stretch, ChunkIndex chunk) {
+    std::vector<MapRow> rows;
+    for (map.Seek(MapKey(stretch.branch, chunk, stretch.to)); map.valid(); map.Next()) {
+        const std::string_view key = map.key();
+        if (KeyNumbers(key) != 3) return MakeError(ErrorKind::kDamaged, "a map key is too short");
+        if (KeyNumber(key, 0) != stretch.branch.value || KeyNumber(key, 1) != chunk.value) break;
+        if (Generation{~KeyNumber(key, 2)} <= stretch.after) break;
+        Result<MapRow> row = DecodeRow(key, map.value());
+        if (!row.ok()) return row.error();
+        rows.push_back(std::move(row.value()));
+    }
+    if (Status s = map.status(); !s.ok()) return s.error();
+    return rows;
+}
+
+}  // namespace varve::cow

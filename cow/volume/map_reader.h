@@ -1,0 +1,40 @@
+// Reading map rows from the metadata store: which row does a view see for each chunk.
+// Blocking calls on a consistent view; the cache in front of it is chunk_cache.h.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "cow/history/history.h"
+#include "cow/store/stores.h"
+
+namespace varve::cow {
+
+/// Which stored row a chunk's state came from.
+struct RowAt {
+    BranchId branch;
+    Generation generation;
+    friend bool operator==(const RowAt&, const RowAt&) = default;
+};
+
+struct MapRow {
+    ChunkIndex chunk;
+    RowAt at;
+    Runs runs;
+};
+
+struct MapRows {
+    std::vector<MapRow> rows;  // ascending; chunks without a row are left out
+    ChunkIndex next;           // no chunk from the end of the range up to here has a row
+};
+
+/// The rows that `line` resolves chunks [first, end) to. kDamaged names an unreadable row.
+Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end);
+
+/// All rows of `chunk` in `stretch`, newest first.
+Result<std::vector<MapRow>> ReadVersions(Cursor& map, const Stretch& stretch, ChunkIndex chunk);
+
+/// A cursor over all map rows, as ReadVersions wants it.
+std::unique_ptr<Cursor> MapCursor(MetadataView& view);
+
+}  // namespace varve::cow

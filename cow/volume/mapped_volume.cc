@@ -1,0 +1,256 @@
+#include "cow/volume/mapped_volume.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/log.h"
+#include "cow/format/runs.h"
+#include "cow/mutants.h"
+
+namespace varve::cow {
+namespace {
+
+/// Chunks loaded together: 4 MiB of a disk. One seek costs about as much as decoding 16 rows.
+constexpr uint64_t kGroupChunks = 16;
+
+}  // namespace
+
+ChunkIndex MappedVolume::GroupEnd(ChunkIndex index) {
+    return ChunkIndex{(index.value / kGroupChunks + 1) * kGroupChunks};
+}
+
+void AppendAllocation(std::vector<Allocation>& map, uint64_t length, bool hole) {
+    if (!map.empty() && map.back().hole == hole) {
+        map.back().length += length;
+    } else {
+        map.push_back({length, hole});
+    }
+}
+
+MappedVolume::MappedVolume(Core& core, LaneState& lane, Line line, uint64_t size)
+    : core_(core), lane_(lane), size_(size), line_(std::move(line)), loaded_(lane.executor) {}
+
+MappedVolume::~MappedVolume() {
+    Reset({}, 0);
+}
+
+void MappedVolume::Reset(Line line, uint64_t size) {
+    VARVE_CHECK(loading_.empty());
+    for (const auto& [index, chunk] : chunks_) {
+        VARVE_CHECK(chunk->pins == 0);
+        lane_.cache.Remove(*chunk);
+        delete chunk;
+    }
+    chunks_.clear();
+    line_ = std::move(line);
+    size_ = size;
+}
+
+void MappedVolume::Evict(Chunk& chunk) {
+    chunks_.erase(chunk.index.value);
+    lane_.cache.Remove(chunk);
+    delete &chunk;
+}
+
+Chunk* MappedVolume::Find(ChunkIndex index) {
+    const auto found = chunks_.find(index.value);
+    if (found == chunks_.end()) return nullptr;
+    found->second->referenced = true;
+    return found->second;
+}
+
+Task<MappedVolume::Loaded> MappedVolume::Load(ChunkIndex index) {
+    const uint64_t group = index.value / kGroupChunks;
+    Loaded result;
+    if (loading_.contains(group)) {
+        while (loading_.contains(group)) co_await loaded_.Wait();
+        co_return result;  // the caller looks again
+    }
+    loading_[group] = true;
+    // A chunk that is in memory now may be changed, committed and dropped before the rows arrive:
+    // only those that are absent now are taken from them.
+    const ChunkIndex first{group * kGroupChunks};
+    uint64_t absent = 0;
+    for (uint64_t i = 0; i < kGroupChunks; ++i) {
+        if (!chunks_.contains(first.value + i)) absent |= uint64_t{1} << i;
+    }
+    const Line line = line_;
+    result.settled = settled_;
+    co_await Hop(core_.loader());
+    const std::unique_ptr<MetadataView> view = core_.metadata().View();
+    Result<MapRows> rows = ReadMap(*view, line, first, ChunkIndex{first.value + kGroupChunks});
+    co_await Hop(lane_.executor);
+    loading_.erase(group);
+    loaded_.WakeAll();
+    if (!rows.ok()) {
+        Log(LogLevel::kError, rows.error().message);
+        result.error = EIO;
+        co_return result;
+    }
+    lane_.cache.Shrink();
+    auto row = rows.value().rows.begin();
+    for (uint64_t i = 0; i < kGroupChunks; ++i) {
+        const ChunkIndex here{first.value + i};
+        const bool stored = row != rows.value().rows.end() && row->chunk == here;
+        const bool stale = Mutated(Mutant::kStaleRowsLoaded) && !chunks_.contains(here.value);
+        if ((absent >> i & 1) || stale) {
+            auto* chunk = new Chunk{.owner = this, .index = here};
+            if (stored) {
+                chunk->runs = std::move(row->runs);
+                chunk->row = row->at;
+            }
+            chunks_[here.value] = chunk;
+            lane_.cache.Add(*chunk);
+        }
+        if (stored) ++row;
+    }
+    result.next = rows.value().next;
+    co_return result;
+}
+
+void MappedVolume::Gather(const Chunk& chunk, uint64_t offset, std::span<std::byte> buffer,
+                          IoPieces& pieces, FrozenList& frozen,
+                          std::vector<Allocation>* map) const {
+    const uint64_t base = chunk.index.value * kChunkBytes;
+    for (uint64_t done = 0; done < buffer.size();) {
+        const uint64_t at = offset + done - base;  // in the chunk
+        const uint64_t stop = offset + buffer.size() - base;
+        const auto first = static_cast<uint32_t>(at / kBlockBytes);
+        const auto end = static_cast<uint32_t>((stop + kBlockBytes - 1) / kBlockBytes);
+        const Piece piece = PieceAt(chunk.runs, first, end);
+        const uint64_t piece_end = std::min(stop, (first + piece.count) * kBlockBytes);
+        const uint64_t length = piece_end - at;
+        if (piece.mapped) {
+            AppendPiece(pieces, piece.place * kBlockBytes + at % kBlockBytes, &buffer[done],
+                        length);
+            if (piece.birth != generation_) {
+                frozen.push_back({piece.place, length / kBlockBytes, piece.birth, &buffer[done]});
+            }
+        } else {
+            std::memset(&buffer[done], 0, length);
+        }
+        if (map) AppendAllocation(*map, length, !piece.mapped);
+        done += length;
+    }
+}
+
+Task<Errno> MappedVolume::ReadBlocks(uint64_t offset, std::span<std::byte> buffer,
+                                     std::vector<Allocation>* map) {
+    const ReadEpochs::Guard guard(lane_.epochs);
+    IoPieces pieces;
+    FrozenList frozen;
+    for (uint64_t done = 0; done < buffer.size();) {
+        const uint64_t at = offset + done;
+        const ChunkIndex index{at / kChunkBytes};
+        Chunk* chunk = Find(index);
+        if (!chunk) {
+            const Loaded loaded = co_await Load(index);
+            if (loaded.error != 0) co_return loaded.error;
+            continue;
+        }
+        const uint64_t length =
+            std::min<uint64_t>(buffer.size() - done, kChunkBytes - at % kChunkBytes);
+        Gather(*chunk, at, buffer.subspan(done, length), pieces, frozen, map);
+        done += length;
+    }
+    const bool skip = Mutated(Mutant::kHeadReadsUnverified) && !read_only();
+    if (!frozen.empty() && !skip) co_return co_await ReadVerified(core_, lane_, pieces, frozen);
+    co_return co_await TransferAll(lane_.blocks, BlockIo::Kind::kRead, pieces);
+}
+
+Task<Errno> MappedVolume::Read(uint64_t offset, std::span<std::byte> buffer,
+                               std::vector<Allocation>* map) {
+    if (!InRange(offset, buffer.size())) co_return EINVAL;
+    const LoadMeter::Request counted(lane_.load);
+    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    const bool aligned = (address & (lane_.blocks.alignment() - 1)) == 0;
+    if (((offset | buffer.size()) & (kBlockBytes - 1)) != 0) {
+        co_return co_await ReadEdges(offset, buffer, map);
+    }
+    if (aligned) co_return co_await ReadBlocks(offset, buffer, map);
+    co_return co_await ReadDetour(offset, buffer, map);
+}
+
+/// Blocks are verified as a whole: those at the edges take a detour, what lies between does not.
+Task<Errno> MappedVolume::ReadEdges(uint64_t offset, std::span<std::byte> buffer,
+                                    std::vector<Allocation>* map) {
+    const uint64_t end = offset + buffer.size();
+    const uint64_t first_whole = (offset + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
+    const uint64_t last_whole = end / kBlockBytes * kBlockBytes;
+    if (first_whole >= last_whole) co_return co_await ReadDetour(offset, buffer, map);
+    Errno error = 0;
+    for (uint64_t at = offset; at < end && error == 0;) {
+        const uint64_t stop = at < first_whole ? first_whole : at < last_whole ? last_whole : end;
+        const std::span<std::byte> part = buffer.subspan(at - offset, stop - at);
+        const auto address = reinterpret_cast<uintptr_t>(part.data());
+        const bool direct =
+            at >= first_whole && at < last_whole && (address & (lane_.blocks.alignment() - 1)) == 0;
+        if (direct) {
+            error = co_await ReadBlocks(at, part, map);
+        } else {
+            error = co_await ReadDetour(at, part, map);
+        }
+        at = stop;
+    }
+    co_return error;
+}
+
+Task<Errno> MappedVolume::ReadDetour(uint64_t offset, std::span<std::byte> buffer,
+                                     std::vector<Allocation>* map) {
+    const uint64_t first = offset / kBlockBytes * kBlockBytes;
+    const uint64_t end = (offset + buffer.size() + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
+    const AlignedBuffer detour = AllocateAligned(end - first);
+    const std::span<std::byte> whole(detour.get(), end - first);
+    std::vector<Allocation> whole_map;
+    const Errno error = co_await ReadBlocks(first, whole, map ? &whole_map : nullptr);
+    if (error != 0) co_return error;
+    std::memcpy(buffer.data(), whole.data() + (offset - first), buffer.size());
+    uint64_t skip = offset - first, left = buffer.size();
+    for (const Allocation& part : whole_map) {
+        const uint64_t skipped = std::min(skip, part.length);
+        skip -= skipped;
+        const uint64_t length = std::min(left, part.length - skipped);
+        if (length > 0) AppendAllocation(*map, length, part.hole);
+        left -= length;
+    }
+    co_return 0;
+}
+
+Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most,
+                                 std::vector<Allocation>* map) {
+    if (!InRange(offset, length)) co_return EINVAL;
+    ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
+    uint64_t settled = 0;
+    const uint64_t end = offset + length;
+    while (offset < end) {
+        const ChunkIndex index{offset / kChunkBytes};
+        const uint64_t stop = std::min(end, (index.value + 1) * kChunkBytes);
+        Chunk* chunk = Find(index);
+        if (!chunk && (index < nothing_from || index >= nothing_to || settled != settled_)) {
+            const Loaded loaded = co_await Load(index);
+            if (loaded.error != 0) co_return loaded.error;
+            nothing_from = GroupEnd(index);
+            nothing_to = loaded.next;
+            settled = loaded.settled;
+            chunk = Find(index);
+            if (!chunk) continue;
+        }
+        while (offset < stop) {
+            const uint64_t base = index.value * kChunkBytes;
+            const auto first = static_cast<uint32_t>((offset - base) / kBlockBytes);
+            const auto last = static_cast<uint32_t>((stop - base + kBlockBytes - 1) / kBlockBytes);
+            const Piece piece = chunk ? PieceAt(chunk->runs, first, last)
+                                      : Piece{.first = first, .count = last - first};
+            const uint64_t piece_end = std::min(stop, base + (first + piece.count) * kBlockBytes);
+            AppendAllocation(*map, piece_end - offset, !piece.mapped);
+            offset = piece_end;
+            if (map->size() > most) {  // the one too many ends what is known of the last
+                map->pop_back();
+                co_return 0;
+            }
+        }
+    }
+    co_return 0;
+}
+
+}  // namespace varve::cow

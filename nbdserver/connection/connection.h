@@ -1,0 +1,100 @@
+// Connection: the transmission phase of one NBD client, from the first request to the last reply.
+// Not negotiation (it starts after it), not an engine: it serves whatever cow::Volume it is given.
+//
+// All connections of a reactor share a ConnectionHost: pooled memory and the bound on it.
+//
+//   receive --> parse --> one coroutine for each request --> reply queue --> one send for all
+//                 |             Volume::Read, Write, ...                      replies of a batch
+//                 '-- over a limit: stop receiving until replies have left
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/reactor.h"
+#include "base/result.h"
+#include "cow/volume/volume.h"
+
+namespace varve::nbdserver {
+
+class Connection;
+
+/// Bounds on what clients can make the server hold. Over a bound a connection stops receiving
+/// until replies have left; nothing fails. How connections share the memory: memory_budget.h. One
+/// without anything in flight is always granted a request of 16 KiB; larger ones may wait for
+/// others, and meanwhile whoever holds memory but does not take or send its bytes is closed.
+struct ConnectionLimits {
+    uint32_t payload_max = 32 << 20;       // bytes of one READ or WRITE; over it: EINVAL
+    uint32_t requests_max = 1024;          // in flight, for each connection
+    uint64_t bytes_max = 64 << 20;         // payloads in flight, for each connection
+    uint64_t host_bytes_max = 512 << 20;   // memory in flight, all connections of a reactor
+    uint64_t unused_bytes_max = 64 << 20;  // pooled memory kept for later, for each reactor
+    uint64_t stall_ms_max = 5000;          // without progress, while others wait for its memory
+};
+
+/// What `client.list` shows. Written by the connection's reactor, readable from every thread.
+struct ConnectionCounters {
+    std::atomic<uint64_t> requests{0};       // answered
+    std::atomic<uint64_t> bytes_read{0};     // payload sent
+    std::atomic<uint64_t> bytes_written{0};  // payload received and written without error
+    std::atomic<uint64_t> errors{0};         // requests answered with an error
+};
+
+/// What was agreed on in negotiation.
+struct TransmissionOptions {
+    bool structured_replies = false;
+    bool base_allocation = false;     // the context was selected for this export
+    uint32_t base_allocation_id = 0;  // as told to the client
+    /// Bytes that arrived behind the last option: the client's first requests.
+    std::vector<std::byte> received;
+    /// Kept and counted into; may be shared with whoever lists clients. Null: nobody looks.
+    std::shared_ptr<ConnectionCounters> counters;
+};
+
+/// The transmission flags (16 bits) that this implementation serves. `structured_replies`: they
+/// were negotiated before the flags are sent.
+uint16_t TransmissionFlags(bool read_only, bool structured_replies);
+
+/// The connections of one reactor. All methods on the reactor's thread, except construction and
+/// destruction, which may happen anywhere while the reactor does not use it.
+class ConnectionHost {
+  public:
+    ConnectionHost(Reactor& reactor, ConnectionLimits limits);
+    /// REQUIRES: no connection is left.
+    ~ConnectionHost();
+
+    /// Starts serving `volume` on the stream socket `fd`, which the connection owns from now on.
+    /// REQUIRES: volume.executor() is this host's reactor; `volume` lives until `ended`.
+    /// `ended` is called once, on the reactor, when no request of this client is running and
+    /// the socket is closed: from then on the Connection is gone and nothing of its client can
+    /// land any more. It ends when the client disconnects, breaks the protocol, or by End().
+    Connection* Start(int fd, TransmissionOptions options, cow::Volume& volume,
+                      std::function<void()> ended);
+
+    /// End() for all of them.
+    void EndAll();
+
+    uint64_t connections() const;
+    uint64_t bytes_in_flight() const;  // memory that requests hold, for tests and status
+
+    /// The most of it since the last call in which some was added. Any thread.
+    uint64_t TakePeak();
+
+  private:
+    friend class Connection;
+    struct Shared;
+
+    std::unique_ptr<Shared> shared_;
+};
+
+/// Ends `connection` now: its socket is shut down, requests running in the volume are finished and
+/// their replies dropped, then `ended` is called. On the reactor's thread, before `ended`; more
+/// than once is allowed.
+void End(Connection* connection);
+
+}  // namespace varve::nbdserver

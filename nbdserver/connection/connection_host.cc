@@ -1,0 +1,96 @@
+#include <utility>
+
+#include "nbdserver/connection/connection_impl.h"
+
+namespace varve::nbdserver {
+namespace {
+
+constexpr unsigned kUnusedRequestsMax = 4096;
+constexpr unsigned kUnusedBatchesMax = 256;  // of 16 KiB each
+constexpr size_t kKeptMapMax = 64;           // stretches whose memory an unused request keeps
+
+template <typename T>
+void DeleteList(T* head) {
+    while (head) delete std::exchange(head, head->next);
+}
+
+}  // namespace
+
+ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l)
+    : reactor(r),
+      limits(l),
+      pool(l.unused_bytes_max),
+      budget(l.host_bytes_max, kSmallRequestBytes) {
+    slice_timer.shared = this;
+    slice_timer.done = [](Op* op, int32_t) {
+        static_cast<SliceTimer*>(op)->shared->OnSliceTimer();
+    };
+    watch.shared = this;
+    watch.done = [](Op* op, int32_t result) {
+        static_cast<Watch*>(op)->shared->LookForStalled(result);
+    };
+}
+
+ConnectionHost::Shared::~Shared() {
+    DeleteList(unused_requests);
+    DeleteList(unused_batches);
+}
+
+void ConnectionHost::Shared::ReturnRequest(Request* request) {
+    request->payload.Release();
+    request->layout.Release();
+    request->pieces = {};
+    request->map.clear();
+    if (request->map.capacity() > kKeptMapMax) request->map = {};
+    if (unused_request_count >= kUnusedRequestsMax) {
+        delete request;
+        return;
+    }
+    ++unused_request_count;
+    request->next = std::exchange(unused_requests, request);
+}
+
+void ConnectionHost::Shared::ReturnBatch(SendBatch* batch) {
+    if (unused_batch_count >= kUnusedBatchesMax) {
+        delete batch;
+        return;
+    }
+    ++unused_batch_count;
+    batch->next = std::exchange(unused_batches, batch);
+}
+
+ConnectionHost::ConnectionHost(Reactor& reactor, ConnectionLimits limits)
+    : shared_(std::make_unique<Shared>(reactor, limits)) {}
+
+ConnectionHost::~ConnectionHost() {
+    VARVE_CHECK(shared_->all.empty());
+}
+
+Connection* ConnectionHost::Start(int fd, TransmissionOptions options, cow::Volume& volume,
+                                  std::function<void()> ended) {
+    VARVE_CHECK(shared_->reactor.InThread());
+    VARVE_CHECK(&volume.executor() == &shared_->reactor);
+    Connection* connection =
+        new Connection(*this, fd, std::move(options), volume, std::move(ended));
+    shared_->all.push_back(connection);
+    connection->Wake();
+    return connection;
+}
+
+void ConnectionHost::EndAll() {
+    for (Connection* connection : shared_->all) connection->Drop();
+}
+
+uint64_t ConnectionHost::connections() const {
+    return shared_->all.size();
+}
+
+uint64_t ConnectionHost::bytes_in_flight() const {
+    return shared_->bytes;
+}
+
+uint64_t ConnectionHost::TakePeak() {
+    return shared_->peak.exchange(0, std::memory_order_relaxed);
+}
+
+}  // namespace varve::nbdserver

@@ -1,0 +1,241 @@
+// The insides of Connection and of what the connections of a reactor share, for connection*.cc.
+// How they work: connection.cc. Everything here belongs to the reactor's thread.
+#pragma once
+
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "base/backoff.h"
+#include "base/buffers.h"
+#include "base/reactor.h"
+#include "base/task.h"
+#include "base/trial.h"
+#include "nbdserver/connection/connection.h"
+#include "nbdserver/connection/memory_budget.h"
+#include "nbdserver/connection/request.h"
+#include "nbdserver/wire/wire.h"
+
+namespace varve::nbdserver {
+
+constexpr size_t kSendPiecesMax = 1024;  // IOV_MAX
+// What a request costs besides its payload, roughly: its state and the frames of its coroutines.
+constexpr uint64_t kRequestBytes = 2048;
+// A request with a payload of 16 KiB, whatever its reply looks like.
+constexpr uint64_t kSmallRequestBytes = 24 << 10;
+static_assert(kReplyPiecesMax <= kSendPiecesMax);
+
+/// What one send needs until it is complete.
+struct SendBatch {
+    SendBatch* next = nullptr;  // among the unused
+    msghdr message{};
+    Request* requests = nullptr;  // whose replies these are
+    size_t first = 0;             // of the pieces that are being sent
+    size_t end = 0;               // of all pieces
+    uint64_t bytes = 0;           // being sent
+    uint64_t cut = 0;             // bytes of the last piece being sent that are not sent yet
+    std::array<iovec, kSendPiecesMax> pieces;
+};
+
+/// What the connections of a reactor share.
+struct ConnectionHost::Shared {
+    Shared(Reactor& r, ConnectionLimits l);
+    ~Shared();
+
+    Request* TakeRequest() {
+        if (!unused_requests) return new Request;
+        --unused_request_count;
+        return std::exchange(unused_requests, unused_requests->next);
+    }
+    void ReturnRequest(Request* request);
+
+    SendBatch* TakeBatch() {
+        if (!unused_batches) return new SendBatch;
+        --unused_batch_count;
+        return std::exchange(unused_batches, unused_batches->next);
+    }
+    void ReturnBatch(SendBatch* batch);
+
+    /// From now on, while somebody waits for memory, closes who holds it and does nothing.
+    void WatchStalled();
+    void LookForStalled(int32_t timer_result);
+
+    void Hold(uint64_t more) {
+        bytes += more;
+        if (bytes > peak.load(std::memory_order_relaxed)) {
+            peak.store(bytes, std::memory_order_relaxed);
+        }
+    }
+
+    Reactor& reactor;
+    const ConnectionLimits limits;
+    BufferPool pool;
+    MemoryBudget budget;             // of requests
+    uint64_t bytes = 0;              // held by requests, and received but not begun
+    uint64_t received_bytes = 0;     // received but not begun, or what receives may bring
+    std::atomic<uint64_t> peak = 0;  // of `bytes`, since somebody asked
+    Request* unused_requests = nullptr;
+    unsigned unused_request_count = 0;
+    SendBatch* unused_batches = nullptr;
+    unsigned unused_batch_count = 0;
+    std::vector<Connection*> all;
+
+    struct Watch : TimerOp {
+        Shared* shared = nullptr;
+    };
+    Watch watch;
+
+    // Large reads that wait for a turn of the loop.
+    class SliceTurn;
+    struct SliceTimer : TimerOp {
+        Shared* shared = nullptr;
+    };
+    bool BeginSlice();
+    void OnSliceTimer();
+    SliceTimer slice_timer;
+    SliceTurn* slices_ = nullptr;
+    SliceTurn** slices_tail_ = &slices_;
+    uint64_t slice_turn_ = 0;   // in which the last slice began
+    bool watch_begins = false;  // its next look only notes how far everybody is
+};
+
+class Connection {
+  public:
+    Connection(ConnectionHost& host, int fd, TransmissionOptions options, cow::Volume& volume,
+               std::function<void()> ended);
+    ~Connection();
+
+    void Drop();
+    void Wake() { shared_.reactor.AtBatchEnd(hook_); }
+    /// Looks whether it holds what others wait for while its client neither takes nor sends: true
+    /// if that was so long enough. `first`: begins to count.
+    bool Stalled(bool first);
+
+  private:
+    using Shared = ConnectionHost::Shared;
+    enum class State : uint8_t { kOpen, kDraining, kDropped };
+
+    // Receiving, in the order in which bytes pass.
+    void Receive();
+    uint64_t CountArrived();
+    bool ShallRest(uint64_t came);
+    void Rest();
+    bool IsNextSoon() const;
+    void OnReceived(int32_t result);
+    void OnPayload(int32_t result);
+    void OnStreamEnd(int32_t result);
+    void Stash(std::span<const std::byte> bytes);
+    void Resume();
+    std::span<const std::byte> Parse(std::span<const std::byte> bytes);
+    size_t TakeHeader(std::span<const std::byte> bytes);
+    size_t TakePayload(std::span<const std::byte> bytes);
+    bool Accept(const std::byte* header);
+    bool TakeMemory(Request& request);
+    uint32_t MostToReceive();
+    void AcceptWrite(Request* request);
+
+    // Running.
+    void Run(Request* request);
+    Task<void> Serve(Request* request);
+    Task<Errno> Execute(Request* request);
+    Task<Errno> ReadInSlices(Request* request, std::vector<cow::Allocation>* map);
+
+    // Replying.
+    void Reply(Request* request);
+    void SendReplies();
+    void SendPieces();
+    void OnSent(int32_t result);
+    void CountReply(const Request& request);
+    void DropUnwanted();
+    void Release(Request* request);
+
+    void OnBatchEnd();
+    bool Finished() const;
+    void Finish();
+
+    // The operations and the hook know their connection by their place in it.
+    struct Hook : BatchHook {
+        Connection* connection = nullptr;
+    };
+    struct Receiving : ReceiveOp {
+        Connection* connection = nullptr;
+    };
+    struct Other : Op {
+        Connection* connection = nullptr;
+    };
+    struct Resting : TimerOp {
+        Connection* connection = nullptr;
+    };
+    struct Share : MemoryBudget::Share {
+        Connection* connection = nullptr;
+    };
+    /// How far a client has taken its replies, or sent a payload.
+    struct Progress {
+        void Add(uint64_t more_bytes);
+        bool Stalled(bool due, uint64_t more_bytes, bool first);
+
+        uint64_t bytes = 0;  // only grows
+        uint64_t seen_bytes = 0;
+        unsigned looks = 0;  // since it grew
+    };
+
+    // Fixed from the start.
+    Shared& shared_;
+    const int fd_;
+    const bool local_;  // a unix socket
+    cow::Volume& volume_;
+    RequestRules rules_;
+    std::shared_ptr<ConnectionCounters> counters_;
+    std::function<void()> ended_;
+
+    State state_ = State::kOpen;
+    bool paused_ = false;        // a limit was met, or there is a stash to begin with
+    bool expect_large_ = false;  // the last payload was received directly
+    bool rested_ = false;        // just now
+    uint32_t requests_ = 0;      // in flight
+    uint64_t bytes_ = 0;         // of payloads in flight
+    Share share_;                // of the budget
+
+    // When to rest, and when to expect more.
+    uint64_t arrived_ = 0;        // requests
+    uint64_t arrived_then_ = 0;   // before the last receive
+    unsigned trickle_ = 0;        // receives in a row that brought few requests, up to a limit
+    bool flushed_ = false;        // the latest request is a flush
+    uint64_t replied_bytes_ = 0;  // by the last send
+    uint64_t replied_ = 0;        // requests, likewise
+    Backoff rest_checks_{64};     // looks at what the client has not read
+    Trial rests_or_not_;
+
+    std::array<std::byte, sizeof(wire::Request)> header_;  // one that arrives in pieces
+    size_t header_bytes_ = 0;
+    uint64_t skip_ = 0;           // bytes of a refused payload that are still to come
+    Request* filling_ = nullptr;  // a WRITE whose payload is not complete
+    uint32_t filled_ = 0;         // bytes of it
+    uint32_t piece_ = 0;          // bytes of it that are being received
+    uint32_t expected_ = 0;       // bytes that receive_op_ may bring
+    Buffer stash_;                // received before the pause
+    std::span<const std::byte> stashed_;
+
+    Request* replies_ = nullptr;
+    Request** replies_tail_ = &replies_;
+    SendBatch* batch_ = nullptr;  // being sent
+
+    Progress taken_;  // of replies
+    Progress given_;  // of payloads that are received in place
+
+    Hook hook_;
+    Receiving receive_op_;
+    Resting rest_op_;
+    Other payload_op_;
+    Other send_op_;
+};
+
+}  // namespace varve::nbdserver

@@ -1,0 +1,171 @@
+// Connection: running requests, and replying.
+#include <utility>
+
+#include "nbdserver/connection/connection_impl.h"
+
+namespace varve::nbdserver {
+namespace {
+
+constexpr uint64_t kSendBytesMax = 2 << 20;  // so that a send's memory comes back soon
+
+void Count(std::atomic<uint64_t>& counter, uint64_t amount) {
+    // One writer: no need for a locked instruction.
+    counter.store(counter.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed);
+}
+
+Task<Errno> Succeed() {
+    co_return 0;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+// Running
+
+void Connection::Run(Request* request) {
+    if (request->error || (request->length == 0 && request->type != wire::kCmdFlush)) {
+        return Reply(request);
+    }
+    Spawn(Serve(request));
+}
+
+Task<void> Connection::Serve(Request* request) {
+    request->error = co_await Execute(request);
+    const bool durable = (request->flags & wire::kFlagFua) &&
+                         (request->type == wire::kCmdWrite || request->type == wire::kCmdTrim ||
+                          request->type == wire::kCmdWriteZeroes);
+    if (durable && !request->error) request->error = co_await volume_.Flush();
+    Reply(request);
+}
+
+/// The request's one call of the volume.
+Task<Errno> Connection::Execute(Request* request) {
+    const uint64_t offset = request->offset;
+    const uint32_t length = request->length;
+    switch (request->type) {
+        case wire::kCmdRead: {
+            std::vector<cow::Allocation>* map = nullptr;
+            if (rules_.structured_replies) map = &request->map;
+            if (length > kReadSliceBytes) return ReadInSlices(request, map);
+            return volume_.Read(offset, request->payload.span(), map);
+        }
+        case wire::kCmdWrite:
+            return volume_.Write(offset, request->payload.span());
+        case wire::kCmdFlush:
+            return volume_.Flush();
+        case wire::kCmdTrim:
+            return volume_.Trim(offset, length);
+        case wire::kCmdWriteZeroes: {
+            const bool allocate = (request->flags & wire::kFlagNoHole) != 0;
+            return volume_.WriteZeroes(offset, length, allocate);
+        }
+        case wire::kCmdBlockStatus: {
+            const bool one = (request->flags & wire::kFlagReqOne) != 0;
+            return volume_.Status(offset, length, one ? 1 : kStatusExtentsMax, &request->map);
+        }
+        default:
+            return Succeed();  // CACHE is a hint
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Replying
+
+void Connection::CountReply(const Request& request) {
+    Count(counters_->requests, 1);
+    if (request.error) {
+        Count(counters_->errors, 1);
+    } else if (request.type == wire::kCmdRead) {
+        Count(counters_->bytes_read, request.length);
+    } else if (request.type == wire::kCmdWrite) {
+        Count(counters_->bytes_written, request.length);
+    }
+}
+
+void Connection::Reply(Request* request) {
+    Wake();
+    if (state_ == State::kDropped) return Release(request);
+    BuildReply(*request, rules_, shared_.pool);
+    CountReply(*request);
+    request->next = nullptr;
+    *replies_tail_ = request;
+    replies_tail_ = &request->next;
+}
+
+/// Sends what has been queued, unless a send is under way: its end leads here again.
+void Connection::SendReplies() {
+    if (send_op_.in_flight() || !replies_) return;
+    batch_ = shared_.TakeBatch();
+    uint64_t bytes = 0;
+    Request** tail = &batch_->requests;
+    size_t count = 0;
+    replied_ = 0;
+    while (replies_ && count + replies_->pieces.size() <= kSendPiecesMax &&
+           (count == 0 || bytes + replies_->reply_bytes <= kSendBytesMax)) {
+        Request* request = std::exchange(replies_, replies_->next);
+        *tail = request;
+        tail = &request->next;
+        for (const iovec& piece : request->pieces) batch_->pieces[count++] = piece;
+        bytes += request->reply_bytes;
+        ++replied_;
+    }
+    *tail = nullptr;
+    if (!replies_) replies_tail_ = &replies_;
+    replied_bytes_ = bytes;
+    batch_->first = 0;
+    batch_->end = count;
+    SendPieces();
+}
+
+/// Sends what is left of the batch, or as much as may leave at once.
+void Connection::SendPieces() {
+    SendBatch& batch = *batch_;
+    size_t end = batch.first;
+    uint64_t bytes = 0;
+    while (end < batch.end && bytes < kSendBytesMax) bytes += batch.pieces[end++].iov_len;
+    batch.cut = bytes > kSendBytesMax ? bytes - kSendBytesMax : 0;
+    batch.bytes = bytes - batch.cut;
+    batch.pieces[end - 1].iov_len -= batch.cut;
+    batch.message.msg_iov = &batch.pieces[batch.first];
+    batch.message.msg_iovlen = end - batch.first;
+    batch.first = batch.cut ? end - 1 : end;
+    shared_.reactor.SendAll(send_op_, fd_, batch.message);
+}
+
+void Connection::OnSent(int32_t result) {
+    Wake();
+    const bool all = result >= 0 && static_cast<uint32_t>(result) == batch_->bytes;
+    if (!all) Drop();
+    taken_.Add(batch_->bytes);
+    if (all && batch_->first < batch_->end && state_ != State::kDropped) {
+        iovec& next = batch_->pieces[batch_->first];
+        if (batch_->cut) next = {static_cast<char*>(next.iov_base) + next.iov_len, batch_->cut};
+        return SendPieces();
+    }
+    SendBatch* sent = std::exchange(batch_, nullptr);
+    for (Request* request = sent->requests; request;) {
+        Release(std::exchange(request, request->next));
+    }
+    shared_.ReturnBatch(sent);
+}
+
+/// Gives up what nobody will finish or read any more.
+void Connection::DropUnwanted() {
+    if (state_ == State::kOpen) return;
+    shared_.budget.Leave(share_);
+    if (filling_ && !payload_op_.in_flight()) Release(std::exchange(filling_, nullptr));
+    if (state_ == State::kDraining) return;
+    while (replies_) Release(std::exchange(replies_, replies_->next));
+    replies_tail_ = &replies_;
+}
+
+void Connection::Release(Request* request) {
+    --requests_;
+    bytes_ -= request->charge;
+    shared_.bytes -= request->charge + kRequestBytes;
+    shared_.budget.GiveBack(share_, request->fund, request->charge + kRequestBytes);
+    shared_.ReturnRequest(request);
+    Wake();
+}
+
+}  // namespace varve::nbdserver

@@ -1,0 +1,88 @@
+// Connection: clients that hold memory others wait for, and neither take their replies nor send
+// their payloads. Those are closed; a slow one is not.
+#include <fmt/format.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+
+#include "base/log.h"
+#include "nbdserver/connection/connection_impl.h"
+
+namespace varve::nbdserver {
+namespace {
+
+// So many looks in the time that a client may stall, and so much must pass between two of them.
+constexpr unsigned kLooks = 4;
+constexpr uint64_t kLeastBytes = 64 << 10;
+
+struct TcpBytes {
+    uint64_t taken = 0;  // by the peer
+    uint64_t given = 0;
+};
+
+/// One operation may take long on a slow line: what the peer acknowledges meanwhile. Zero if `fd`
+/// is no TCP socket: those of this machine are fast enough to complete operations.
+TcpBytes BytesPassed(int fd) {
+    tcp_info info{};
+    socklen_t length = sizeof info;
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return {};
+    return {info.tcpi_bytes_acked, info.tcpi_bytes_received};
+}
+
+}  // namespace
+
+void ConnectionHost::Shared::WatchStalled() {
+    if (watch.in_flight()) return;
+    watch_begins = true;
+    reactor.StartTimer(watch, static_cast<int64_t>(limits.stall_ms_max) * 1'000'000 / kLooks);
+}
+
+void ConnectionHost::Shared::LookForStalled(int32_t timer_result) {
+    if (!budget.anybody_waits()) return;
+    unsigned stalled = 0;
+    if (timer_result == 0) {
+        for (Connection* connection : all) {
+            if (!connection->Stalled(watch_begins)) continue;
+            connection->Drop();
+            ++stalled;
+        }
+    }
+    if (stalled) {
+        Log(LogLevel::kWarning,
+            fmt::format("closing {} connections that hold memory which others wait for, and do not "
+                        "go on",
+                        stalled));
+    }
+    const bool began = timer_result == 0;
+    WatchStalled();
+    if (began) watch_begins = false;
+}
+
+bool Connection::Progress::Stalled(bool due, uint64_t more_bytes, bool first) {
+    const uint64_t now_bytes = bytes + more_bytes;
+    if (first || !due || now_bytes >= seen_bytes + kLeastBytes) {
+        looks = 0;
+        seen_bytes = now_bytes;
+        return false;
+    }
+    return ++looks >= kLooks;
+}
+
+bool Connection::Stalled(bool first) {
+    const bool holds = state_ != State::kDropped && share_.bytes() > kSmallRequestBytes;
+    const bool sends = holds && send_op_.in_flight();
+    const bool fills = holds && filling_ != nullptr;
+    const TcpBytes passed = sends || fills ? BytesPassed(fd_) : TcpBytes{};
+    const bool not_taken = taken_.Stalled(sends, passed.taken, first);
+    const bool not_given = given_.Stalled(fills, passed.given, first);
+    return not_taken || not_given;
+}
+
+/// An operation that ended is progress, however short it was.
+void Connection::Progress::Add(uint64_t more_bytes) {
+    bytes += std::max(more_bytes, kLeastBytes);
+}
+
+}  // namespace varve::nbdserver

@@ -1,0 +1,301 @@
+#include "nbdserver/connection/request.h"
+
+#include <algorithm>
+#include <new>
+
+namespace varve::nbdserver {
+namespace {
+
+// A hole costs a chunk of its own; a reply with more chunks than this sends the rest as data.
+constexpr size_t kChunksMax = 256;
+constexpr uint64_t kHoleBytesMin = 4096;
+// In a reply of several chunks, for each: its pieces and its header.
+constexpr size_t kLayoutBytes = 2 * sizeof(iovec) + sizeof(wire::OffsetHoleChunk);
+static_assert(kChunksMax * 2 <= kReplyPiecesMax);
+
+uint16_t AllowedFlags(const Request& request, const RequestRules& rules) {
+    switch (request.type) {
+        case wire::kCmdRead:
+            return rules.structured_replies ? wire::kFlagFua | wire::kFlagDf : wire::kFlagFua;
+        case wire::kCmdWriteZeroes:
+            return wire::kFlagFua | wire::kFlagNoHole | wire::kFlagFastZero;
+        case wire::kCmdBlockStatus:
+            return wire::kFlagFua | wire::kFlagReqOne;
+        default:
+            return wire::kFlagFua;
+    }
+}
+
+bool Changes(uint16_t type) {
+    return type == wire::kCmdWrite || type == wire::kCmdTrim || type == wire::kCmdWriteZeroes;
+}
+
+template <typename T>
+std::byte* Append(std::byte* at, const T& structure) {
+    return reinterpret_cast<std::byte*>(new (at) T(structure)) + sizeof(T);
+}
+
+wire::Chunk ChunkHeader(const Request& request, wire::ChunkType type, size_t length, bool last) {
+    wire::Chunk chunk;
+    chunk.flags = last ? wire::kChunkDone : uint16_t{0};
+    chunk.type = type;
+    chunk.cookie = request.cookie;
+    chunk.length = static_cast<uint32_t>(length);
+    return chunk;
+}
+
+/// Merges stretches of the same kind, and holes too short to be worth a chunk into data.
+void Simplify(std::vector<cow::Allocation>& map, uint64_t hole_bytes_min) {
+    size_t kept = 0;
+    for (cow::Allocation stretch : map) {
+        if (stretch.length == 0) continue;
+        if (stretch.length < hole_bytes_min) stretch.hole = false;
+        if (kept && map[kept - 1].hole == stretch.hole) {
+            map[kept - 1].length += stretch.length;
+        } else {
+            map[kept++] = stretch;
+        }
+    }
+    map.resize(kept);
+}
+
+uint64_t BytesOf(const std::vector<cow::Allocation>& map) {
+    uint64_t bytes = 0;
+    for (const cow::Allocation stretch : map) bytes += stretch.length;
+    return bytes;
+}
+
+void SetHead(Request& request, const std::byte* end) {
+    const size_t bytes = static_cast<size_t>(end - request.head.data());
+    request.few_pieces[0] = {request.head.data(), bytes};
+    request.pieces = std::span(request.few_pieces).first(1);
+    request.reply_bytes = bytes;
+}
+
+void AddPayload(Request& request) {
+    request.few_pieces[1] = {request.payload.data(), request.length};
+    request.pieces = request.few_pieces;
+    request.reply_bytes += request.length;
+}
+
+void BuildSimple(Request& request) {
+    wire::SimpleReply reply;
+    reply.error = WireError(request.error);
+    reply.cookie = request.cookie;
+    SetHead(request, Append(request.head.data(), reply));
+    if (request.type == wire::kCmdRead && !request.error && request.length) AddPayload(request);
+}
+
+void BuildError(Request& request) {
+    wire::ErrorChunk reply;
+    reply.chunk = ChunkHeader(request, wire::kChunkError, sizeof reply - sizeof reply.chunk, true);
+    reply.error = WireError(request.error);
+    SetHead(request, Append(request.head.data(), reply));
+}
+
+void BuildEmpty(Request& request) {
+    SetHead(request, Append(request.head.data(), ChunkHeader(request, wire::kChunkNone, 0, true)));
+}
+
+std::byte* AppendData(const Request& request, std::byte* at, uint64_t offset, uint64_t length,
+                      bool last) {
+    wire::OffsetDataChunk chunk;
+    chunk.chunk = ChunkHeader(request, wire::kChunkOffsetData, sizeof chunk.offset + length, last);
+    chunk.offset = offset;
+    return Append(at, chunk);
+}
+
+std::byte* AppendHole(const Request& request, std::byte* at, uint64_t offset, uint64_t length,
+                      bool last) {
+    wire::OffsetHoleChunk chunk;
+    chunk.chunk =
+        ChunkHeader(request, wire::kChunkOffsetHole, sizeof chunk - sizeof chunk.chunk, last);
+    chunk.offset = offset;
+    chunk.length = static_cast<uint32_t>(length);
+    return Append(at, chunk);
+}
+
+/// A READ's data and holes as several chunks: headers one behind the other in `layout`, data from
+/// `payload` between them.
+void BuildFragments(Request& request) {
+    iovec* const pieces = reinterpret_cast<iovec*>(request.layout.data());
+    iovec* piece = pieces;
+    std::byte* at = request.layout.data() + request.map.size() * 2 * sizeof(iovec);
+    std::byte* unsent = at;  // headers not in a piece yet
+    uint64_t done = 0;
+    for (size_t i = 0; i < request.map.size(); ++i) {
+        const cow::Allocation stretch = request.map[i];
+        const bool last = i + 1 == request.map.size();
+        const uint64_t offset = request.offset + done;
+        if (stretch.hole) {
+            at = AppendHole(request, at, offset, stretch.length, last);
+        } else {
+            at = AppendData(request, at, offset, stretch.length, last);
+            *piece++ = {unsent, static_cast<size_t>(at - unsent)};
+            *piece++ = {request.payload.data() + done, stretch.length};
+            unsent = at;
+        }
+        done += stretch.length;
+    }
+    if (at != unsent) *piece++ = {unsent, static_cast<size_t>(at - unsent)};
+    request.pieces = {pieces, piece};
+    for (const iovec& p : request.pieces) request.reply_bytes += p.iov_len;
+}
+
+void BuildRead(Request& request, BufferPool& pool) {
+    if (request.length == 0) return BuildEmpty(request);
+    std::vector<cow::Allocation>& map = request.map;
+    Simplify(map, kHoleBytesMin);
+    if (BytesOf(map) != request.length) map.clear();
+    if (map.size() == 1 && map[0].hole) {
+        return SetHead(request, AppendHole(request, request.head.data(), request.offset,
+                                           request.length, true));
+    }
+    if (map.size() > 1 && !(request.flags & wire::kFlagDf)) {
+        if (map.size() > kChunksMax) {
+            uint64_t before = 0;
+            for (size_t i = 0; i + 1 < kChunksMax; ++i) before += map[i].length;
+            map.resize(kChunksMax);
+            map.back() = {request.length - before, false};
+        }
+        request.layout = pool.Take(map.size() * kLayoutBytes);
+        if (request.layout) return BuildFragments(request);
+    }
+    SetHead(request,
+            AppendData(request, request.head.data(), request.offset, request.length, true));
+    AddPayload(request);
+}
+
+size_t StatusBytes(size_t extents) {
+    return sizeof(wire::BlockStatusChunk) + extents * sizeof(wire::Extent);
+}
+
+void BuildStatus(Request& request, const RequestRules& rules, BufferPool& pool) {
+    std::vector<cow::Allocation>& map = request.map;
+    Simplify(map, 0);
+    const size_t bytes = StatusBytes(map.size());
+    if (!map.empty()) request.layout = pool.Take(bytes);
+    if (!request.layout) {
+        request.error = map.empty() ? EIO : ENOMEM;
+        return BuildError(request);
+    }
+    wire::BlockStatusChunk status;
+    status.chunk = ChunkHeader(request, wire::kChunkBlockStatus, bytes - sizeof status.chunk, true);
+    status.context_id = rules.base_allocation_id;
+    std::byte* at = Append(request.layout.data(), status);
+    for (const cow::Allocation stretch : map) {
+        wire::Extent extent;
+        extent.length = static_cast<uint32_t>(stretch.length);
+        extent.flags = stretch.hole ? wire::kAllocationHole | wire::kAllocationZero : 0;
+        at = Append(at, extent);
+    }
+    request.few_pieces[0] = {request.layout.data(), bytes};
+    request.pieces = std::span(request.few_pieces).first(1);
+    request.reply_bytes = bytes;
+}
+
+}  // namespace
+
+bool Decode(const std::byte* header, Request& request) {
+    const wire::Request& received = *reinterpret_cast<const wire::Request*>(header);
+    request.flags = received.flags;
+    request.type = received.type;
+    request.cookie = received.cookie;
+    request.offset = received.offset;
+    request.length = received.length;
+    return received.magic == wire::kRequestMagic;
+}
+
+Errno Validate(const Request& request, const RequestRules& rules, uint64_t size, bool read_only) {
+    const uint16_t type = request.type;
+    if (type > wire::kCmdBlockStatus) return EINVAL;
+    if (request.flags & ~AllowedFlags(request, rules)) return EINVAL;
+    if (type == wire::kCmdFlush) return 0;  // offset and length are reserved
+    if (read_only && Changes(type)) return EPERM;
+    const bool payload = type == wire::kCmdRead || type == wire::kCmdWrite;
+    if (payload && request.length > rules.payload_max) return EINVAL;
+    if (request.offset > size || request.length > size - request.offset) {
+        return type == wire::kCmdWrite || type == wire::kCmdWriteZeroes ? ENOSPC : EINVAL;
+    }
+    if (type == wire::kCmdBlockStatus && (!rules.base_allocation || !request.length)) {
+        return EINVAL;
+    }
+    // Zeroes are fast because they only unmap, which is what NO_HOLE forbids.
+    const uint16_t slow = wire::kFlagFastZero | wire::kFlagNoHole;
+    if ((request.flags & slow) == slow) return ENOTSUP;
+    return 0;
+}
+
+// What small unaligned reads take for a moment counts as part of the request itself.
+constexpr uint32_t kSmallBytes = 16 << 10;
+
+uint64_t MemoryNeeded(const Request& request, bool structured_replies) {
+    const uint32_t length = request.length;
+    switch (request.type) {
+        case wire::kCmdRead: {
+            if (length == 0) return 0;
+            uint64_t payload = BufferPool::Rounded(length);
+            if (length > kSmallBytes && (request.offset | length) % cow::kBlockBytes != 0) {
+                // The volume reads whole blocks and copies.
+                payload += std::min(length, kReadSliceBytes) + 2 * cow::kBlockBytes;
+            }
+            if (!structured_replies || length <= kHoleBytesMin) return payload;
+            const uint64_t stretches = length / cow::kBlockBytes + 2;
+            const uint64_t chunks = std::min<uint64_t>(stretches, kChunksMax);
+            return payload + stretches * sizeof(cow::Allocation) +
+                   BufferPool::Rounded(chunks * kLayoutBytes);
+        }
+        case wire::kCmdWrite:
+            return length ? BufferPool::Rounded(length) : 0;
+        case wire::kCmdBlockStatus:
+            if (request.flags & wire::kFlagReqOne) return 0;
+            return kStatusExtentsMax * sizeof(cow::Allocation) +
+                   BufferPool::Rounded(StatusBytes(kStatusExtentsMax));
+        default:
+            return 0;
+    }
+}
+
+wire::Error WireError(Errno error) {
+    switch (error) {
+        case 0:
+            return wire::kErrorNone;
+        case EPERM:
+        case EACCES:
+        case EROFS:
+            return wire::kErrorPermission;
+        case ENOMEM:
+            return wire::kErrorMemory;
+        case EINVAL:
+            return wire::kErrorInvalid;
+        case ENOSPC:
+        case EDQUOT:
+        case EFBIG:
+            return wire::kErrorNoSpace;
+        case EOVERFLOW:
+            return wire::kErrorOverflow;
+        case ENOTSUP:
+            return wire::kErrorNotSupported;
+        case ESHUTDOWN:
+            return wire::kErrorShutdown;
+        default:
+            return wire::kErrorIo;
+    }
+}
+
+void BuildReply(Request& request, const RequestRules& rules, BufferPool& pool) {
+    request.reply_bytes = 0;
+    const bool chunks = rules.structured_replies &&
+                        (request.type == wire::kCmdRead || request.type == wire::kCmdBlockStatus);
+    if (!chunks) {
+        BuildSimple(request);
+    } else if (request.error) {
+        BuildError(request);
+    } else if (request.type == wire::kCmdRead) {
+        BuildRead(request, pool);
+    } else {
+        BuildStatus(request, rules, pool);
+    }
+}
+
+}  // namespace varve::nbdserver

@@ -1,0 +1,82 @@
+// Request: one NBD request from its header to its reply - decoding, the rules it must keep, the
+// bytes of the answer.
+// Not I/O: connection*.cc receive, run and send.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/buffers.h"
+#include "base/result.h"
+#include "cow/format/types.h"
+#include "nbdserver/connection/memory_budget.h"
+#include "nbdserver/wire/wire.h"
+
+namespace varve::nbdserver {
+
+class Connection;
+
+/// What a client may ask of its export, fixed by negotiation and the limits.
+struct RequestRules {
+    bool structured_replies = false;
+    bool base_allocation = false;
+    uint32_t base_allocation_id = 0;
+    uint32_t payload_max = wire::kPayloadMax;  // bytes of a READ or WRITE
+};
+
+/// A larger READ is served in slices of this many bytes.
+inline constexpr uint32_t kReadSliceBytes = 1 << 20;
+
+/// Most extents that one BLOCK_STATUS is answered with. The protocol allows less than asked for.
+inline constexpr uint32_t kStatusExtentsMax = 8192;
+
+/// Lives from its header's arrival until its reply has left; recycled, so that its vectors keep
+/// their memory.
+struct Request {
+    Connection* connection = nullptr;
+    Request* next = nullptr;  // in the one list that holds it
+
+    // As received.
+    uint64_t cookie = 0;
+    uint64_t offset = 0;  // bytes
+    uint32_t length = 0;  // bytes
+    uint16_t flags = 0;
+    uint16_t type = 0;
+
+    Errno error = 0;
+    uint64_t charge = 0;  // bytes of memory it counts for, besides itself
+    MemoryBudget::Fund fund = MemoryBudget::Fund::kNone;  // which pays for them
+    Buffer payload;                                       // of a WRITE, or what a READ answers
+    std::vector<cow::Allocation> map;
+
+    // The reply as sent: `pieces` point into `head`, `payload` and `layout`.
+    std::array<std::byte, 64> head;
+    std::array<iovec, 2> few_pieces;
+    Buffer layout;  // pieces and headers of a reply that has many
+    std::span<iovec> pieces;
+    uint64_t reply_bytes = 0;
+};
+
+/// Fills the fields as received. False if the magic number is wrong: the stream is lost.
+bool Decode(const std::byte* header, Request& request);
+
+/// Whether `request` may be run on an export of `size` bytes: 0, or the error to answer with.
+Errno Validate(const Request& request, const RequestRules& rules, uint64_t size, bool read_only);
+
+/// Bytes of memory that running and answering a valid `request` takes.
+uint64_t MemoryNeeded(const Request& request, bool structured_replies);
+
+/// An errno value as one of the protocol's errors; what it does not have becomes kErrorIo.
+wire::Error WireError(Errno error);
+
+/// Makes `request.pieces`, at most kReplyPiecesMax, from the error, payload and map. `pool` gives
+/// memory for long layouts; where it has none the reply becomes an error.
+void BuildReply(Request& request, const RequestRules& rules, BufferPool& pool);
+inline constexpr size_t kReplyPiecesMax = 520;
+
+}  // namespace varve::nbdserver

@@ -1,0 +1,215 @@
+#include "nbdserver/daemon/clients.h"
+
+#include <fmt/format.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <utility>
+
+#include "base/log.h"
+
+namespace varve::nbdserver {
+
+class Client {
+  public:
+    // Fixed from Open() on.
+    cow::Export opened;
+    ExportDescription description;
+    std::string address;
+    int64_t since_ms = 0;  // since 1970
+    Executor* reactor = nullptr;
+    std::shared_ptr<ConnectionCounters> counters = std::make_shared<ConnectionCounters>();
+
+    // Changed by home only.
+    bool serving = false;
+
+    // Changed by the reactor only.
+    bool draining = false;
+    bool ending = false;
+    int fd = -1;                       // while there is a connection
+    Connection* connection = nullptr;  // null before and after
+};
+
+const ExportDescription& DescriptionOf(const Client& client) {
+    return client.description;
+}
+
+namespace {
+
+/// Suspends until the client's connection has ended; resumed by a post, not from inside the
+/// connection.
+class Ended : Resumption {
+  public:
+    explicit Ended(Client& client) : client_(client) {}
+    std::function<void()> Callback() {
+        return [this] {
+            client_.connection = nullptr;  // from now on nobody may end it
+            ended_ = true;
+            if (handle) client_.reactor->Post(this);
+        };
+    }
+    bool await_ready() const noexcept { return ended_; }
+    void await_suspend(std::coroutine_handle<> waiter) noexcept { handle = waiter; }
+    void await_resume() const noexcept {}
+
+  private:
+    Client& client_;
+    bool ended_ = false;
+};
+
+Task<void> EndOnReactor(std::shared_ptr<Client> client) {
+    co_await Hop(*client->reactor);
+    client->ending = true;
+    if (client->connection) End(client->connection);
+}
+
+Task<void> DrainOnReactor(std::shared_ptr<Client> client) {
+    co_await Hop(*client->reactor);
+    client->draining = true;
+    // The connection sees the end of the stream: it answers what it has, then closes.
+    if (client->connection) ::shutdown(client->fd, SHUT_RD);
+}
+
+int64_t NowMs() {
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::milliseconds>(now).count();
+}
+
+}  // namespace
+
+Clients::Clients(Executor& home, cow::Pool& pool, std::function<ConnectionHost&(Executor&)> host_of)
+    : home_(home), pool_(pool), host_of_(std::move(host_of)), changed_(home) {
+    pool_.SetDisconnector([this](const std::vector<uint64_t>& exports) {
+        for (const uint64_t id : exports) {
+            const auto client = clients_.find(id);
+            if (client != clients_.end()) End(client->second);
+        }
+    });
+}
+
+Clients::~Clients() {
+    VARVE_CHECK(clients_.empty());
+}
+
+Task<Result<ExportDescription>> Clients::Describe(std::string export_name) {
+    std::string nobody;
+    Task<Result<std::shared_ptr<Client>>> opening = Open(std::move(export_name), std::move(nobody));
+    Result<std::shared_ptr<Client>> client = co_await opening;
+    if (!client.ok()) co_return client.error();
+    ExportDescription description = client.value()->description;
+    Task<void> closing = Close(std::move(client.value()));
+    co_await closing;
+    co_return description;
+}
+
+Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std::string address) {
+    if (closing_) co_return MakeError(ErrorKind::kFailed, "the server is shutting down");
+    auto client = std::make_shared<Client>();
+    Task<Result<cow::Export>> opening = pool_.OpenExport(std::move(export_name));
+    Result<cow::Export> opened = co_await opening;
+    if (!opened.ok()) co_return opened.error();
+    if (closing_) {  // since the check above: Drain() has not seen this one
+        Task<void> closing = pool_.CloseExport(opened.value().id);
+        co_await closing;
+        co_return MakeError(ErrorKind::kFailed, "the server is shutting down");
+    }
+    cow::Volume& volume = *opened.value().volume;
+    client->opened = opened.value();
+    client->description.name = pool_.ExportName(client->opened.id);
+    client->address = std::move(address);
+    client->since_ms = NowMs();
+    client->reactor = &volume.executor();
+    clients_.emplace(client->opened.id, client);  // from now on it can be fenced
+    co_await Hop(*client->reactor);
+    client->description.size = volume.size();
+    client->description.read_only = volume.read_only();
+    co_await Hop(home_);
+    co_return client;
+}
+
+Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {
+    client->serving = true;
+    options.counters = client->counters;
+    Log(LogLevel::kDebug,
+        fmt::format("{} attached to '{}'", client->address, client->description.name));
+    ConnectionHost& host = host_of_(*client->reactor);
+    co_await Hop(*client->reactor);
+    if (client->ending || client->draining) {
+        ::close(fd);
+    } else {
+        Ended ended(*client);
+        client->fd = fd;
+        client->connection =
+            host.Start(fd, std::move(options), *client->opened.volume, ended.Callback());
+        co_await ended;
+    }
+    co_await Hop(home_);
+    Log(LogLevel::kDebug, fmt::format("{} left '{}'", client->address, client->description.name));
+    Task<void> closing = Close(std::move(client));
+    co_await closing;
+}
+
+Task<void> Clients::Release(std::shared_ptr<Client> client) {
+    Task<void> closing = Close(std::move(client));
+    co_await closing;
+}
+
+Task<void> Clients::Close(std::shared_ptr<Client> client) {
+    client->serving = false;  // the pool forgets the export before it has closed it
+    Task<void> closing = pool_.CloseExport(client->opened.id);
+    co_await closing;
+    clients_.erase(client->opened.id);
+    changed_.WakeAll();
+}
+
+void Clients::End(std::shared_ptr<Client> client) {
+    Spawn(EndOnReactor(std::move(client)));
+}
+
+Task<std::vector<admin::ClientInfo>> Clients::List() {
+    std::vector<admin::ClientInfo> infos;
+    for (const auto& [id, client] : clients_) {
+        if (!client->serving) continue;
+        admin::ClientInfo info;
+        info.id = id;
+        info.address = client->address;
+        info.export_name = pool_.ExportName(id);
+        info.since_ms = client->since_ms;
+        info.read_only = client->description.read_only;
+        info.requests = client->counters->requests.load(std::memory_order_relaxed);
+        info.bytes_read = client->counters->bytes_read.load(std::memory_order_relaxed);
+        info.bytes_written = client->counters->bytes_written.load(std::memory_order_relaxed);
+        infos.push_back(std::move(info));
+    }
+    co_return infos;
+}
+
+Task<uint64_t> Clients::Disconnect(std::vector<uint64_t> ids) {
+    uint64_t count = 0;
+    for (const uint64_t id : ids) {
+        const auto client = clients_.find(id);
+        if (client == clients_.end()) continue;
+        End(client->second);
+        ++count;
+    }
+    for (const uint64_t id : ids) {  // an export's id is never used again
+        while (clients_.count(id) != 0) co_await changed_.Wait();
+    }
+    co_return count;
+}
+
+void Clients::Drain() {
+    closing_ = true;
+    for (const auto& [id, client] : clients_) Spawn(DrainOnReactor(client));
+}
+
+void Clients::EndAll() {
+    for (const auto& [id, client] : clients_) End(client);
+}
+
+Task<void> Clients::Gone() {
+    while (!clients_.empty()) co_await changed_.Wait();
+}
+
+}  // namespace varve::nbdserver

@@ -1,0 +1,75 @@
+// Clients: who is attached, from the export being opened to it being closed.
+// Not the connections themselves: connection.h serves them; not the sockets' negotiation.
+//
+//   Open (home) -> [GO is answered] -> Serve (home -> the volume's reactor -> home) -> closed
+//                        '-----------> Release (home)
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "admin/client_directory.h"
+#include "base/executor.h"
+#include "base/sync.h"
+#include "base/task.h"
+#include "cow/pool/pool.h"
+#include "nbdserver/connection/connection.h"
+#include "nbdserver/negotiation/negotiation.h"
+
+namespace varve::nbdserver {
+
+class Client;
+
+/// Lives on the home executor: all methods are called there, and their tasks are started there.
+class Clients : public admin::ClientDirectory {
+  public:
+    /// `host_of` gives the connection host of a volume's executor. Tells `pool` how to fence.
+    Clients(Executor& home, cow::Pool& pool, std::function<ConnectionHost&(Executor&)> host_of);
+    /// REQUIRES: no client is left. The pool must not fence any more.
+    ~Clients() override;
+
+    /// Says what an export is, without attaching to it. Errors as of Pool::OpenExport.
+    Task<Result<ExportDescription>> Describe(std::string export_name);
+
+    /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport; kFailed after
+    /// Close(). The client owes Serve() or Release(), soon and without waiting for its peer.
+    Task<Result<std::shared_ptr<Client>>> Open(std::string export_name, std::string address);
+
+    /// Serves the client on the socket `fd`, which is owned from now on, until it is gone.
+    Task<void> Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options);
+
+    /// Closes the export of a client that will not be served.
+    Task<void> Release(std::shared_ptr<Client> client);
+
+    // ---- admin::ClientDirectory
+    Task<std::vector<admin::ClientInfo>> List() override;
+    Task<uint64_t> Disconnect(std::vector<uint64_t> ids) override;
+
+    /// Stops opening exports and receiving requests: requests in flight are still answered.
+    void Drain();
+    /// Ends what is left, replies or not.
+    void EndAll();
+    /// Waits until no client is left.
+    Task<void> Gone();
+
+  private:
+    void End(std::shared_ptr<Client> client);
+    Task<void> Close(std::shared_ptr<Client> client);
+
+    Executor& home_;
+    cow::Pool& pool_;
+    const std::function<ConnectionHost&(Executor&)> host_of_;
+    std::map<uint64_t, std::shared_ptr<Client>> clients_;  // by the export's id
+    WaitList changed_;                                     // a client went
+    bool closing_ = false;
+};
+
+/// The export of an open client, for negotiation.
+const ExportDescription& DescriptionOf(const Client& client);
+
+}  // namespace varve::nbdserver

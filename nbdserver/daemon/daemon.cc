@@ -1,0 +1,280 @@
+#include "nbdserver/daemon/daemon.h"
+
+#include <fmt/format.h>
+#include <systemd/sd-daemon.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <thread>
+#include <utility>
+
+#include "base/log.h"
+#include "base/priority.h"
+#include "base/run_on.h"
+#include "base/units.h"
+
+namespace varve::nbdserver {
+namespace {
+
+// Of the 2 s that stopping may take: how long clients may take their last replies, and how long
+// commands of the admin socket may go on after that.
+constexpr uint64_t kDrainMsMax = 1000;
+constexpr uint64_t kCommandMsMax = 500;
+constexpr unsigned kLoaderThreads = 2;
+
+Task<bool> Prefer() {
+    PreferThisThread();
+    co_return true;
+}
+
+Task<bool> Destroy(std::unique_ptr<cow::Pool> pool) {
+    pool.reset();
+    co_return true;
+}
+
+int64_t NowMs() {
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::milliseconds>(now).count();
+}
+
+std::string Absolute(const std::string& path) {
+    std::error_code error;
+    return std::filesystem::absolute(path, error).lexically_normal().string();
+}
+
+Result<std::vector<Listener>> Listen(const Options& options) {
+    Result<std::vector<Listener>> listeners = TakeSystemdSockets();
+    if (!listeners.ok()) return listeners.error();
+    std::vector<TcpAddress> addresses = options.listen;
+    if (addresses.empty() && options.unix_paths.empty() && listeners.value().empty()) {
+        addresses.push_back({"127.0.0.1", kNbdPort});
+    }
+    for (const TcpAddress& address : addresses) {
+        Result<std::vector<Listener>> more = ListenTcp(address);
+        if (!more.ok()) return more.error();
+        std::move(more.value().begin(), more.value().end(), std::back_inserter(listeners.value()));
+    }
+    for (const std::string& path : options.unix_paths) {
+        Result<Listener> listener = ListenNbdUnix(Absolute(path));
+        if (!listener.ok()) return listener.error();
+        listeners.value().push_back(std::move(listener.value()));
+    }
+    return listeners;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Daemon>> Daemon::Start(const Options& options) {
+    std::unique_ptr<Daemon> daemon(new Daemon);
+    Status status = daemon->OpenPool(options);
+    if (status.ok()) status = daemon->StartServing(options);
+    if (!status.ok()) return status.error();
+    return daemon;
+}
+
+Status Daemon::OpenPool(const Options& options) {
+    cow::PoolDirectoryOptions place;
+    place.path = options.pool;
+    place.data = options.data;
+    place.direct = options.direct;
+    place.metadata_cache_bytes = options.metadata_cache_bytes;
+    Result<std::unique_ptr<cow::PoolDirectory>> directory = cow::PoolDirectory::Open(place);
+    if (!directory.ok()) return directory.error();
+    directory_ = std::move(directory.value());
+
+    const int fd = directory_->data_fd();
+    const Result<FileTraits> traits = ProbeFile(fd, options.direct);
+    if (!traits.ok()) return traits.error();
+    const unsigned cpus = std::max(1U, std::thread::hardware_concurrency());
+    const unsigned threads = options.threads != 0 ? options.threads : cpus;
+    ConnectionLimits limits = options.connection;
+    limits.host_bytes_max = std::max(options.bytes_in_flight_max / threads, limits.bytes_max);
+    // On a single CPU polling would only keep the client from running.
+    const int64_t poll = cpus > 1 ? static_cast<int64_t>(options.poll_us) * 1000 : 0;
+    Result<std::unique_ptr<DataPlane>> plane =
+        DataPlane::Start(threads, fd, traits.value(), limits, poll);
+    if (!plane.ok()) return plane.error();
+    plane_ = std::move(plane.value());
+
+    clock_ = std::make_unique<SystemClock>();
+    home_ = std::make_unique<Worker>("home", 1);
+    loader_ = std::make_unique<Worker>("loader", kLoaderThreads);
+    auditor_ = std::make_unique<Worker>("auditor", 1);
+    cow::Environment environment;
+    environment.home = home_.get();
+    environment.loader = loader_.get();
+    environment.auditor = auditor_.get();
+    environment.lanes = plane_->lanes();
+    environment.space = &directory_->space();
+    environment.metadata = &directory_->metadata();
+    environment.now_ms = NowMs;
+    environment.clock = clock_.get();
+    Result<std::unique_ptr<cow::Pool>> pool =
+        RunOn(*home_, cow::Pool::Open(std::move(environment), options.pool_options));
+    if (!pool.ok()) return pool.error();
+    pool_ = std::move(pool.value());
+    return Status();
+}
+
+Status Daemon::StartServing(const Options& options) {
+    control_ = std::make_unique<Control>();
+    loops_ = std::make_unique<Gate>(*control_);
+    commit_timer_ = std::make_unique<Timer>(*control_);
+    drain_timer_ = std::make_unique<Timer>(*control_);
+    command_timer_ = std::make_unique<Timer>(*control_);
+    commit_interval_ms_ = options.pool_options.commit_interval_ms;
+    clients_ = std::make_unique<Clients>(
+        *home_, *pool_,
+        [this](Executor& reactor) -> ConnectionHost& { return plane_->HostOf(reactor); });
+
+    Result<std::vector<Listener>> listeners = Listen(options);
+    if (!listeners.ok()) return listeners.error();
+    for (const Listener& listener : listeners.value()) uris_.push_back(listener.uri);
+
+    admin::ServiceOptions service;
+    service.path = options.admin.empty() ? directory_->path() + "/admin.sock" : options.admin;
+    service.pool_directory = directory_->path();
+    service.connections_max = options.admin_connections_max;
+    service.log = [](const std::string& line) { Log(LogLevel::kInfo, line); };
+    admin::Backend backend;
+    backend.home = home_.get();
+    backend.pool = pool_.get();
+    backend.clients = clients_.get();
+    uris_.push_back("admin=" + Absolute(service.path));
+    admin_ = std::make_unique<admin::Service>(control_->io(), backend, std::move(service));
+    const Status status = admin_->Start();
+    if (!status.ok()) {
+        admin_.reset();
+        return status;
+    }
+    ServerLimits limits;
+    limits.negotiation = options.negotiation;
+    limits.negotiation_ms_max = options.negotiation_timeout_s * 1000;
+    limits.negotiating_max = options.negotiating_max;
+    limits.connections_max = options.connections_max;
+    server_ = std::make_unique<Server>(*control_, *home_, *pool_, *clients_, limits);
+    server_->Start(std::move(listeners.value()));
+    control_->OnTermination([this](int) { Spawn(Stop()); });
+    AnnounceReady(options);
+    return Status();
+}
+
+void Daemon::AnnounceReady(const Options& options) {
+    if (directory_->created()) {
+        Log(LogLevel::kInfo, fmt::format("made a new pool in {}", directory_->path()));
+    }
+    const std::string line = fmt::format("ready {}", fmt::join(uris_, " "));
+    // Whoever waits for the line waits at every log level.
+    if (options.log_format == LogFormat::kJson) {
+        Log(LogLevel::kInfo, line);
+    } else {
+        std::fprintf(stderr, "varved: %s\n", line.c_str());
+    }
+    ::sd_notify(0, "READY=1");
+}
+
+Status Daemon::Run() {
+    // Only now: all other threads have been started.
+    PreferThisThread();
+    RunOn(*home_, Prefer());
+    loops_->Enter();
+    Spawn(CommitNowAndThen(commit_interval_ms_));
+    control_->Run();
+    return outcome_;
+}
+
+Task<void> Daemon::CommitNowAndThen(uint64_t interval_ms) {
+    for (;;) {
+        Task<bool> waiting = commit_timer_->Wait(interval_ms);
+        const bool expired = co_await waiting;
+        if (!expired) break;
+        co_await Hop(*home_);
+        Task<void> committing = pool_->CommitDirty();
+        co_await committing;
+        co_await Hop(*control_);
+        plane_->ReturnMemory();
+    }
+    loops_->Leave();
+}
+
+Task<void> Daemon::Stop() {
+    Log(LogLevel::kInfo, "stopping");
+    ::sd_notify(0, "STOPPING=1");
+    pool_->PrepareShutdown();
+    commit_timer_->Cancel();
+    server_->Close();
+    admin_->Stop([this] {
+        admin_stopped_ = true;
+        command_timer_->Cancel();
+    });
+    loops_->Enter();
+    Spawn(EndStuckClients());
+    co_await Hop(*home_);
+    clients_->Drain();
+    Task<void> gone = clients_->Gone();
+    co_await gone;
+    co_await Hop(*control_);
+    drain_timer_->Cancel();
+    Task<void> closed = server_->Closed();
+    co_await closed;
+    Task<void> looped = loops_->Drained();
+    co_await looped;
+    if (!admin_stopped_) {
+        Task<bool> waiting = command_timer_->Wait(kCommandMsMax);
+        co_await waiting;
+    }
+    if (!admin_stopped_) {
+        Task<void> leaving = LeaveCommandBehind();
+        co_await leaving;
+    }
+    co_await Hop(*home_);
+    Task<Status> shutting = pool_->Shutdown();
+    Status status = co_await shutting;
+    co_await Hop(*control_);
+    outcome_ = std::move(status);
+    stopped_ = true;
+    control_->Stop();
+}
+
+Task<void> Daemon::EndStuckClients() {
+    Task<bool> waiting = drain_timer_->Wait(kDrainMsMax);
+    const bool expired = co_await waiting;
+    if (expired) {
+        Log(LogLevel::kWarning, "some clients do not take their replies: closing them");
+        co_await Hop(*home_);
+        clients_->EndAll();
+        co_await Hop(*control_);
+    }
+    loops_->Leave();
+}
+
+/// A command that takes long is cut off as by a crash, which every command is made for.
+Task<void> Daemon::LeaveCommandBehind() {
+    co_await Hop(*home_);
+    Task<void> committing = pool_->CommitDirty();
+    co_await committing;
+    Log(LogLevel::kWarning,
+        "a command was still running: it is done or not done at the next start");
+    ::_exit(0);
+}
+
+Daemon::~Daemon() {
+    server_.reset();
+    admin_.reset();
+    clients_.reset();
+    if (pool_) ClosePool();
+    if (plane_) plane_->Stop();
+}
+
+void Daemon::ClosePool() {
+    if (!stopped_) {
+        const Status status = RunOn(*home_, pool_->Shutdown());
+        if (!status.ok()) Log(LogLevel::kError, status.error().message);
+    }
+    RunOn(*home_, Destroy(std::move(pool_)));
+}
+
+}  // namespace varve::nbdserver

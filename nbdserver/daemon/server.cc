@@ -1,0 +1,302 @@
+#include "nbdserver/daemon/server.h"
+
+#include <fmt/format.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "base/log.h"
+
+namespace varve::nbdserver {
+namespace {
+
+constexpr uint64_t kShortagePauseMs = 100;
+// Who negotiates longer than this goes when others wait to begin: those who stall must not keep
+// everybody out for the whole time that a slow but honest client is given.
+constexpr uint64_t kPatienceMs = 1000;
+constexpr size_t kReadBytes = 4096;
+
+LookupError ToLookupError(const Error& error) {
+    switch (error.kind) {
+        case ErrorKind::kNotFound:
+        case ErrorKind::kInvalid:
+            return LookupError::kUnknown;
+        case ErrorKind::kBusy:
+            return LookupError::kBusy;
+        default:
+            return LookupError::kFailed;
+    }
+}
+
+}  // namespace
+
+/// A listener; its loop holds it until it has ended.
+struct Server::Acceptor {
+    Acceptor(Control& control, Listener l)
+        : listener(std::move(l)), socket(control, listener.socket.fd.Release()), pause(control) {}
+
+    Listener listener;
+    ControlSocket socket;
+    Timer pause;  // while the system is short of descriptors
+};
+
+/// A client that negotiates.
+struct Server::Handshake {
+    Handshake(Control& control, int fd, const NegotiationLimits& limits)
+        : socket(control, fd), deadline(control), negotiator(limits) {}
+
+    std::string address;
+    ControlSocket socket;
+    Timer deadline;
+    Negotiator negotiator;
+    std::shared_ptr<Client> client;  // once it has asked for an export to be opened
+    std::array<char, kReadBytes> buffer;
+};
+
+Server::Server(Control& control, Executor& home, cow::Pool& pool, Clients& clients,
+               ServerLimits limits)
+    : control_(control),
+      home_(home),
+      pool_(pool),
+      clients_(clients),
+      limits_(limits),
+      room_(control),
+      gate_(control) {}
+
+Server::~Server() = default;
+
+void Server::Start(std::vector<Listener> listeners) {
+    for (Listener& listener : listeners) {
+        acceptors_.push_back(std::make_shared<Acceptor>(control_, std::move(listener)));
+        gate_.Enter();
+        Spawn(Accept(acceptors_.back()));
+    }
+}
+
+void Server::Close() {
+    closing_ = true;
+    for (const std::shared_ptr<Acceptor>& acceptor : acceptors_) {
+        acceptor->listener.socket.RemoveFile();
+        acceptor->socket.Cancel();
+        acceptor->pause.Cancel();
+    }
+    acceptors_.clear();
+    for (const std::shared_ptr<Handshake>& handshake : handshakes_) {
+        handshake->negotiator.Shutdown();
+        handshake->socket.Cancel();
+    }
+    room_.WakeAll();
+}
+
+Task<void> Server::Closed() {
+    Task<void> drained = gate_.Drained();
+    co_await drained;
+}
+
+Task<void> Server::Accept(std::shared_ptr<Acceptor> acceptor) {
+    while (!closing_) {
+        while (!closing_ && handshakes_.size() >= limits_.negotiating_max) {
+            crowded_ = true;
+            co_await room_.Wait();
+        }
+        Task<bool> waiting = acceptor->socket.WaitReadable();
+        const bool readable = co_await waiting;
+        if (!readable) break;
+        Errno shortage = 0;
+        while (!closing_ && handshakes_.size() < limits_.negotiating_max &&
+               AcceptOne(acceptor->socket, &shortage)) {
+        }
+        if (handshakes_.size() < limits_.negotiating_max) crowded_ = false;
+        if (shortage == 0) continue;
+        const std::string what = fmt::format("cannot accept on {}", acceptor->listener.uri);
+        Log(LogLevel::kWarning,
+            SystemError(shortage, what).message + "; raise LimitNOFILE or lower --connections-max");
+        Task<bool> pausing = acceptor->pause.Wait(kShortagePauseMs);
+        co_await pausing;
+    }
+    gate_.Leave();
+}
+
+/// False if there is nobody to accept, or if the system cannot (`*shortage`).
+bool Server::AcceptOne(const ControlSocket& socket, Errno* shortage) {
+    const int fd = ::accept4(socket.fd(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd < 0) {
+        const Errno error = errno;
+        const bool out = error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+        if (out) *shortage = error;
+        return error == ECONNABORTED || error == EINTR;
+    }
+    if (connections_ >= limits_.connections_max) {
+        ::close(fd);
+        if (!std::exchange(full_, true)) {
+            Log(LogLevel::kWarning, fmt::format("there are {} connections: more are refused; see "
+                                                "--connections-max",
+                                                connections_));
+        }
+        return true;
+    }
+    PrepareConnection(fd);
+    auto handshake = std::make_shared<Handshake>(control_, fd, limits_.negotiation);
+    handshake->address = PeerAddress(fd);
+    handshakes_.insert(handshake);
+    ++connections_;
+    gate_.Enter();
+    Spawn(WatchDeadline(handshake));
+    gate_.Enter();
+    Spawn(Negotiate(std::move(handshake)));
+    return true;
+}
+
+Task<void> Server::WatchDeadline(std::shared_ptr<Handshake> handshake) {
+    uint64_t left_ms = limits_.negotiation_ms_max;
+    bool expired = true;
+    while (expired && left_ms > 0) {
+        const uint64_t step_ms = std::min(left_ms, kPatienceMs);
+        Task<bool> wait = handshake->deadline.Wait(step_ms);
+        expired = co_await wait;
+        left_ms -= step_ms;
+        if (crowded_) break;
+    }
+    if (expired) {
+        Log(LogLevel::kDebug, fmt::format("{} took too long to negotiate", handshake->address));
+        handshake->socket.Cancel();
+    }
+    gate_.Leave();
+}
+
+void Server::NegotiationEnded(const std::shared_ptr<Handshake>& handshake) {
+    handshake->deadline.Cancel();
+    handshakes_.erase(handshake);
+    room_.WakeAll();
+}
+
+void Server::ConnectionEnded() {
+    --connections_;
+    full_ = false;
+    gate_.Leave();
+}
+
+Task<void> Server::Negotiate(std::shared_ptr<Handshake> handshake) {
+    std::shared_ptr<Handshake> shared = handshake;
+    Task<void> conversing = Converse(std::move(shared));
+    co_await conversing;
+    std::shared_ptr<Client> client = std::move(handshake->client);
+    if (!client) {
+        NegotiationEnded(handshake);
+        ConnectionEnded();
+        co_return;
+    }
+    // Never wait for the peer while its export is open: whoever fences the disk would wait too.
+    // What it was told before has left already, so a few hundred bytes fit, or it does not read.
+    Negotiator& negotiator = handshake->negotiator;
+    const bool told = !handshake->socket.cancelled() &&
+                      negotiator.step() == Negotiator::Step::kDone &&
+                      handshake->socket.WriteNow(negotiator.TakeOutput());
+    if (!told) {
+        NegotiationEnded(handshake);
+        co_await Hop(home_);
+        Task<void> releasing = clients_.Release(std::move(client));
+        co_await releasing;
+        co_await Hop(control_);
+        ConnectionEnded();
+        co_return;
+    }
+    NegotiationResult result = negotiator.TakeResult();
+    TransmissionOptions options;
+    options.structured_replies = result.structured_replies;
+    options.base_allocation = result.base_allocation;
+    options.base_allocation_id = Negotiator::kBaseAllocationId;
+    const auto* leftover = reinterpret_cast<const std::byte*>(result.leftover.data());
+    options.received.assign(leftover, leftover + result.leftover.size());
+    const int fd = handshake->socket.Release();
+    NegotiationEnded(handshake);
+    Spawn(Attend(std::move(client), fd, std::move(options)));
+}
+
+Task<void> Server::Attend(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {
+    co_await Hop(home_);
+    Task<void> serving = clients_.Serve(std::move(client), fd, std::move(options));
+    co_await serving;
+    co_await Hop(control_);
+    ConnectionEnded();
+}
+
+/// Until the negotiation is done (`client` is set then), refused, or broken off.
+Task<void> Server::Converse(std::shared_ptr<Handshake> handshake) {
+    Negotiator& negotiator = handshake->negotiator;
+    using Step = Negotiator::Step;
+    while (negotiator.step() != Step::kDone) {
+        const std::string output = negotiator.TakeOutput();
+        Task<bool> writing = handshake->socket.WriteAll(output);
+        const bool written = co_await writing;
+        if (!written || negotiator.step() == Step::kHangUp) break;
+        if (negotiator.step() == Step::kInput) {
+            Task<size_t> reading = handshake->socket.Read(handshake->buffer);
+            const size_t bytes = co_await reading;
+            if (bytes == 0) break;
+            negotiator.Feed(std::string_view(handshake->buffer.data(), bytes));
+            continue;
+        }
+        std::shared_ptr<Handshake> shared = handshake;
+        if (negotiator.step() == Step::kList) {
+            Task<void> answering = AnswerList(std::move(shared));
+            co_await answering;
+        } else {
+            Task<void> answering = AnswerLookup(std::move(shared));
+            co_await answering;
+        }
+    }
+}
+
+Task<void> Server::AnswerList(std::shared_ptr<Handshake> handshake) {
+    co_await Hop(home_);
+    std::vector<std::string> names;
+    for (cow::ExportEntry& entry : pool_.ListExports()) names.push_back(std::move(entry.name));
+    co_await Hop(control_);
+    handshake->negotiator.AnswerList(names);
+}
+
+Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
+    Negotiator& negotiator = handshake->negotiator;
+    std::string name = negotiator.lookup_name();
+    const bool opens = negotiator.opens();
+    co_await Hop(home_);
+    ExportDescription description;
+    Error error;
+    bool found = false;
+    if (opens) {
+        std::string address = handshake->address;
+        Task<Result<std::shared_ptr<Client>>> opening =
+            clients_.Open(std::move(name), std::move(address));
+        Result<std::shared_ptr<Client>> client = co_await opening;
+        found = client.ok();
+        if (found) {
+            handshake->client = std::move(client.value());
+            description = DescriptionOf(*handshake->client);
+        } else {
+            error = client.error();
+        }
+    } else {
+        Task<Result<ExportDescription>> describing = clients_.Describe(std::move(name));
+        Result<ExportDescription> described = co_await describing;
+        found = described.ok();
+        if (found) {
+            description = std::move(described.value());
+        } else {
+            error = described.error();
+        }
+    }
+    co_await Hop(control_);
+    if (found) {
+        negotiator.AnswerLookup(description);
+        co_return;
+    }
+    const LookupError reason = closing_ ? LookupError::kShutdown : ToLookupError(error);
+    if (reason == LookupError::kFailed) Log(LogLevel::kWarning, error.message);
+    negotiator.AnswerLookup(reason);
+}
+
+}  // namespace varve::nbdserver

@@ -1,0 +1,81 @@
+// Server: accepts NBD clients, negotiates with them, and hands them to the data plane.
+// Not their requests: once negotiated, a client belongs to Clients and to its disk's reactor.
+//
+//   listener --accept--> negotiation (deadline, bounded number) --> Clients::Serve
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "base/sync.h"
+#include "base/task.h"
+#include "cow/pool/pool.h"
+#include "nbdserver/daemon/clients.h"
+#include "nbdserver/daemon/control.h"
+#include "nbdserver/daemon/control_socket.h"
+#include "nbdserver/daemon/listeners.h"
+#include "nbdserver/negotiation/negotiation.h"
+
+namespace varve::nbdserver {
+
+struct ServerLimits {
+    NegotiationLimits negotiation;
+    uint64_t negotiation_ms_max = 10'000;  // 1 s while all places are taken
+    uint64_t negotiating_max = 100;        // more wait in the listeners' backlogs
+    uint64_t connections_max = 10'000;     // negotiating or attached; more are closed at once
+};
+
+/// Lives on the control thread: all methods are called there.
+class Server {
+  public:
+    /// All of these outlive the server. `clients` and `pool` live on `home`.
+    Server(Control& control, Executor& home, cow::Pool& pool, Clients& clients,
+           ServerLimits limits);
+    /// REQUIRES: never started, or Closed() has finished.
+    ~Server();
+
+    /// Accepts from `listeners` from now on.
+    void Start(std::vector<Listener> listeners);
+
+    /// Stops accepting and negotiating; attached clients stay.
+    void Close();
+    /// Waits until nobody is negotiating or attached any more.
+    Task<void> Closed();
+
+    uint64_t connections() const { return connections_; }
+
+  private:
+    struct Acceptor;
+    struct Handshake;
+
+    Task<void> Accept(std::shared_ptr<Acceptor> acceptor);
+    bool AcceptOne(const ControlSocket& socket, Errno* shortage);
+    Task<void> WatchDeadline(std::shared_ptr<Handshake> handshake);
+    Task<void> Negotiate(std::shared_ptr<Handshake> handshake);
+    Task<void> Converse(std::shared_ptr<Handshake> handshake);
+    Task<void> AnswerList(std::shared_ptr<Handshake> handshake);
+    Task<void> AnswerLookup(std::shared_ptr<Handshake> handshake);
+    Task<void> Attend(std::shared_ptr<Client> client, int fd, TransmissionOptions options);
+    void NegotiationEnded(const std::shared_ptr<Handshake>& handshake);
+    void ConnectionEnded();
+
+    Control& control_;
+    Executor& home_;
+    cow::Pool& pool_;
+    Clients& clients_;
+    const ServerLimits limits_;
+
+    std::vector<std::shared_ptr<Acceptor>> acceptors_;
+    std::set<std::shared_ptr<Handshake>> handshakes_;
+    uint64_t connections_ = 0;
+    bool closing_ = false;
+    bool full_ = false;     // reported already
+    bool crowded_ = false;  // all places to negotiate are taken, and others may wait for them
+    WaitList room_;         // a negotiation ended
+    Gate gate_;             // accept loops, connections and their deadlines
+};
+
+}  // namespace varve::nbdserver

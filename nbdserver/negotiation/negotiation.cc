@@ -1,0 +1,371 @@
+#include "nbdserver/negotiation/negotiation.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "nbdserver/connection/connection.h"
+#include "nbdserver/wire/wire.h"
+
+namespace varve::nbdserver {
+namespace {
+
+constexpr std::string_view kBaseAllocation = "base:allocation";
+constexpr uint32_t kMinimumBlock = 1;  // any byte range is served
+constexpr uint32_t kPreferredBlock = 4096;
+
+template <typename T>
+std::string_view Bytes(const T& structure) {
+    return {reinterpret_cast<const char*>(&structure), sizeof structure};
+}
+
+/// Takes the fields of an option's data from the front.
+class Fields {
+  public:
+    explicit Fields(std::string_view data) : data_(data) {}
+
+    template <typename T>
+    std::optional<T> Number() {
+        if (data_.size() < sizeof(T)) return std::nullopt;
+        const T number = LoadBig<T>(data_.data());
+        data_.remove_prefix(sizeof(T));
+        return number;
+    }
+    /// A 32-bit length and as many bytes.
+    std::optional<std::string_view> String() {
+        const std::optional<uint32_t> length = Number<uint32_t>();
+        if (!length || *length > data_.size()) return std::nullopt;
+        const std::string_view text = data_.substr(0, *length);
+        data_.remove_prefix(*length);
+        return text;
+    }
+    bool empty() const { return data_.empty(); }
+
+  private:
+    std::string_view data_;
+};
+
+bool IsName(std::string_view name) {
+    return name.find('\0') == std::string_view::npos;
+}
+
+}  // namespace
+
+Negotiator::Negotiator(NegotiationLimits limits) : limits_(limits) {
+    wire::Greeting greeting;
+    greeting.flags = wire::kHandshakeFixedNewstyle | wire::kHandshakeNoZeroes;
+    output_ = Bytes(greeting);
+}
+
+std::string Negotiator::TakeOutput() {
+    return std::exchange(output_, {});
+}
+
+bool Negotiator::opens() const {
+    return option_ == wire::kOptGo || option_ == wire::kOptExportName;
+}
+
+Negotiator::Step Negotiator::Feed(std::string_view bytes) {
+    VARVE_CHECK(step_ == Step::kInput);
+    input_ += bytes;
+    return Continue();
+}
+
+Negotiator::Step Negotiator::Continue() {
+    while (step_ == Step::kInput && Advance()) {
+    }
+    return step_;
+}
+
+bool Negotiator::Advance() {
+    switch (phase_) {
+        case Phase::kClientFlags:
+            return TakeClientFlags();
+        case Phase::kOptionHeader:
+            return TakeOptionHeader();
+        case Phase::kSkipData:
+            return TakeSkippedData();
+        case Phase::kOptionData:
+            break;
+    }
+    if (input_.size() < length_) return false;
+    const std::string data = input_.substr(0, length_);
+    input_.erase(0, length_);
+    phase_ = Phase::kOptionHeader;
+    HandleOption(data);
+    return true;
+}
+
+bool Negotiator::TakeClientFlags() {
+    if (input_.size() < sizeof(uint32_t)) return false;
+    const auto flags = LoadBig<uint32_t>(input_.data());
+    input_.erase(0, sizeof(uint32_t));
+    fixed_newstyle_ = flags & wire::kClientFixedNewstyle;
+    no_zeroes_ = flags & wire::kClientNoZeroes;
+    phase_ = Phase::kOptionHeader;
+    // proto.md, "Client flags": a server must drop the connection on flags it does not know.
+    if (flags & ~(wire::kClientFixedNewstyle | wire::kClientNoZeroes)) HangUp();
+    return true;
+}
+
+bool Negotiator::TakeOptionHeader() {
+    wire::OptionHeader header;
+    if (input_.size() < sizeof header) return false;
+    std::memcpy(static_cast<void*>(&header), input_.data(), sizeof header);
+    input_.erase(0, sizeof header);
+    option_ = header.option;
+    length_ = header.length;
+    const bool hopeless = header.magic != wire::kOptionMagic || ++options_ > limits_.options_max ||
+                          length_ > limits_.option_skip_max;
+    // Without the fixed newstyle, a client cannot understand an error reply.
+    const bool mute = !fixed_newstyle_ && option_ != wire::kOptExportName;
+    const bool too_long = length_ > limits_.option_bytes_max;
+    if (hopeless || mute || (too_long && option_ == wire::kOptExportName)) {
+        HangUp();
+    } else {
+        phase_ = too_long ? Phase::kSkipData : Phase::kOptionData;
+    }
+    return true;
+}
+
+bool Negotiator::TakeSkippedData() {
+    const size_t here = std::min<size_t>(length_, input_.size());
+    input_.erase(0, here);
+    length_ -= static_cast<uint32_t>(here);
+    if (length_ > 0) return false;
+    phase_ = Phase::kOptionHeader;
+    ReplyError(wire::kRepErrTooBig, "the data of this option is too long");
+    return true;
+}
+
+void Negotiator::HandleOption(std::string_view data) {
+    if (shutting_down_ && option_ != wire::kOptAbort) {
+        if (option_ == wire::kOptExportName) return HangUp();
+        return ReplyError(wire::kRepErrShutdown, "the server is shutting down");
+    }
+    switch (option_) {
+        case wire::kOptExportName:
+            // This option has no error reply: all that is left is to hang up.
+            if (data.size() > wire::kStringMax || !IsName(data)) return HangUp();
+            return AskLookup(data);
+        case wire::kOptAbort:
+            Reply(wire::kRepAck);
+            return HangUp();
+        case wire::kOptList:
+            if (!data.empty()) return ReplyError(wire::kRepErrInvalid, "LIST takes no data");
+            step_ = Step::kList;
+            return;
+        case wire::kOptStartTls:
+            // TLS would begin here: reply ACK, hand the socket over, and forget everything but
+            // the client's flags; bytes that arrived already must not be taken for encrypted.
+            if (!data.empty()) return ReplyError(wire::kRepErrInvalid, "STARTTLS takes no data");
+            return ReplyError(wire::kRepErrUnsupported, "this server does not offer TLS");
+        case wire::kOptInfo:
+        case wire::kOptGo:
+            return HandleInfoOrGo(data);
+        case wire::kOptStructuredReply:
+            return HandleStructuredReply(data);
+        case wire::kOptListMetaContext:
+        case wire::kOptSetMetaContext:
+            return HandleMetaContext(data);
+        default:
+            return ReplyError(wire::kRepErrUnsupported, "this option is not supported");
+    }
+}
+
+void Negotiator::HandleStructuredReply(std::string_view data) {
+    if (!data.empty() || structured_replies_) {
+        return ReplyError(wire::kRepErrInvalid, "STRUCTURED_REPLY takes no data, and once");
+    }
+    structured_replies_ = true;
+    Reply(wire::kRepAck);
+}
+
+void Negotiator::HandleInfoOrGo(std::string_view data) {
+    Fields fields(data);
+    const std::optional<std::string_view> name = fields.String();
+    const std::optional<uint16_t> count = name ? fields.Number<uint16_t>() : std::nullopt;
+    if (!count) return ReplyError(wire::kRepErrInvalid, "the lengths in this option do not fit");
+    infos_.clear();
+    for (uint32_t i = 0; i < *count; ++i) {
+        const std::optional<uint16_t> info = fields.Number<uint16_t>();
+        if (!info) return ReplyError(wire::kRepErrInvalid, "there are fewer requests than counted");
+        infos_.push_back(*info);
+    }
+    if (!fields.empty()) {
+        return ReplyError(wire::kRepErrInvalid, "there are more requests than counted");
+    }
+    if (name->size() > wire::kStringMax) {
+        return ReplyError(wire::kRepErrTooBig, "names have at most 4096 bytes");
+    }
+    if (!IsName(*name)) return ReplyError(wire::kRepErrInvalid, "a name has no NUL byte");
+    AskLookup(*name);
+}
+
+void Negotiator::HandleMetaContext(std::string_view data) {
+    const bool set = option_ == wire::kOptSetMetaContext;
+    if (set) context_export_.reset();  // whatever becomes of this one
+    if (!structured_replies_) {
+        return ReplyError(wire::kRepErrInvalid, "negotiate structured replies first");
+    }
+    Fields fields(data);
+    const std::optional<std::string_view> name = fields.String();
+    const std::optional<uint32_t> count = name ? fields.Number<uint32_t>() : std::nullopt;
+    if (!count) return ReplyError(wire::kRepErrInvalid, "the lengths in this option do not fit");
+    if (*count > limits_.context_queries_max) {
+        return ReplyError(wire::kRepErrTooBig, "there are too many queries");
+    }
+    // Listing with no query lists all. "base:" asks for all of a name space, when listing only.
+    context_matches_ = !set && *count == 0;
+    for (uint32_t i = 0; i < *count; ++i) {
+        const std::optional<std::string_view> query = fields.String();
+        if (!query) return ReplyError(wire::kRepErrInvalid, "there are fewer queries than counted");
+        if (*query == kBaseAllocation || (!set && *query == "base:")) context_matches_ = true;
+    }
+    if (!fields.empty()) {
+        return ReplyError(wire::kRepErrInvalid, "there are more queries than counted");
+    }
+    if (name->size() > wire::kStringMax) {
+        return ReplyError(wire::kRepErrTooBig, "names have at most 4096 bytes");
+    }
+    if (!IsName(*name)) return ReplyError(wire::kRepErrInvalid, "a name has no NUL byte");
+    AskLookup(*name);
+}
+
+void Negotiator::AskLookup(std::string_view name) {
+    lookup_name_ = name;
+    step_ = Step::kLookup;
+}
+
+Negotiator::Step Negotiator::AnswerLookup(const ExportDescription& description) {
+    VARVE_CHECK(step_ == Step::kLookup);
+    step_ = Step::kInput;
+    switch (option_) {
+        case wire::kOptExportName:
+            AnswerExportName(description);
+            break;
+        case wire::kOptListMetaContext:
+        case wire::kOptSetMetaContext:
+            AnswerMetaContext();
+            break;
+        default:
+            DescribeExport(description);
+    }
+    if (opens()) {
+        step_ = Step::kDone;
+        return step_;
+    }
+    return Continue();
+}
+
+Negotiator::Step Negotiator::AnswerLookup(LookupError error) {
+    VARVE_CHECK(step_ == Step::kLookup);
+    step_ = Step::kInput;
+    if (option_ == wire::kOptExportName) {
+        HangUp();
+        return step_;
+    }
+    switch (error) {
+        case LookupError::kUnknown:
+            ReplyError(wire::kRepErrUnknown, "no such export");
+            break;
+        case LookupError::kBusy:
+            ReplyError(wire::kRepErrPolicy, "this export is being changed, try again");
+            break;
+        case LookupError::kFailed:
+            ReplyError(wire::kRepErrPlatform, "the server cannot open this export");
+            break;
+        case LookupError::kShutdown:
+            ReplyError(wire::kRepErrShutdown, "the server is shutting down");
+            break;
+    }
+    return Continue();
+}
+
+void Negotiator::AnswerExportName(const ExportDescription& description) {
+    wire::ExportNameReply reply;
+    reply.size = description.size;
+    reply.flags = TransmissionFlags(description.read_only, structured_replies_);
+    output_ += Bytes(reply);
+    if (!no_zeroes_) output_.append(wire::kExportNameZeroes, '\0');
+}
+
+void Negotiator::DescribeExport(const ExportDescription& description) {
+    wire::InfoExport about;
+    about.size = description.size;
+    about.flags = TransmissionFlags(description.read_only, structured_replies_);
+    Reply(wire::kRepInfo, Bytes(about));
+    const auto asked = [this](uint16_t info) {
+        return std::find(infos_.begin(), infos_.end(), info) != infos_.end();
+    };
+    if (asked(wire::kInfoName)) {
+        std::string name;
+        AppendBig<uint16_t>(name, wire::kInfoName);
+        name += description.name;
+        Reply(wire::kRepInfo, name);
+    }
+    if (asked(wire::kInfoBlockSize)) {
+        wire::InfoBlockSize sizes;
+        sizes.minimum = kMinimumBlock;
+        sizes.preferred = kPreferredBlock;
+        sizes.maximum = wire::kPayloadMax;
+        Reply(wire::kRepInfo, Bytes(sizes));
+    }
+    Reply(wire::kRepAck);
+}
+
+void Negotiator::AnswerMetaContext() {
+    const bool set = option_ == wire::kOptSetMetaContext;
+    if (context_matches_) {
+        std::string context;
+        AppendBig<uint32_t>(context, set ? kBaseAllocationId : 0);
+        context += kBaseAllocation;
+        Reply(wire::kRepMetaContext, context);
+        if (set) context_export_ = lookup_name_;
+    }
+    Reply(wire::kRepAck);
+}
+
+Negotiator::Step Negotiator::AnswerList(const std::vector<std::string>& names) {
+    VARVE_CHECK(step_ == Step::kList);
+    step_ = Step::kInput;
+    const size_t before = output_.size();
+    for (const std::string& name : names) {
+        std::string entry;
+        AppendBig(entry, static_cast<uint32_t>(name.size()));
+        entry += name;
+        Reply(wire::kRepServer, entry);
+        if (output_.size() - before <= limits_.list_bytes_max) continue;
+        output_.resize(before);
+        ReplyError(wire::kRepErrTooBig, "there are too many exports to list them here");
+        return Continue();
+    }
+    Reply(wire::kRepAck);
+    return Continue();
+}
+
+void Negotiator::Reply(uint32_t type, std::string_view data) {
+    wire::OptionReply reply;
+    reply.option = option_;
+    reply.type = type;
+    reply.length = static_cast<uint32_t>(data.size());
+    output_ += Bytes(reply);
+    output_ += data;
+}
+
+void Negotiator::ReplyError(uint32_t type, std::string_view message) {
+    // nbd-client overwrites the last byte of a message: let it be one that does not matter.
+    Reply(type, std::string(message) + ".");
+}
+
+NegotiationResult Negotiator::TakeResult() {
+    VARVE_CHECK(step_ == Step::kDone);
+    NegotiationResult result;
+    result.export_name = lookup_name_;
+    result.structured_replies = structured_replies_;
+    result.base_allocation = context_export_ == lookup_name_;
+    result.leftover = std::exchange(input_, {});
+    return result;
+}
+
+}  // namespace varve::nbdserver
