@@ -12,6 +12,7 @@ inline constexpr uint64_t kMiB = 1 << 20;
 
 class EngineTest : public testing::Test {
   protected:
+    unsigned lanes = 2;
     Scheduler scheduler{1};
     Media media{scheduler, 64 * kMiB};
     std::unique_ptr<Machine> machine;
@@ -21,7 +22,7 @@ class EngineTest : public testing::Test {
     void TearDown() override { Stop(); }
 
     void Start(cow::PoolOptions options = {}) {
-        machine = std::make_unique<Machine>(scheduler, media, 2, options);
+        machine = std::make_unique<Machine>(scheduler, media, lanes, options);
         const Status s = machine->Start();
         ASSERT_TRUE(s.ok()) << s.error().message;
     }

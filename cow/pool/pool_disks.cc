@@ -16,7 +16,7 @@ Head::Place PoolImpl::PlaceOf(DiskId id) const {
 
 Head& PoolImpl::AddHead(DiskId id) {
     Disk& disk = disks_[id];
-    disk.head = std::make_unique<Head>(core_, lanes_.Of(id), *this, id, PlaceOf(id));
+    disk.head = std::make_unique<Head>(core_, lanes_.Add(id), *this, id, PlaceOf(id));
     return *disk.head;
 }
 
@@ -323,6 +323,7 @@ Task<void> PoolImpl::DropHead(DiskId id) {
     const std::vector<Extent> lease = head->TakeLease();
     head.reset();
     co_await Hop(core_.home());
+    lanes_.Remove(id);
     leases_.Release(lease);
 }
 

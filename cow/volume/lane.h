@@ -2,6 +2,7 @@
 // Not the thread: that is the environment's.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -73,19 +74,25 @@ struct LaneState {
     std::vector<Head*> unfolded_heads;
 };
 
-/// The lanes of a pool. Immutable while it is open.
+/// The lanes of a pool: they stay while it is open. Where disks live belongs to home.
 class Lanes {
   public:
     /// One for each of the environment's; `core`'s pacer watches them. They share `cache_bytes`.
     Lanes(Core& core, uint64_t cache_bytes);
 
-    /// Where the disk and its snapshots live.
-    LaneState& Of(DiskId disk) const { return *lanes_[disk.value % lanes_.size()]; }
+    /// Finds a lane for the disk and its snapshots, one that has the fewest disks; it keeps it
+    /// until Remove(). REQUIRES: it has none.
+    LaneState& Add(DiskId disk);
+    void Remove(DiskId disk);
+    /// Where the disk and its snapshots live. REQUIRES: it has a lane.
+    LaneState& Of(DiskId disk) const { return *lanes_[places_.at(disk)]; }
     auto begin() const { return lanes_.begin(); }
     auto end() const { return lanes_.end(); }
 
   private:
     std::vector<std::unique_ptr<LaneState>> lanes_;
+    std::vector<uint64_t> disks_;      // how many each lane has
+    std::map<DiskId, size_t> places_;  // indices of lanes
 };
 
 }  // namespace varve::cow
