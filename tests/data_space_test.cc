@@ -165,6 +165,25 @@ TEST_F(DataSpaceTest, WhatCannotBeExtendedIsLeftAsItWas) {
     EXPECT_TRUE(space.Provision(2 * kMiB, 2 * kMiB).ok());
 }
 
+// A file system of its own: others would change what is free.
+TEST_F(DataSpaceTest, WhatAFileDiscardedIsCountedOnce) {
+    const fs::path mounted = root_ / "mounted";
+    fs::create_directory(mounted);
+    Output("mount -t tmpfs -o size=64m tmpfs " + mounted.string());
+    mounted_ = true;
+    DataSpace space = Space((mounted / "data").string());
+    const uint64_t capacity = space.Capacity(0);
+    ASSERT_TRUE(space.Provision(0, 16 * kMiB).ok());
+    ASSERT_TRUE(space.Provision(16 * kMiB, 16 * kMiB).ok());
+    EXPECT_EQ(space.Capacity(32 * kMiB), capacity);
+    space.Discard(16 * kMiB, 16 * kMiB);
+    EXPECT_EQ(space.Capacity(32 * kMiB), capacity);
+    space.Discard(0, 16 * kMiB);
+    EXPECT_EQ(space.Capacity(32 * kMiB), capacity);
+    ASSERT_TRUE(space.Provision(0, 16 * kMiB).ok());
+    EXPECT_EQ(space.Capacity(32 * kMiB), capacity);
+}
+
 TEST_F(DataSpaceTest, WhatIsClosedIsAnError) {
     const std::string data = (root_ / "data").string();
     EXPECT_FALSE(DataSpace::Make(-1, data, root_.string()).ok());

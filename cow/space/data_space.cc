@@ -101,9 +101,12 @@ void DataSpace::Discard(uint64_t offset, uint64_t length) {
 uint64_t DataSpace::Capacity(uint64_t provisioned) {
     if (device_bytes_ != 0) return device_bytes_ / kBlockBytes * kBlockBytes;
     struct statvfs system;
-    if (::fstatvfs(fd_, &system) != 0) return provisioned;
-    const uint64_t spare = Spare(system, reserve_max_);
-    return provisioned + spare / kBlockBytes * kBlockBytes;
+    struct stat about;
+    if (::fstatvfs(fd_, &system) != 0 || ::fstat(fd_, &about) != 0) return provisioned;
+    // What was discarded since is among the spare space.
+    const uint64_t held =
+        std::min(provisioned, uint64_t{512} * static_cast<uint64_t>(about.st_blocks));
+    return (held + Spare(system, reserve_max_)) / kBlockBytes * kBlockBytes;
 }
 
 }  // namespace varve::cow

@@ -87,7 +87,8 @@ class SpaceStore {
     virtual Status Provision(uint64_t offset, uint64_t length) = 0;
     /// Gives bytes back; their content is gone. A hint, errors are ignored.
     virtual void Discard(uint64_t offset, uint64_t length) = 0;
-    /// How many bytes the store could hold in all, now. `provisioned`: what it holds already.
+    /// How many bytes the store could hold in all, now. `provisioned`: what it was made to hold; it
+    /// may hold less, where something was discarded.
     virtual uint64_t Capacity(uint64_t provisioned) = 0;
 };
 
