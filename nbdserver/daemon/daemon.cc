@@ -8,11 +8,11 @@
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
-#include <thread>
 #include <utility>
 
 #include "base/log.h"
 #include "base/priority.h"
+#include "base/processors.h"
 #include "base/run_on.h"
 #include "base/units.h"
 
@@ -88,7 +88,7 @@ Status Daemon::OpenPool(const Options& options) {
     const int fd = directory_->data_fd();
     const Result<FileTraits> traits = ProbeFile(fd, options.direct);
     if (!traits.ok()) return traits.error();
-    const unsigned cpus = std::max(1U, std::thread::hardware_concurrency());
+    const unsigned cpus = AvailableProcessors();
     const unsigned threads = options.threads != 0 ? options.threads : cpus;
     ConnectionLimits limits = options.connection;
     limits.host_bytes_max = std::max(options.bytes_in_flight_max / threads, limits.bytes_max);

@@ -78,7 +78,7 @@ const Setting kSettings[] = {
      "admin socket (default DIR/admin.sock)"},
     {"threads", "N", Form::kOnce,
      [](Options& o, Text t) { return SetCount(o.threads, t, 1, 1024); },
-     "data-plane threads (default: one per CPU)"},
+     "data-plane threads (default: one per CPU that quotas and affinity allow)"},
     {"poll", "US", Form::kOnce, [](Options& o, Text t) { return SetCount(o.poll_us, t, 0, 1000); },
      "microseconds for which a thread looks for the next request of a client that has few\n"
      "under way, before it sleeps (default 50; with one CPU it never does)"},
