@@ -3,11 +3,11 @@
 
 vm_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# Boots the guest; returns when it takes commands.
+# guest_boot [PROGRAM...]: boots the guest, with these programs in it; returns when it takes commands.
 guest_boot() {
     local kernel
     kernel=$("$vm_dir/kernel") || fail "no kernel for the guest"
-    "$vm_dir/initramfs" "$kernel" "$T/initramfs"
+    "$vm_dir/initramfs" "$kernel" "$T/initramfs" "$@"
     mkfifo "$T/serial.in" "$T/serial.out"
     # Both ends open for both directions, so that neither side waits for the other to open.
     exec {guest_in}<>"$T/serial.in" {guest_out}<>"$T/serial.out"
