@@ -305,8 +305,66 @@ TEST(RingStore, ASyncBesideAnotherTransferGoesThroughTheRing) {
     store.Sync(RingStore::kQuickSyncs);
     EXPECT_EQ(store.Together(Kind::kWrite, Kind::kSync), 0u);
     EXPECT_EQ(store.Together(Kind::kSync, Kind::kWrite), 0u);
-    EXPECT_EQ(store.Together(Kind::kSync, Kind::kSync), 0u);
     EXPECT_EQ(store.Sync(1), 1u);
+    EXPECT_EQ(store.Together(Kind::kSync, Kind::kSync), 1u);  // they are one
+}
+
+TEST(RingStore, AfterAFailedSyncNoneSucceeds) {
+    int fds[2];
+    ASSERT_EQ(pipe2(fds, O_CLOEXEC), 0);  // which cannot be synced
+    DirectSyncs store;
+    const int file = dup(store.fd());
+    ASSERT_GE(dup2(fds[1], store.fd()), 0);
+    EXPECT_EQ(store.Run(Kind::kSync, 0, {}), EINVAL);
+    ASSERT_GE(dup2(file, store.fd()), 0);
+    EXPECT_EQ(store.Run(Kind::kSync, 0, {}), EINVAL);
+    EXPECT_EQ(store.syncs_done_now(), 0u);
+    for (const int fd : {file, fds[0], fds[1]}) close(fd);
+}
+
+/// A loop device that has no room for what its page cache takes.
+class FullDevice {
+  public:
+    FullDevice() {
+        char place[] = "/tmp/varve-full-XXXXXX";
+        place_ = mkdtemp(place);
+        Run("mount -t tmpfs -o size=1m varve-test " + place_);
+        Run("truncate --size 8M " + place_ + "/image");
+        device_ = Run("losetup --find --show " + place_ + "/image");
+    }
+    ~FullDevice() {
+        Run("losetup --detach " + device_);
+        Run("umount " + place_);
+        rmdir(place_.c_str());
+    }
+    const std::string& path() const { return device_; }
+
+  private:
+    static std::string Run(const std::string& command) {
+        std::string output;
+        FILE* pipe = popen(command.c_str(), "r");
+        for (int c = getc(pipe); c != EOF && c != '\n'; c = getc(pipe)) {
+            output += static_cast<char>(c);
+        }
+        EXPECT_EQ(pclose(pipe), 0) << command;
+        return output;
+    }
+    std::string place_, device_;
+};
+
+TEST(RingStore, SyncsAtTheSameTimeShareALostWrite) {
+    FullDevice device;
+    const int fd = open(device.path().c_str(), O_RDWR | O_CLOEXEC);
+    ASSERT_GE(fd, 0) << std::strerror(errno);
+    Fixture fixture(fd, FileTraits{});
+    std::string bytes(4 << 20, 'x');
+    EXPECT_EQ(fixture.Run(Kind::kWrite, 0, {{bytes.data(), bytes.size()}}), 0);
+    std::vector<Fixture::Waited> syncs(4);
+    for (Fixture::Waited& sync : syncs) sync.kind = Kind::kSync;
+    const std::vector<Errno> errors = fixture.Run(syncs);
+    for (const Errno error : errors) EXPECT_NE(error, 0);
+    EXPECT_EQ(fdatasync(fd), 0);  // the system has told it
+    EXPECT_NE(fixture.Run(Kind::kSync, 0, {}), 0);
 }
 
 TEST(RingStore, AFailedSyncIsReportedHoweverItIsDone) {

@@ -67,7 +67,8 @@ Task<Errno> Head::SyncData() {
     if (Mutated(Mutant::kWritesDuringSyncForgotten)) unsynced_ = false;
     if (Mutated(Mutant::kFailedSyncIgnored)) co_return 0;
     if (error != 0) core_.Fail(SystemError(error, "syncing the data file failed").message);
-    co_return error;
+    // Another lane's sync may have failed meanwhile: a device may tell only one of them.
+    co_return error == 0 && core_.failed ? EIO : error;
 }
 
 void Head::Unpin(std::vector<Chunk*>& chunks) {

@@ -39,7 +39,7 @@ class BlockStore {
     /// Starts `io`. `io.done(&io)` is called once, on this store's executor, never from inside
     /// Submit. A transfer is complete or failed: short ones are continued inside.
     /// kWrite: the data may be lost by a power cut until a kSync that was submitted after the
-    /// completion has itself completed without error.
+    /// completion has itself completed without error. After a kSync that failed none succeeds.
     virtual void Submit(BlockIo& io) = 0;
 
     /// Does `io` at once, if that takes no waiting. true: it is complete, with its result in

@@ -140,8 +140,11 @@ void RingStore::Submit(cow::BlockIo& io) {
     VARVE_CHECK(IsAligned(io, traits_.alignment));
     ++in_flight_;
     const uint64_t bytes = BytesOf(io.vectors, io.vector_count);
-    const bool alone = io.kind == cow::BlockIo::Kind::kSync || bytes > kJoinedBytesMax / 2;
-    if (alone) return Step(Begin(io, bytes));
+    if (io.kind == cow::BlockIo::Kind::kSync) {
+        waiting_syncs_.push_back(&io);
+        return StartSync();
+    }
+    if (bytes > kJoinedBytesMax / 2) return Step(Begin(io, bytes));
     if (!pending_.empty() && Join(*pending_.back(), io, bytes)) return;
     if (pending_.empty()) reactor_.Post(&start_pending_);
     pending_.push_back(&Begin(io, bytes));
@@ -153,7 +156,6 @@ RingStore::Transfer& RingStore::Begin(cow::BlockIo& io, uint64_t bytes) {
     transfer.offset = io.offset;
     transfer.moved = 0;
     transfer.total = bytes;
-    if (io.kind == cow::BlockIo::Kind::kSync) transfer.began = std::chrono::steady_clock::now();
     transfer.ios.assign(1, &io);
     transfer.vectors.assign(io.vectors, io.vectors + io.vector_count);
     return transfer;
@@ -170,6 +172,22 @@ bool RingStore::Join(Transfer& transfer, cow::BlockIo& io, uint64_t bytes) {
     transfer.ios.push_back(&io);
     transfer.vectors.insert(transfer.vectors.end(), io.vectors, io.vectors + io.vector_count);
     return true;
+}
+
+/// One sync for all who wait, once the one under way has ended. The system reports a lost write to
+/// one sync of an open file only: another at the same time could succeed in spite of it.
+void RingStore::StartSync() {
+    if (Transfer* next = sync_next_.transfer) {  // not begun yet
+        next->ios.insert(next->ios.end(), waiting_syncs_.begin(), waiting_syncs_.end());
+        waiting_syncs_.clear();
+    }
+    if (syncing_ || waiting_syncs_.empty()) return;
+    syncing_ = true;
+    Transfer& transfer = Begin(*waiting_syncs_.front(), 0);
+    transfer.ios.swap(waiting_syncs_);
+    waiting_syncs_.clear();
+    transfer.began = std::chrono::steady_clock::now();
+    Step(transfer);
 }
 
 void RingStore::FlushPending() {
@@ -194,14 +212,17 @@ void RingStore::Step(Transfer& transfer) {
     }
     const auto n = static_cast<uint32_t>(std::min<size_t>(count, kVectorsMax));
     const uint64_t offset = transfer.offset + transfer.moved;
-    if (IsMovedNow(transfer)) {
+    if (transfer.kind == cow::BlockIo::Kind::kSync && sync_error_ != 0) {
+        transfer.result = -sync_error_;
+        reactor_.Post(&transfer);
+    } else if (IsMovedNow(transfer)) {
         transfer.result = MoveNow(transfer.kind, vectors, n, offset);
         reactor_.Post(&transfer);
     } else if (transfer.kind == cow::BlockIo::Kind::kRead) {
         reactor_.Read(transfer, fd_, vectors, n, offset);
     } else if (transfer.kind == cow::BlockIo::Kind::kWrite) {
         reactor_.Write(transfer, fd_, vectors, n, offset);
-    } else if (MaySyncNow()) {
+    } else if (MaySyncNow(transfer)) {
         sync_next_.transfer = &transfer;
         reactor_.AtBatchEnd(sync_next_);
     } else {
@@ -212,14 +233,14 @@ void RingStore::Step(Transfer& transfer) {
 /// The ring hands a sync to a thread of its own, there and back longer than a fast device takes.
 /// Whoever else is served by this thread waits meanwhile, so there must be no other transfer, no
 /// page cache that could hold much, and syncs must have been quick.
-bool RingStore::MaySyncNow() const {
-    return in_flight_ == 1 && traits_.alignment > 1 && quick_syncs_ >= kQuickSyncs;
+bool RingStore::MaySyncNow(const Transfer& sync) const {
+    return in_flight_ == sync.ios.size() && traits_.alignment > 1 && quick_syncs_ >= kQuickSyncs;
 }
 
 /// In the turn after the one that asked for it: replies have left. Others may have come, though.
 void RingStore::SyncOrLeaveToRing() {
     Transfer& transfer = *std::exchange(sync_next_.transfer, nullptr);
-    if (!MaySyncNow()) return reactor_.DataSync(transfer, fd_);
+    if (!MaySyncNow(transfer)) return reactor_.DataSync(transfer, fd_);
     ++syncs_done_now_;
     Advance(transfer, MoveNow(transfer.kind, nullptr, 0, 0));
 }
@@ -286,19 +307,25 @@ void RingStore::Advance(Transfer& transfer, int32_t result) {
 }
 
 void RingStore::Finish(Transfer& transfer, Errno error) {
-    // Whom the error concerns is seen when each goes alone.
-    const bool again = error != 0 && transfer.ios.size() > 1;
+    const bool sync = transfer.kind == cow::BlockIo::Kind::kSync;
+    // Whom the error concerns is seen when each goes alone. Of a sync, all.
+    const bool again = error != 0 && transfer.ios.size() > 1 && !sync;
+    if (sync) {
+        syncing_ = false;
+        if (error != 0) sync_error_ = error;
+    }
     finishing_.swap(transfer.ios);  // the transfer may be taken again by who is told
     Return(transfer);
+    if (!again) in_flight_ -= finishing_.size();
     for (cow::BlockIo* io : finishing_) {
         if (again) {
             Step(Begin(*io, BytesOf(io->vectors, io->vector_count)));
             continue;
         }
-        --in_flight_;
         io->error = error;
         io->done(io);
     }
+    StartSync();
 }
 
 }  // namespace varve::nbdserver

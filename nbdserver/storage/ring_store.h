@@ -29,7 +29,8 @@ Result<FileTraits> ProbeFile(int fd, bool direct);
 
 /// One for each reactor and file; Submit and completions on the reactor's thread only. Errors are
 /// errno values of the system; EIO too for a read behind the end of the file and for a transfer
-/// that makes no aligned progress.
+/// that makes no aligned progress. At most one sync is under way, and after one that failed all do:
+/// the system tells of a lost write only once.
 class RingStore : public cow::BlockStore {
   public:
     /// A sync that takes no longer than this may hold up the reactor's thread: through the ring it
@@ -73,10 +74,11 @@ class RingStore : public cow::BlockStore {
     void Return(Transfer& transfer);
     Transfer& Begin(cow::BlockIo& io, uint64_t bytes);
     bool Join(Transfer& transfer, cow::BlockIo& io, uint64_t bytes);
+    void StartSync();
     void FlushPending();
     void Step(Transfer& transfer);
     bool IsMovedNow(const Transfer& transfer) const;
-    bool MaySyncNow() const;
+    bool MaySyncNow(const Transfer& sync) const;
     void SyncOrLeaveToRing();
     void CountSync(std::chrono::steady_clock::time_point began);
     bool ReadMapped(const iovec* vectors, uint32_t count, uint64_t offset);
@@ -92,6 +94,9 @@ class RingStore : public cow::BlockStore {
     std::vector<Transfer*> pending_;  // of this turn; not started
     StartPending start_pending_;
     SyncNext sync_next_;
+    std::vector<cow::BlockIo*> waiting_syncs_;  // for the one under way to end
+    bool syncing_ = false;
+    Errno sync_error_ = 0;                  // of the first that failed; then all do
     std::vector<cow::BlockIo*> finishing_;  // of one transfer
     uint64_t in_flight_ = 0;
     const int64_t quick_sync_nanoseconds_;
