@@ -49,6 +49,7 @@ json::object ToJson(const cow::PoolStatus& status, const ServerFacts& facts) {
             {"reclaimed_chunks", status.reclaimed_chunks},
             {"reclaimed_bytes", status.reclaimed_bytes},
             {"commits", status.commits},
+            {"leased", status.leased},
             {"map_cache_used", status.map_cache_used},
             {"map_cache_limit", status.map_cache_limit},
             {"checksums_pending", status.checksums_pending},

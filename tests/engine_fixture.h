@@ -12,9 +12,12 @@ inline constexpr uint64_t kMiB = 1 << 20;
 
 class EngineTest : public testing::Test {
   protected:
-    unsigned lanes = 2;
+    explicit EngineTest(unsigned lane_count = 2, uint64_t capacity = 64 * kMiB)
+        : lanes(lane_count), media(scheduler, capacity) {}
+
+    const unsigned lanes;
     Scheduler scheduler{1};
-    Media media{scheduler, 64 * kMiB};
+    Media media;
     std::unique_ptr<Machine> machine;
     std::map<std::string, cow::Export> exports;
 

@@ -11,7 +11,12 @@ namespace {
 
 /// Segments of one large request that are under way together: 8 MiB.
 constexpr uint64_t kSegmentsTogether = 32;
-/// With less in hand, the next lease is fetched ahead: 4 MiB.
+/// Blocks of the first lease, and how much larger the next ones are, up to a region's: what a disk
+/// holds is in proportion to what it has written lately. After six a disk that is busy has regions
+/// to itself.
+constexpr uint64_t kLeaseFirst = 8;
+constexpr uint64_t kLeaseGrowth = 4;
+/// With less in hand, or half of the last lease, the next one is fetched ahead: 4 MiB.
 constexpr uint64_t kLeaseLow = 1024;
 /// A lease of a tight region may be smaller than what a write needs: 64 blocks at most.
 constexpr unsigned kLeaseTries = 64;
@@ -136,20 +141,24 @@ Task<Errno> Head::EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end) 
     // almost full, disks may take the last blocks from each other for a while.
     for (unsigned tries = 0; FreshNeeded(chunk, first, end) > lease_blocks_; ++tries) {
         if (tries == kLeaseTries) co_return ENOSPC;
-        const Errno error = co_await Refill(true);
+        const uint64_t needed = FreshNeeded(chunk, first, end);
+        const Errno error = co_await Refill(needed, true);
         if (error != 0) co_return error;
     }
     co_return 0;
 }
 
-Task<Errno> Head::Refill(bool urgent) {
+Task<Errno> Head::Refill(uint64_t needed, bool urgent) {
     if (refilling_) {
         co_await refilled_.Wait();
         // What the other refill could not get, an urgent one still may.
         co_return urgent&& refill_error_ == EAGAIN ? 0 : refill_error_;
     }
     refilling_ = true;
-    Result<std::vector<Extent>> lease = co_await host_.LeaseBlocks(disk_, lane_.executor, urgent);
+    const uint64_t larger = lease_size_ == 0 ? kLeaseFirst : lease_size_ * kLeaseGrowth;
+    const uint64_t size = std::clamp(larger, std::min(needed, kRegionBlocks), kRegionBlocks);
+    Result<std::vector<Extent>> lease =
+        co_await host_.LeaseBlocks(disk_, lane_.executor, size, urgent);
     refilling_ = false;
     refill_error_ = 0;
     if (lease.ok()) {
@@ -157,6 +166,8 @@ Task<Errno> Head::Refill(bool urgent) {
             lease_.push_back(extent);
             lease_blocks_ += extent.count;
         }
+        has_lease_ = true;
+        lease_size_ = size;
     } else if (!urgent) {
         refill_error_ = EAGAIN;
     } else {
@@ -168,7 +179,7 @@ Task<Errno> Head::Refill(bool urgent) {
 }
 
 Task<void> Head::RefillAhead() {
-    co_await Refill(false);
+    co_await Refill(0, false);
 }
 
 Extent Head::Allocate(uint64_t most) {
@@ -179,6 +190,8 @@ Extent Head::Allocate(uint64_t most) {
     front.count -= taken.count;
     if (front.count == 0) lease_.pop_front();
     lease_blocks_ -= taken.count;
+    if (lease_blocks_ == 0) has_lease_ = false;
+    allocations_.store(allocations_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     return taken;
 }
 
@@ -196,11 +209,13 @@ void Head::Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& str
         stretches.push_back({first, count, extent.place, true});
         first += count;
     }
-    if (lease_blocks_ < kLeaseLow && refill_ahead_ && !refilling_) Spawn(RefillAhead());
+    const bool low = lease_blocks_ < std::min(kLeaseLow, lease_size_ / 2);
+    if (low && refill_ahead_ && !refilling_) Spawn(RefillAhead());
 }
 
 std::vector<Extent> Head::TakeLease() {
-    lease_blocks_ = 0;
+    lease_blocks_ = lease_size_ = 0;
+    has_lease_ = false;
     std::vector<Extent> extents(lease_.begin(), lease_.end());
     lease_.clear();
     return extents;

@@ -63,10 +63,10 @@ struct HeadCommit {
 class HeadHost {
   public:
     virtual ~HeadHost() = default;
-    /// Free blocks; kNoSpace if there are none, after all that could give some has been tried.
-    /// Not `urgent`: only those that are at hand.
+    /// Free blocks, at most `most`; kNoSpace if there are none, after all that could give some has
+    /// been tried. Not `urgent`: only those that are at hand.
     virtual Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
-                                                          bool urgent) = 0;
+                                                          uint64_t most, bool urgent) = 0;
     /// Commits what a round gives; its data has been synced.
     virtual Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) = 0;
 };
@@ -115,8 +115,9 @@ class Head : public MappedVolume {
     Task<Errno> TrimFrom(uint64_t from);
     /// Takes back the free blocks it was handed.
     std::vector<Extent> TakeLease();
-
-    uint64_t leased_blocks() const { return lease_blocks_; }
+    /// Whether it holds free blocks, and how often it took some for a write. Any thread; hints.
+    bool has_lease() const { return has_lease_.load(std::memory_order_relaxed); }
+    uint64_t allocations() const { return allocations_.load(std::memory_order_relaxed); }
 
   private:
     struct Stretch {  // of a segment's blocks: where they will be written
@@ -155,7 +156,7 @@ class Head : public MappedVolume {
     // head.cc: space
     uint64_t FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) const;
     Task<Errno> EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end);
-    Task<Errno> Refill(bool urgent);
+    Task<Errno> Refill(uint64_t needed, bool urgent);
     Task<void> RefillAhead();
     Extent Allocate(uint64_t most);
     void Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& stretches);
@@ -199,6 +200,9 @@ class Head : public MappedVolume {
 
     std::deque<Extent> lease_;
     uint64_t lease_blocks_ = 0;
+    uint64_t lease_size_ = 0;  // asked for last; more each time
+    std::atomic<bool> has_lease_ = false;
+    std::atomic<uint64_t> allocations_ = 0;
     bool refilling_ = false;
     bool refill_ahead_ = true;  // no use once the pool was full
     Errno refill_error_ = 0;

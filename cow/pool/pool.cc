@@ -12,6 +12,10 @@ namespace {
 /// Of the pool's capacity, free: with less, deletions do not give way to requests.
 constexpr uint64_t kScarcePart = 16;
 constexpr uint64_t kScarceBytesMax = 1 << 30;
+/// A lease is idle if so many commits of the timer came without a use of it. How many are given
+/// back in one go; others wait for the next.
+constexpr uint64_t kQuietTimes = 10;
+constexpr size_t kRecallTogether = 256;
 /// How long that holds for whoever asks for the status and waits.
 constexpr int64_t kHurryUs = 1'000'000;
 
@@ -104,11 +108,13 @@ Task<Status> PoolImpl::CommitHead(DiskId disk, HeadCommit& commit, Executor& lan
     co_return co_await committer_.Commit(std::move(change), lane);
 }
 
-Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& lane, bool urgent) {
+Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& lane, uint64_t most,
+                                                        bool urgent) {
     co_await Hop(core_.home());
-    Result<std::vector<Extent>> lease = co_await leases_.Take();
+    most = std::max(most, options_.lease_blocks_min);
+    Result<std::vector<Extent>> lease = co_await leases_.Take(most);
     if (!lease.ok() && lease.error().kind == ErrorKind::kNoSpace && urgent) {
-        lease = co_await FindSpace(disk);
+        lease = co_await FindSpace(disk, most);
     }
     co_await Hop(lane);
     co_return lease;
@@ -116,27 +122,31 @@ Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& l
 
 /// The pool looks full: takes back what idle disks were handed, folds trims, and waits for
 /// deletions under way. kNoSpace only when all of that gave nothing.
-Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk) {
+Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk, uint64_t most) {
     const Error full = MakeError(ErrorKind::kNoSpace,
                                  "the pool is full; delete snapshots or disks, or enlarge it");
-    const bool changing = !reclaimer_.idle() || committer_.resting() ||
-                          std::any_of(disks_.begin(), disks_.end(),
-                                      [](const auto& d) { return d.second.head->changed(); });
+    std::vector<DiskId> others;  // that hold some
+    bool changing = !reclaimer_.idle() || committer_.resting();
+    for (const auto& [id, disk] : disks_) {
+        changing |= disk.head->changed();
+        if (id != for_disk && disk.head->has_lease()) others.push_back(id);
+    }
+    changing |= !others.empty();
     if (full_ && !changing && full_at_release_ == committer_.released_blocks()) co_return full;
     background_.Enter();
     const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
-    co_await RecallLeases(for_disk);
-    Result<std::vector<Extent>> lease = co_await leases_.Take();
+    co_await RecallLeases(std::move(others));
+    Result<std::vector<Extent>> lease = co_await leases_.Take(most);
     if (!lease.ok()) {
         co_await FoldAll();
         co_await committer_.Settled();
-        lease = co_await leases_.Take();
+        lease = co_await leases_.Take(most);
     }
     for (bool more = true; !lease.ok() && more && !core_.closing;) {
         // Once more after the last step: what it freed may not have been there at the one before.
         more = co_await reclaimer_.WaitStep();
         co_await committer_.Settled();
-        lease = co_await leases_.Take();
+        lease = co_await leases_.Take(most);
     }
     full_ = !lease.ok();
     full_at_release_ = committer_.released_blocks();
@@ -148,11 +158,7 @@ void PoolImpl::EndVisit(DiskId id) {
     if (--disks_.at(id).visitors == 0) visit_ended_.WakeAll();
 }
 
-Task<void> PoolImpl::RecallLeases(DiskId for_disk) {
-    std::vector<DiskId> ids;
-    for (const auto& [id, disk] : disks_) {
-        if (id != for_disk) ids.push_back(id);
-    }
+Task<void> PoolImpl::RecallLeases(std::vector<DiskId> ids) {
     for (const DiskId id : ids) {
         const auto disk = disks_.find(id);
         if (disk == disks_.end()) continue;
@@ -164,6 +170,22 @@ Task<void> PoolImpl::RecallLeases(DiskId for_disk) {
         EndVisit(id);
         leases_.Release(extents);
     }
+}
+
+/// Disks that have taken no new blocks for a while need none in hand.
+Task<void> PoolImpl::ReturnIdleLeases() {
+    std::vector<DiskId> idle;
+    for (auto& [id, disk] : disks_) {
+        const uint64_t allocations = disk.head->allocations();
+        const bool quiet = disk.head->has_lease() && allocations == disk.allocations;
+        disk.allocations = allocations;
+        disk.quiet = quiet ? disk.quiet + 1 : 0;
+        if (disk.quiet >= kQuietTimes && idle.size() < kRecallTogether) idle.push_back(id);
+    }
+    if (idle.empty()) co_return;
+    background_.Enter();
+    co_await RecallLeases(std::move(idle));
+    background_.Leave();
 }
 
 Task<void> PoolImpl::CommitOne(DiskId id, bool fold, Join* join) {
@@ -193,6 +215,7 @@ Task<void> PoolImpl::CommitChanged(bool fold) {
 
 Task<void> PoolImpl::CommitDirty() {
     co_await CommitChanged(false);
+    co_await ReturnIdleLeases();
 }
 
 /// Brings all that has been answered into map rows, which is where figures are taken from.
@@ -206,6 +229,7 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
     status.used = catalog_.pool().used_blocks * kBlockBytes;
     status.capacity = std::max(allocator_.Capacity(), status.used);
     status.free = status.capacity - status.used;
+    status.leased = allocator_.leased_blocks() * kBlockBytes;
     status.disks = catalog_.disks().size();
     status.snapshots = catalog_.snapshots().size();
     status.reclaim_pending = std::max<uint64_t>(catalog_.jobs().size(), reclaimer_.idle() ? 0 : 1);

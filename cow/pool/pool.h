@@ -24,6 +24,7 @@ struct PoolOptions {
     uint64_t snapshots_max = 100'000;         // of one disk
     uint64_t disk_bytes_max = kDiskBytesMax;  // size of one disk
     uint64_t capacity_max = 0;                // bytes of the data file; 0: what the device holds
+    uint64_t lease_blocks_min = 0;            // handed to a disk at once at the least
     uint64_t commit_interval_ms = 1000;       // (server) how long a write may wait for its commit
 };
 
@@ -52,6 +53,7 @@ struct PoolStatus {
     uint64_t capacity = 0;  // bytes the pool could hold
     uint64_t used = 0;      // bytes of allocated blocks, those waiting for reclaim included
     uint64_t free = 0;      // capacity - used
+    uint64_t leased = 0;    // of that, handed to disks for their next writes, or still being read
     uint64_t disks = 0;
     uint64_t snapshots = 0;
     uint64_t reclaim_pending = 0;   // deletions whose space is not all given back yet
@@ -147,7 +149,8 @@ class Pool {
     virtual Task<void> WaitForReclaim() = 0;
     /// Somebody waits for deletions by asking for the status: they do not give way for a second.
     virtual void HurryReclaim() = 0;
-    /// Commits what is dirty on every disk: the server calls it every commit_interval_ms.
+    /// Commits what is dirty on every disk, and takes back what idle ones were handed: the server
+    /// calls it every commit_interval_ms.
     virtual Task<void> CommitDirty() = 0;
 
     // ---- exports

@@ -60,7 +60,7 @@ class PoolImpl : public Pool, public HeadHost {
     void SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) override;
 
     // HeadHost
-    Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
+    Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane, uint64_t most,
                                                   bool urgent) override;
     Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) override;
 
@@ -68,9 +68,11 @@ class PoolImpl : public Pool, public HeadHost {
     struct Disk {
         std::unique_ptr<Head> head;
         uint64_t clients = 0;
-        uint64_t visitors = 0;  // tasks that hold the head and are not clients
-        bool fenced = false;    // no new clients
-        bool busy = false;      // a long command is at work: others are refused
+        uint64_t visitors = 0;     // tasks that hold the head and are not clients
+        bool fenced = false;       // no new clients
+        bool busy = false;         // a long command is at work: others are refused
+        uint64_t allocations = 0;  // of the head, when ReturnIdleLeases last looked
+        uint64_t quiet = 0;        // times that it found them unchanged
     };
     struct OpenSnapshot {
         std::unique_ptr<MappedVolume> volume;
@@ -89,8 +91,9 @@ class PoolImpl : public Pool, public HeadHost {
 
     // pool.cc
     Task<Status> Commit(Change change);
-    Task<Result<std::vector<Extent>>> FindSpace(DiskId for_disk);
-    Task<void> RecallLeases(DiskId for_disk);
+    Task<Result<std::vector<Extent>>> FindSpace(DiskId for_disk, uint64_t most);
+    Task<void> RecallLeases(std::vector<DiskId> ids);
+    Task<void> ReturnIdleLeases();
     bool Scarce() const;
     void EndVisit(DiskId id);
     Task<void> CommitOne(DiskId id, bool fold, Join* join);

@@ -171,31 +171,33 @@ void Allocator::Discarded(uint64_t region) {
     Settle(region);
 }
 
-std::vector<Extent> Allocator::TakeAll(uint64_t index) {
+std::vector<Extent> Allocator::TakeFrom(uint64_t index, uint64_t most) {
     Bits& busy = MapsOf(index).busy;
     std::vector<Extent> extents;
     const uint64_t base = index * kRegionBlocks;
-    for (uint64_t i = 0; i < kRegionBlocks; ++i) {
+    for (uint64_t i = 0; i < kRegionBlocks && most > 0; ++i) {
         if (busy[i]) continue;
+        busy.set(i);
+        ++leased_blocks_;
+        --most;
         if (!extents.empty() && extents.back().place + extents.back().count == base + i) {
             ++extents.back().count;
         } else {
             extents.push_back({base + i, 1});
         }
     }
-    busy.set();
     Settle(index);
     return extents;
 }
 
-std::vector<Extent> Allocator::TakeReady() {
+std::vector<Extent> Allocator::TakeReady(uint64_t most) {
     if (ready_.empty()) return {};
-    return TakeAll(*ready_.begin());
+    return TakeFrom(*ready_.begin(), most);
 }
 
-std::vector<Extent> Allocator::TakeTight() {
+std::vector<Extent> Allocator::TakeTight(uint64_t most) {
     if (tight_.empty()) return {};
-    return TakeAll(*tight_.begin());
+    return TakeFrom(*tight_.begin(), most);
 }
 
 template <typename F>
@@ -218,6 +220,7 @@ Status Allocator::Claim(const Extent& extent) {
             if (maps.busy[bit]) return DamagedRegion(index);
             maps.busy.set(bit);
         }
+        leased_blocks_ += end - first;
         regions_[index].provisioned = true;
         Settle(index);
         return Status();
@@ -226,6 +229,7 @@ Status Allocator::Claim(const Extent& extent) {
 
 Status Allocator::MarkUsed(const Extent& extent) {
     pool_.used_blocks += extent.count;
+    leased_blocks_ -= extent.count;
     return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
         Maps& maps = MapsOf(index);
         for (uint64_t bit = first; bit < end; ++bit) {
@@ -247,6 +251,7 @@ Status Allocator::MarkFree(const Extent& extent) {
     });
     if (!s.ok()) return s;
     pool_.used_blocks -= extent.count;
+    leased_blocks_ += extent.count;
     return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
         for (uint64_t bit = first; bit < end; ++bit) MapsOf(index).used.reset(bit);
         if (!Mutated(Mutant::kFreedBitNotStored)) changed_.insert(index);
@@ -267,6 +272,7 @@ void Allocator::Release(const Extent& extent) {
         }
         return Status();
     });
+    leased_blocks_ -= extent.count;
     VARVE_CHECK(s.ok());  // the regions were known when the blocks were taken
 }
 

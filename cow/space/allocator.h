@@ -37,13 +37,14 @@ class Allocator {
     /// damaged. Any thread.
     static std::optional<uint64_t> UsedEnd(std::string_view row);
 
-    // ---- leases. Extents are the free blocks of one region, in order; empty if there is none.
+    // ---- leases. Extents are the first `most` free blocks of one region, or what it has, in
+    // order; empty if there is no such region.
     /// Of a region that is provisioned and at least a quarter free.
-    std::vector<Extent> TakeReady();
+    std::vector<Extent> TakeReady(uint64_t most);
     /// How many such regions there are.
     size_t ready() const { return ready_.size(); }
     /// Of a region that has less.
-    std::vector<Extent> TakeTight();
+    std::vector<Extent> TakeTight(uint64_t most);
     /// A wholly free region that has to be provisioned before it is ready.
     std::optional<uint64_t> FindBare() const;
     void Provisioned(uint64_t region);
@@ -77,6 +78,9 @@ class Allocator {
     /// Puts the rows of all regions that changed since the last call.
     void Encode(Batch& batch);
 
+    /// That are leased or resting: not free, although nothing names them.
+    uint64_t leased_blocks() const { return leased_blocks_; }
+
     /// Bytes the pool could hold in all, now.
     uint64_t Capacity() const;
 
@@ -96,7 +100,7 @@ class Allocator {
     Status Know(uint64_t index);
     Maps& MapsOf(uint64_t index);
     void Settle(uint64_t index);
-    std::vector<Extent> TakeAll(uint64_t index);
+    std::vector<Extent> TakeFrom(uint64_t index, uint64_t most);
     /// Calls apply(region, first bit, end bit) for the part of `extent` in each region.
     template <typename F>
     Status ForEachPart(Extent extent, F&& apply);
@@ -106,6 +110,7 @@ class Allocator {
     PoolRecord& pool_;
     const uint64_t capacity_max_;
     std::vector<Region> regions_;
+    uint64_t leased_blocks_ = 0;
     uint64_t known_below_ = 0;  // all regions below this one have been read
     // Known regions, none of them discarding:
     std::set<uint64_t> ready_;    // provisioned, at least a quarter free

@@ -15,20 +15,25 @@ constexpr size_t kReadyAhead = 2;
 Leases::Leases(Core& core, Allocator& allocator)
     : core_(core), allocator_(allocator), providing_(core.home()), background_(core.home()) {}
 
-Task<Result<std::vector<Extent>>> Leases::Take() {
+Task<Result<std::vector<Extent>>> Leases::Take(uint64_t most) {
     for (;;) {
-        std::vector<Extent> extents = allocator_.TakeReady();
+        std::vector<Extent> extents = allocator_.TakeReady(most);
         if (!extents.empty()) {
             const bool low = allocator_.ready() < kReadyAhead;
             if (low && !ahead_ && !refused_ && !core_.closing) Spawn(ProvideAhead());
             co_return std::move(extents);
         }
+        // In a pool that is nearly full many small leases must not each try to make the file grow.
+        if (refused_) extents = allocator_.TakeTight(most);
+        if (!extents.empty()) co_return std::move(extents);
+        const bool refused_before = refused_;
+        Status s;
         co_await providing_.Lock();
-        const Status s = co_await Provide(1);
+        if (refused_ == refused_before) s = co_await Provide(1);
         providing_.Unlock();
         if (s.ok()) continue;
         if (s.error().kind != ErrorKind::kNoSpace) co_return s.error();
-        extents = allocator_.TakeTight();
+        extents = allocator_.TakeTight(most);
         if (extents.empty()) co_return s.error();
         co_return std::move(extents);
     }

@@ -18,8 +18,9 @@ class Leases {
   public:
     Leases(Core& core, Allocator& allocator);
 
-    /// Free blocks of one region. kNoSpace if there are none anywhere.
-    Task<Result<std::vector<Extent>>> Take();
+    /// At most `most` free blocks of one region, which it shares with others. kNoSpace if there are
+    /// none anywhere.
+    Task<Result<std::vector<Extent>>> Take(uint64_t most);
 
     /// Nobody can reach these blocks any more: they may be taken again.
     void Release(const std::vector<Extent>& extents);

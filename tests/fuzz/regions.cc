@@ -76,9 +76,9 @@ class Book {
     void Act(uint8_t action, const Extent& extent) {
         switch (action % 8) {
             case 0:
-                return Lease(allocator_.TakeReady());
+                return Lease(allocator_.TakeReady(1 + extent.place % kRegionBlocks));
             case 1:
-                return Lease(allocator_.TakeTight());
+                return Lease(allocator_.TakeTight(1 + extent.place % kRegionBlocks));
             case 2:
                 return Claim(extent);
             case 3:

@@ -18,18 +18,22 @@ namespace varve::simulation {
 
 /// How much there is of everything.
 struct Scale {
-    uint64_t disks;
+    uint64_t disks_min, disks;
     uint64_t snapshots;  // of one disk
     uint64_t sizes[4];   // of disks; a chunk has 256 KiB
     uint64_t clients;    // of one disk
     uint64_t requests;   // of one client
     uint64_t commands;
 };
-inline constexpr Scale kLarge{4, 6, {64 << 10, 200 << 10, 300 << 10, 528 << 10}, 3, 30, 10};
-inline constexpr Scale kSmall{3, 3, {12 << 10, 20 << 10, 40 << 10, 264 << 10}, 2, 6, 4};
+inline constexpr Scale kLarge{2, 4, 6, {64 << 10, 200 << 10, 300 << 10, 528 << 10}, 3, 30, 10};
+/// Many disks, each with little: they share regions, and lanes.
+inline constexpr Scale kMany{10, 16, 2, {12 << 10, 64 << 10, 200 << 10, 264 << 10}, 1, 8, 8};
+inline constexpr Scale kSmall{2, 3, 3, {12 << 10, 20 << 10, 40 << 10, 264 << 10}, 2, 6, 4};
 inline constexpr uint64_t kRoomy = 256 << 20;
 /// One region of the allocator: disks take it from each other, and what is freed is soon reused.
 inline constexpr uint64_t kTight = 16 << 20;
+/// The disk that has what the others shall not have, if there is one.
+inline constexpr const char* kBallast = "ballast";
 
 struct Snapshot {
     Image image;
@@ -62,7 +66,7 @@ class Runner {
   public:
     explicit Runner(const SimulationOptions& options)
         : options_(options),
-          scale_(options.small ? kSmall : kLarge),
+          scale_(ScaleOf(options)),
           dice_(Dice::Of(options.seed, 0)),
           scheduler_(options.seed + (options.order << 32)),
           tight_(dice_.Chance(0.5)),
@@ -73,6 +77,14 @@ class Runner {
     SimulationResult Run();
 
   private:
+    // Dice that are no step's.
+    static constexpr uint64_t kReadsAtOnce = ~uint64_t{0}, kWorld = kReadsAtOnce - 1;
+
+    static const Scale& ScaleOf(const SimulationOptions& options) {
+        if (options.small) return kSmall;
+        return Dice::Of(options.seed, kWorld).Chance(0.2) ? kMany : kLarge;
+    }
+
     bool Fine() const { return result_.violation.empty(); }
 
     void Violation(const std::string& what) {
@@ -164,6 +176,7 @@ class Runner {
     // ---- life and death
 
     bool Open();
+    void FillUp(uint64_t free_blocks);
     void Reopen();
     void Restart();
 
@@ -230,7 +243,7 @@ class Runner {
     void BusyRound();
     uint64_t StartClients(std::vector<uint64_t>* exports);
     void DrawFaults();
-    void CreateDisk();
+    void CreateDisk(uint64_t index);
 
     /// Commands that need their disks without clients.
     void QuietCommands();

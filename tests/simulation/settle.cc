@@ -7,6 +7,7 @@ void Runner::SettleAll(bool crashed) {
     auto list = machine_->Do(pool().ListDisks());
     std::set<std::string> there;
     for (const cow::DiskInfo& info : list.value()) there.insert(info.name);
+    there.erase(kBallast);
     for (const std::string& name : uncertain_disks_) {
         if (there.contains(name) && !disks_.contains(name)) {
             disks_.emplace(name, *uncertain_disk_);

@@ -6,7 +6,6 @@ namespace varve::simulation {
 namespace {
 
 constexpr uint64_t kCaches[] = {256, 4096, 1 << 20};
-constexpr uint64_t kReadsAtOnce = ~uint64_t{0};  // no step has this number
 
 }  // namespace
 
@@ -15,7 +14,11 @@ SimulationResult Runner::Run() {
     data_traits_.alignment = dice_.Chance(0.25) ? 4096 : 512;
     data_traits_.reads_at_once = Dice::Of(options_.seed, kReadsAtOnce).Chance(0.25);
     pool_options_.map_cache_bytes = kCaches[dice_.Draw(3)];
+    // All blocks of a region at once, or a few.
+    Dice world = Dice::Of(options_.seed, kWorld);
+    if (world.Chance(0.5)) pool_options_.lease_blocks_min = cow::kRegionBlocks;
     Restart();
+    if (tight_ && !options_.small && world.Chance(0.25)) FillUp(32 + world.Draw(400));
     while (round_ < options_.rounds && Fine() && !Struck()) {
         ++round_;
         Round();
@@ -31,7 +34,9 @@ SimulationResult Runner::Run() {
 }
 
 void Runner::Round() {
-    if (disks_.size() < 2) CreateDisk();
+    for (uint64_t i = 0; disks_.size() < scale_.disks_min && i < scale_.disks_min; ++i) {
+        if (Fine() && media_.power() && !failed_) CreateDisk(i);
+    }
     if (Fine() && media_.power() && !failed_) BusyRound();
     if (Fine() && media_.power() && !failed_ && !Struck()) QuietCommands();
     Begin(kRound, 0);
@@ -43,6 +48,20 @@ void Runner::Round() {
     if (!Fine() || (media_.power() && Struck() == before)) return;
     Reopen();
     if (Fine()) VerifyAll();
+}
+
+/// Leaves few blocks free, for all disks together: another disk, which nobody touches, has the
+/// rest.
+void Runner::FillUp(uint64_t free_blocks) {
+    const uint64_t bytes = (cow::kRegionBlocks - 1 - free_blocks) * cow::kBlockBytes;
+    Do(machine_->Do(pool().CreateDisk(kBallast, bytes)));
+    const auto opened = machine_->Do(pool().OpenExport(kBallast));
+    if (!opened.ok()) return Violation(opened.error().message);
+    cow::Volume& volume = *opened.value().volume;
+    Errno error = Await(scheduler_, volume.executor(), volume.WriteZeroes(0, bytes, true));
+    if (error == 0) error = Await(scheduler_, volume.executor(), volume.Flush());
+    if (error != 0) Violation("the pool cannot be filled");
+    Close(opened.value().id);
 }
 
 bool Runner::Open() {
@@ -169,8 +188,9 @@ void Runner::DrawFaults() {
     }
 }
 
-void Runner::CreateDisk() {
-    Begin(kRound, 4);
+/// The `index`-th of this round.
+void Runner::CreateDisk(uint64_t index) {
+    Begin(kRound, index == 0 ? 4 : 16 + index);
     const std::string name = NewName('d');
     const uint64_t size = scale_.sizes[dice_.Draw(4)];
     Note("create disk {} {}", name, size);
