@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <map>
 #include <string>
@@ -46,8 +47,8 @@ class FakeVolume : public cow::Volume {
     bool read_only() const override { return read_only_export; }
 
     Task<Errno> Read(uint64_t offset, std::span<std::byte> buffer,
-                     std::vector<cow::Allocation>* map) override {
-        const Errno error = co_await Enter("read");
+                     std::vector<cow::Allocation>* map, cow::Requester* requester) override {
+        const Errno error = co_await Enter("read", requester);
         if (!error) {
             std::memcpy(buffer.data(), data_.data() + offset, buffer.size());
             if (map) Describe(offset, buffer.size(), ~0u, map);
@@ -55,9 +56,10 @@ class FakeVolume : public cow::Volume {
         --running_;
         co_return error;
     }
-    Task<Errno> Write(uint64_t offset, std::span<const std::byte> buffer) override {
+    Task<Errno> Write(uint64_t offset, std::span<const std::byte> buffer,
+                      cow::Requester* requester) override {
         VARVE_CHECK(reinterpret_cast<uintptr_t>(buffer.data()) % 4096 == 0);
-        const Errno error = co_await Enter("write");
+        const Errno error = co_await Enter("write", requester);
         if (!error) {
             std::memcpy(data_.data() + offset, buffer.data(), buffer.size());
             Map(offset, buffer.size(), true);
@@ -65,39 +67,41 @@ class FakeVolume : public cow::Volume {
         --running_;
         co_return error;
     }
-    Task<Errno> Trim(uint64_t offset, uint64_t length) override {
-        const Errno error = co_await Enter("trim");
+    Task<Errno> Trim(uint64_t offset, uint64_t length, cow::Requester* requester) override {
+        const Errno error = co_await Enter("trim", requester);
         const uint64_t first = (offset + 4095) / 4096 * 4096;
         const uint64_t end = (offset + length) / 4096 * 4096;
         if (!error && first < end) Zero(first, end - first, false);
         --running_;
         co_return error;
     }
-    Task<Errno> WriteZeroes(uint64_t offset, uint64_t length, bool allocate) override {
-        const Errno error = co_await Enter("zero");
+    Task<Errno> WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
+                            cow::Requester* requester) override {
+        const Errno error = co_await Enter("zero", requester);
         last_allocate = allocate;
         if (!error) Zero(offset, length, allocate);
         --running_;
         co_return error;
     }
     Task<Errno> Flush() override {
-        const Errno error = co_await Enter("flush");
+        const Errno error = co_await Enter("flush", nullptr);
         --running_;
         co_return error;
     }
     Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most,
-                       std::vector<cow::Allocation>* map) override {
-        const Errno error = co_await Enter("status");
+                       std::vector<cow::Allocation>* map, cow::Requester* requester) override {
+        const Errno error = co_await Enter("status", requester);
         if (!error) Describe(offset, length, most, map);
         --running_;
         co_return error;
     }
 
   private:
-    Task<Errno> Enter(const char* call) {
+    Task<Errno> Enter(const char* call, const cow::Requester* requester) {
         ++calls[call];
         running_max = std::max(running_max, ++running_);
         while (hold) co_await waiting_.Wait();
+        if (requester && requester->gone()) co_return ECANCELED;
         const auto found = errors.find(call);
         co_return found == errors.end() ? 0 : found->second;
     }

@@ -249,29 +249,30 @@ void Head::FoldLane() {
     }
 }
 
-Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer) {
+Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer, Requester* requester) {
     if (!InRange(offset, buffer.size())) co_return EINVAL;
     if (core_.failed) co_return EIO;
     if (buffer.empty()) co_return 0;
     const LoadMeter::Request counted(lane_.load);
     Errno error = 0;
     if (offset / kChunkBytes == (offset + buffer.size() - 1) / kChunkBytes) {
-        error = co_await WriteSegment(offset, buffer);
+        error = co_await WriteSegment(offset, buffer, requester);
     } else {
-        error = co_await WriteMany(offset, buffer.size(), buffer.data());
+        error = co_await WriteMany(offset, buffer.size(), buffer.data(), requester);
     }
-    if (Laden()) co_await Answerable();
+    if (Laden() && !Gone(requester)) co_await Answerable();
     co_return error;
 }
 
-Task<void> Head::WriteCounted(uint64_t offset, std::span<const std::byte> buffer, Errno* error,
-                              Join* join) {
-    const Errno result = co_await WriteSegment(offset, buffer);
+Task<void> Head::WriteCounted(uint64_t offset, std::span<const std::byte> buffer,
+                              Requester* requester, Errno* error, Join* join) {
+    const Errno result = co_await WriteSegment(offset, buffer, requester);
     if (result != 0) *error = result;
     join->Done();
 }
 
-Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* data) {
+Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* data,
+                            Requester* requester) {
     Errno error = 0;
     while (length > 0 && error == 0) {
         const uint64_t stop = (offset / kChunkBytes + kSegmentsTogether) * kChunkBytes;
@@ -280,7 +281,7 @@ Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* d
         while (offset < end) {
             const uint64_t part = std::min(end - offset, kChunkBytes - offset % kChunkBytes);
             const std::span<const std::byte> bytes(data ? data : zeros, part);
-            Spawn(WriteCounted(offset, bytes, &error, &join));
+            Spawn(WriteCounted(offset, bytes, requester, &error, &join));
             offset += part;
             length -= part;
             if (data) data += part;
@@ -290,7 +291,8 @@ Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* d
     co_return error;
 }
 
-Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffer) {
+Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffer,
+                               Requester* requester) {
     const BlockRange blocks(offset, buffer.size());
     Chunk* chunk = TryLock(blocks.chunk, blocks.mask);
     Errno error = 0;
@@ -298,10 +300,11 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
     if (error != 0) co_return error;
     if (FreshNeeded(*chunk, blocks.first, blocks.end) > lease_blocks_) {
         error = co_await EnsureLease(*chunk, blocks.first, blocks.end);
-        if (error != 0) {
-            Unlock(*chunk, blocks.mask);
-            co_return error;
-        }
+    }
+    if (Gone(requester)) error = ECANCELED;
+    if (error != 0) {
+        Unlock(*chunk, blocks.mask);
+        co_return error;
     }
     // From here to the start of the transfer there is no suspension: the write belongs to the
     // generation that is present now.
@@ -328,7 +331,7 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
         if (Mutated(Mutant::kMappedBeforeWritten)) MapStretches(*chunk, generation, stretches);
         error = co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
     } else {
-        error = co_await WriteDetour(*chunk, generation, stretches, offset, buffer);
+        error = co_await WriteDetour(*chunk, generation, stretches, offset, buffer, requester);
     }
     // Even if it failed: what it overwrote in part must not change any more under a snapshot.
     unsynced_ |= stretches.front().fresh || !Mutated(Mutant::kInPlaceWriteNotSynced);
@@ -343,7 +346,8 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
 }
 
 Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
-                              uint64_t offset, std::span<const std::byte> buffer) {
+                              uint64_t offset, std::span<const std::byte> buffer,
+                              Requester* requester) {
     const BlockRange blocks(offset, buffer.size());
     const AlignedBuffer detour = AllocateAligned(blocks.bytes());
     // The blocks at the edges that are written in part keep the rest of their old content.
@@ -366,6 +370,7 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const S
     if (last_part && (!first_part || blocks.end - blocks.first > 1)) keep(blocks.end - 1);
     const Errno error = co_await ReadVerified(core_, lane_, old, frozen);
     if (error != 0) co_return error;
+    if (Gone(requester)) co_return ECANCELED;
     std::memcpy(detour.get() + (offset - blocks.offset()), buffer.data(), buffer.size());
     IoPieces pieces;
     for (const Stretch& stretch : stretches) {
@@ -378,7 +383,7 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const S
 
 // ---- trims and zeroes
 
-Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block) {
+Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester) {
     ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
     uint64_t settled = 0;
     uint64_t visited = 0;
@@ -404,20 +409,22 @@ Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block) {
         Errno error = 0;
         if (!chunk) error = co_await Lock(index, MaskOf(first, end), &chunk);
         if (error != 0) co_return error;
-        if (MappedBlocks(chunk->runs) > 0) UnmapNow(*chunk, first, end);
+        if (Gone(requester)) error = ECANCELED;
+        if (error == 0 && MappedBlocks(chunk->runs) > 0) UnmapNow(*chunk, first, end);
         Unlock(*chunk, MaskOf(first, end));
+        if (error != 0) co_return error;
     }
     co_return 0;
 }
 
-Task<Errno> Head::Trim(uint64_t offset, uint64_t length) {
+Task<Errno> Head::Trim(uint64_t offset, uint64_t length, Requester* requester) {
     if (!InRange(offset, length)) co_return EINVAL;
     if (core_.failed) co_return EIO;
     const LoadMeter::Request counted(lane_.load);
     const uint64_t begin = (offset + kBlockBytes - 1) / kBlockBytes;
     const uint64_t end = (offset + length) / kBlockBytes;
     Errno error = 0;
-    if (begin < end) error = co_await UnmapBlocks(begin, end);
+    if (begin < end) error = co_await UnmapBlocks(begin, end, requester);
     co_await Answerable();
     co_return error;
 }
@@ -436,7 +443,7 @@ Task<Errno> Head::TrimFrom(uint64_t from) {
             continue;
         }
         const uint64_t begin = std::max(first_block, index * kChunkBlocks);
-        const Errno error = co_await UnmapBlocks(begin, (index + 1) * kChunkBlocks);
+        const Errno error = co_await UnmapBlocks(begin, (index + 1) * kChunkBlocks, nullptr);
         if (error != 0) co_return error;
         co_await Answerable();
         ++index;
@@ -445,7 +452,7 @@ Task<Errno> Head::TrimFrom(uint64_t from) {
     co_return 0;
 }
 
-Task<Errno> Head::ZeroPart(uint64_t offset, uint64_t length) {
+Task<Errno> Head::ZeroPart(uint64_t offset, uint64_t length, Requester* requester) {
     const BlockRange blocks(offset, length);
     if (!Find(blocks.chunk)) {
         const Loaded loaded = co_await Load(blocks.chunk);
@@ -454,17 +461,18 @@ Task<Errno> Head::ZeroPart(uint64_t offset, uint64_t length) {
     const Chunk* chunk = Find(blocks.chunk);
     if (chunk && !PieceAt(chunk->runs, blocks.first, blocks.end).mapped) co_return 0;
     const std::span<const std::byte> bytes(zeros, length);
-    co_return co_await WriteSegment(offset, bytes);
+    co_return co_await WriteSegment(offset, bytes, requester);
 }
 
-Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate) {
+Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
+                              Requester* requester) {
     if (!InRange(offset, length)) co_return EINVAL;
     if (core_.failed) co_return EIO;
     if (length == 0) co_return 0;
     const LoadMeter::Request counted(lane_.load);
     Errno error = 0;
     if (allocate) {
-        error = co_await WriteMany(offset, length, nullptr);
+        error = co_await WriteMany(offset, length, nullptr, requester);
         co_await Answerable();
         co_return error;
     }
@@ -472,13 +480,14 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate) {
     const uint64_t first_whole = (offset + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
     const uint64_t last_whole = end / kBlockBytes * kBlockBytes;
     if (offset < first_whole && !Mutated(Mutant::kZeroesMissTheEdges)) {
-        error = co_await ZeroPart(offset, std::min(first_whole, end) - offset);
+        error = co_await ZeroPart(offset, std::min(first_whole, end) - offset, requester);
     }
     if (error == 0 && first_whole < last_whole) {
-        error = co_await UnmapBlocks(first_whole / kBlockBytes, last_whole / kBlockBytes);
+        error =
+            co_await UnmapBlocks(first_whole / kBlockBytes, last_whole / kBlockBytes, requester);
     }
     if (error == 0 && last_whole < end && last_whole >= first_whole) {
-        error = co_await ZeroPart(last_whole, end - last_whole);
+        error = co_await ZeroPart(last_whole, end - last_whole, requester);
     }
     co_await Answerable();
     co_return error;

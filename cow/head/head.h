@@ -82,9 +82,11 @@ class Head : public MappedVolume {
     ~Head() override;
 
     bool read_only() const override { return false; }
-    Task<Errno> Write(uint64_t offset, std::span<const std::byte> buffer) override;
-    Task<Errno> Trim(uint64_t offset, uint64_t length) override;
-    Task<Errno> WriteZeroes(uint64_t offset, uint64_t length, bool allocate) override;
+    Task<Errno> Write(uint64_t offset, std::span<const std::byte> buffer,
+                      Requester* requester) override;
+    Task<Errno> Trim(uint64_t offset, uint64_t length, Requester* requester) override;
+    Task<Errno> WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
+                            Requester* requester) override;
     Task<Errno> Flush() override;
 
     // ---- for the pool; on the lane
@@ -138,14 +140,17 @@ class Head : public MappedVolume {
     };
 
     // head.cc: requests
-    Task<Errno> WriteSegment(uint64_t offset, std::span<const std::byte> buffer);
-    Task<Errno> WriteMany(uint64_t offset, uint64_t length, const std::byte* data);
-    Task<void> WriteCounted(uint64_t offset, std::span<const std::byte> buffer, Errno* error,
-                            Join* join);
+    Task<Errno> WriteSegment(uint64_t offset, std::span<const std::byte> buffer,
+                             Requester* requester);
+    Task<Errno> WriteMany(uint64_t offset, uint64_t length, const std::byte* data,
+                          Requester* requester);
+    Task<void> WriteCounted(uint64_t offset, std::span<const std::byte> buffer,
+                            Requester* requester, Errno* error, Join* join);
     Task<Errno> WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
-                            uint64_t offset, std::span<const std::byte> buffer);
-    Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block);
-    Task<Errno> ZeroPart(uint64_t offset, uint64_t length);
+                            uint64_t offset, std::span<const std::byte> buffer,
+                            Requester* requester);
+    Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester);
+    Task<Errno> ZeroPart(uint64_t offset, uint64_t length, Requester* requester);
     bool Laden() const;
     Task<void> Answerable();
     void FoldLane();

@@ -135,11 +135,12 @@ void MappedVolume::Gather(const Chunk& chunk, uint64_t offset, std::span<std::by
 }
 
 Task<Errno> MappedVolume::ReadBlocks(uint64_t offset, std::span<std::byte> buffer,
-                                     std::vector<Allocation>* map) {
+                                     std::vector<Allocation>* map, Requester* requester) {
     const ReadEpochs::Guard guard(lane_.epochs);
     IoPieces pieces;
     FrozenList frozen;
     for (uint64_t done = 0; done < buffer.size();) {
+        if (Gone(requester)) co_return ECANCELED;
         const uint64_t at = offset + done;
         const ChunkIndex index{at / kChunkBytes};
         Chunk* chunk = Find(index);
@@ -159,25 +160,25 @@ Task<Errno> MappedVolume::ReadBlocks(uint64_t offset, std::span<std::byte> buffe
 }
 
 Task<Errno> MappedVolume::Read(uint64_t offset, std::span<std::byte> buffer,
-                               std::vector<Allocation>* map) {
+                               std::vector<Allocation>* map, Requester* requester) {
     if (!InRange(offset, buffer.size())) co_return EINVAL;
     const LoadMeter::Request counted(lane_.load);
     const auto address = reinterpret_cast<uintptr_t>(buffer.data());
     const bool aligned = (address & (lane_.blocks.alignment() - 1)) == 0;
     if (((offset | buffer.size()) & (kBlockBytes - 1)) != 0) {
-        co_return co_await ReadEdges(offset, buffer, map);
+        co_return co_await ReadEdges(offset, buffer, map, requester);
     }
-    if (aligned) co_return co_await ReadBlocks(offset, buffer, map);
-    co_return co_await ReadDetour(offset, buffer, map);
+    if (aligned) co_return co_await ReadBlocks(offset, buffer, map, requester);
+    co_return co_await ReadDetour(offset, buffer, map, requester);
 }
 
 /// Blocks are verified as a whole: those at the edges take a detour, what lies between does not.
 Task<Errno> MappedVolume::ReadEdges(uint64_t offset, std::span<std::byte> buffer,
-                                    std::vector<Allocation>* map) {
+                                    std::vector<Allocation>* map, Requester* requester) {
     const uint64_t end = offset + buffer.size();
     const uint64_t first_whole = (offset + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
     const uint64_t last_whole = end / kBlockBytes * kBlockBytes;
-    if (first_whole >= last_whole) co_return co_await ReadDetour(offset, buffer, map);
+    if (first_whole >= last_whole) co_return co_await ReadDetour(offset, buffer, map, requester);
     Errno error = 0;
     for (uint64_t at = offset; at < end && error == 0;) {
         const uint64_t stop = at < first_whole ? first_whole : at < last_whole ? last_whole : end;
@@ -186,9 +187,9 @@ Task<Errno> MappedVolume::ReadEdges(uint64_t offset, std::span<std::byte> buffer
         const bool direct =
             at >= first_whole && at < last_whole && (address & (lane_.blocks.alignment() - 1)) == 0;
         if (direct) {
-            error = co_await ReadBlocks(at, part, map);
+            error = co_await ReadBlocks(at, part, map, requester);
         } else {
-            error = co_await ReadDetour(at, part, map);
+            error = co_await ReadDetour(at, part, map, requester);
         }
         at = stop;
     }
@@ -196,13 +197,13 @@ Task<Errno> MappedVolume::ReadEdges(uint64_t offset, std::span<std::byte> buffer
 }
 
 Task<Errno> MappedVolume::ReadDetour(uint64_t offset, std::span<std::byte> buffer,
-                                     std::vector<Allocation>* map) {
+                                     std::vector<Allocation>* map, Requester* requester) {
     const uint64_t first = offset / kBlockBytes * kBlockBytes;
     const uint64_t end = (offset + buffer.size() + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
     const AlignedBuffer detour = AllocateAligned(end - first);
     const std::span<std::byte> whole(detour.get(), end - first);
     std::vector<Allocation> whole_map;
-    const Errno error = co_await ReadBlocks(first, whole, map ? &whole_map : nullptr);
+    const Errno error = co_await ReadBlocks(first, whole, map ? &whole_map : nullptr, requester);
     if (error != 0) co_return error;
     std::memcpy(buffer.data(), whole.data() + (offset - first), buffer.size());
     uint64_t skip = offset - first, left = buffer.size();
@@ -217,12 +218,13 @@ Task<Errno> MappedVolume::ReadDetour(uint64_t offset, std::span<std::byte> buffe
 }
 
 Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most,
-                                 std::vector<Allocation>* map) {
+                                 std::vector<Allocation>* map, Requester* requester) {
     if (!InRange(offset, length)) co_return EINVAL;
     ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
     uint64_t settled = 0;
     const uint64_t end = offset + length;
     while (offset < end) {
+        if (Gone(requester)) co_return ECANCELED;
         const ChunkIndex index{offset / kChunkBytes};
         const uint64_t stop = std::min(end, (index.value + 1) * kChunkBytes);
         Chunk* chunk = Find(index);

@@ -7,6 +7,7 @@
 
 #include <boost/unordered/unordered_flat_map.hpp>
 
+#include "cow/mutants.h"
 #include "cow/volume/lane.h"
 #include "cow/volume/verified_read.h"
 #include "cow/volume/volume.h"
@@ -24,14 +25,16 @@ class MappedVolume : public Volume {
     uint64_t size() const override { return size_.load(std::memory_order_relaxed); }
     bool read_only() const override { return true; }
 
-    Task<Errno> Read(uint64_t offset, std::span<std::byte> buffer,
-                     std::vector<Allocation>* map) override;
-    Task<Errno> Write(uint64_t, std::span<const std::byte>) override { co_return EPERM; }
-    Task<Errno> Trim(uint64_t, uint64_t) override { co_return EPERM; }
-    Task<Errno> WriteZeroes(uint64_t, uint64_t, bool) override { co_return EPERM; }
+    Task<Errno> Read(uint64_t offset, std::span<std::byte> buffer, std::vector<Allocation>* map,
+                     Requester* requester) override;
+    Task<Errno> Write(uint64_t, std::span<const std::byte>, Requester*) override {
+        co_return EPERM;
+    }
+    Task<Errno> Trim(uint64_t, uint64_t, Requester*) override { co_return EPERM; }
+    Task<Errno> WriteZeroes(uint64_t, uint64_t, bool, Requester*) override { co_return EPERM; }
     Task<Errno> Flush() override { co_return 0; }
     Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most,
-                       std::vector<Allocation>* map) override;
+                       std::vector<Allocation>* map, Requester* requester) override;
 
     /// Forgets a clean chunk. For the cache.
     void Evict(Chunk& chunk);
@@ -45,6 +48,10 @@ class MappedVolume : public Volume {
 
     bool InRange(uint64_t offset, uint64_t length) const {
         return offset <= size() && length <= size() - offset;
+    }
+    /// Nothing may begin any more for its sake.
+    static bool Gone(const Requester* requester) {
+        return requester && requester->gone() && !Mutated(Mutant::kGoneWorkGoesOn);
     }
     /// The chunk if it is in memory.
     Chunk* Find(ChunkIndex index);
@@ -70,12 +77,12 @@ class MappedVolume : public Volume {
     void Gather(const Chunk& chunk, uint64_t offset, std::span<std::byte> buffer, IoPieces& pieces,
                 FrozenList& frozen, std::vector<Allocation>* map) const;
     Task<Errno> ReadEdges(uint64_t offset, std::span<std::byte> buffer,
-                          std::vector<Allocation>* map);
+                          std::vector<Allocation>* map, Requester* requester);
     Task<Errno> ReadDetour(uint64_t offset, std::span<std::byte> buffer,
-                           std::vector<Allocation>* map);
+                           std::vector<Allocation>* map, Requester* requester);
     /// REQUIRES: whole blocks, and memory aligned for the store.
     Task<Errno> ReadBlocks(uint64_t offset, std::span<std::byte> buffer,
-                           std::vector<Allocation>* map);
+                           std::vector<Allocation>* map, Requester* requester);
 
     Line line_;
     boost::unordered_flat_map<uint64_t, Chunk*> chunks_;
