@@ -11,6 +11,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -132,12 +133,18 @@ class Reactor : public Executor {
     std::span<const std::byte> Received(const ReceiveOp& op) const;
     void ReturnReceived(ReceiveOp& op);
 
-    /// Receives exactly `memory.size()` bytes; fewer only at the end of the stream or on an error.
-    void ReceiveAll(Op& op, int fd, std::span<std::byte> memory);
+    /// Receives what there is once there is any, at most `memory.size()` bytes; 0 at the end of the
+    /// stream. Not all: an operation that goes on and on in small steps ends up in a thread of the
+    /// ring's, each in one of its own.
+    void ReceiveSome(Op& op, int fd, std::span<std::byte> memory);
 
-    /// Sends all that `message` names; fewer only on an error. `message` and what it points to
-    /// stay valid until completion. A closed peer gives EPIPE, no signal.
-    void SendAll(Op& op, int fd, const msghdr& message);
+    /// Sends of what `message` names as much as there is room for, once there is any. `message` and
+    /// what it points to stay valid until completion. A closed peer gives EPIPE, no signal.
+    void SendSome(Op& op, int fd, const msghdr& message);
+
+    /// Whether an operation that nobody cancelled was never begun, for want of a thread to do it:
+    /// to be done again, or in another way. Says nothing about the file or the peer.
+    static bool WasNotIssued(int32_t result) { return result == -ECANCELED || result == -EAGAIN; }
 
     /// Says that a receive is about to complete. When there is nothing else to do the thread looks
     /// for one, from then on for ReactorOptions::poll_nanoseconds, before it falls asleep: to be

@@ -98,15 +98,15 @@ void Reactor::ReturnReceived(ReceiveOp& op) {
     op.flags_ = 0;
 }
 
-void Reactor::ReceiveAll(Op& op, int fd, std::span<std::byte> memory) {
+void Reactor::ReceiveSome(Op& op, int fd, std::span<std::byte> memory) {
     io_uring_sqe* sqe = state_->Begin(op, Op::Kind::kPlain);
-    io_uring_prep_recv(sqe, fd, memory.data(), memory.size(), MSG_WAITALL);
+    io_uring_prep_recv(sqe, fd, memory.data(), memory.size(), 0);
     io_uring_sqe_set_data(sqe, &op);
 }
 
-void Reactor::SendAll(Op& op, int fd, const msghdr& message) {
+void Reactor::SendSome(Op& op, int fd, const msghdr& message) {
     io_uring_sqe* sqe = state_->Begin(op, Op::Kind::kPlain);
-    io_uring_prep_sendmsg(sqe, fd, &message, MSG_WAITALL | MSG_NOSIGNAL);
+    io_uring_prep_sendmsg(sqe, fd, &message, MSG_NOSIGNAL);
     io_uring_sqe_set_data(sqe, &op);
 }
 

@@ -13,6 +13,11 @@
 namespace varve {
 namespace {
 
+// Threads that the ring may have: for what the device's file cannot do without waiting, and for all
+// else, which nothing here should need.
+constexpr unsigned kFileWorkersMax = 16;
+constexpr unsigned kOtherWorkersMax = 1;
+
 int DisabledSysctl() {
     std::FILE* file = std::fopen("/proc/sys/kernel/io_uring_disabled", "re");
     if (!file) return 0;
@@ -65,6 +70,10 @@ Status Reactor::State::SetUp() {
     ring_open = true;
     if (!(params.features & IORING_FEAT_NODROP)) return Unusable(EINVAL);
     io_uring_register_ring_fd(&ring);  // a cheaper entry; it works without
+
+    unsigned workers[2] = {kFileWorkersMax, kOtherWorkersMax};
+    const int bounded = io_uring_register_iowq_max_workers(&ring, workers);
+    if (bounded < 0) return Unusable(-bounded);
 
     wake_fd = eventfd(0, EFD_CLOEXEC);
     if (wake_fd < 0) return SystemError(errno, "cannot make an eventfd");

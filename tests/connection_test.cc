@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <deque>
+#include <filesystem>
 #include <future>
 #include <optional>
 #include <random>
@@ -910,6 +911,112 @@ TEST_F(ConnectionTest, WhatIsReceivedButNotBegunIsBoundedForAllTogether) {
     Until([&] { return volume_->running() == kClients; });
     // A request and 8 KiB for each, and an eighth of the memory.
     EXPECT_LE(On([&] { return host_->bytes_in_flight(); }), kClients * (10 << 10) + 2 * kMiB);
+}
+
+TEST_F(ConnectionTest, AHeaderInTwoPartsMayWaitForRoomThroughManyReplies) {
+    ConnectionLimits limits;
+    limits.bytes_max = kMiB;
+    Start(limits);
+    Client& client = Connect();
+    On([&] { volume_->hold = true; });
+    std::string requests;
+    for (uint64_t i = 0; i < 8; ++i) {
+        requests += client.Prepare(wire::kCmdRead, i * 4096, kMiB / 8, i);
+    }
+    const std::string waits = client.Prepare(wire::kCmdRead, 0, kMiB, 8);
+    client.SendBytes(requests + waits.substr(0, 10));
+    Until([&] { return volume_->calls["read"] == 8; });
+    client.SendBytes(waits.substr(10));
+    Until([&] { return host_->bytes_received() == 0; });  // no receive any more
+    On([&] { volume_->Release(); });
+    for (int i = 0; i < 9; ++i) EXPECT_EQ(client.Next().error, 0u);
+    Client& other = Connect();
+    EXPECT_EQ(other.Ask(wire::kCmdRead, 0, 512).error, 0u);
+    // No more than the two next receives may bring.
+    EXPECT_LE(On([&] { return host_->bytes_received(); }), 2 * (256u << 10));
+}
+
+size_t ThreadsOfThisProcess() {
+    size_t threads = 0;
+    for ([[maybe_unused]] const auto& task :
+         std::filesystem::directory_iterator("/proc/self/task")) {
+        ++threads;
+    }
+    return threads;
+}
+
+/// False if it takes very long.
+bool WaitUntilReceived(const Client& client) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    int unread = 1;
+    while (ioctl(client.fd(), SIOCOUTQ, &unread) == 0 && unread > 0) {
+        if (std::chrono::steady_clock::now() > end) return false;
+        std::this_thread::yield();
+    }
+    return true;
+}
+
+TEST_F(ConnectionTest, ClientsThatSendByteByByteTakeNoThreads) {
+    constexpr size_t kClients = 100;
+    constexpr uint32_t kBytes = 64 << 10;
+    const std::string payload = Pattern(kBytes, 4);
+    for (size_t i = 0; i < kClients; ++i) {
+        Connect().SendBytes(Client::Header(wire::kCmdWrite, i * kBytes, kBytes, i));
+    }
+    const size_t before = ThreadsOfThisProcess();
+    // More steps than the kernel tries before it gives an operation to a thread: 128.
+    constexpr size_t kSteps = 150;
+    for (size_t step = 0; step < kSteps; ++step) {
+        for (Client& client : clients_) client.SendBytes(payload.substr(step, 1));
+        for (const Client& client : clients_) ASSERT_TRUE(WaitUntilReceived(client));
+    }
+    EXPECT_EQ(ThreadsOfThisProcess(), before);
+    for (Client& client : clients_) client.SendBytes(payload.substr(kSteps));
+    for (Client& client : clients_) EXPECT_EQ(client.Next().error, 0u);
+    for (size_t i = 0; i < kClients; ++i) {
+        EXPECT_EQ(std::memcmp(volume_->data() + i * kBytes, payload.data(), kBytes), 0);
+    }
+}
+
+TEST_F(ConnectionTest, UrgentDataTakesNoThreads) {
+    constexpr size_t kClients = 20;
+    for (size_t i = 0; i < kClients; ++i) Connect();
+    const size_t before = ThreadsOfThisProcess();
+    for (size_t step = 0; step < 200; ++step) {
+        for (const Client& client : clients_) {
+            if (send(client.fd(), "!", 1, MSG_OOB | MSG_NOSIGNAL) < 0 && errno == EOPNOTSUPP) {
+                GTEST_SKIP() << "unix sockets of this system have none";
+            }
+            ASSERT_TRUE(WaitUntilReceived(client));
+        }
+    }
+    EXPECT_EQ(ThreadsOfThisProcess(), before);
+    for (Client& client : clients_) EXPECT_TRUE(client.AtEnd());
+}
+
+TEST_F(ConnectionTest, AClientThatTakesItsRepliesSlowlyIsNotStalled) {
+    ConnectionLimits limits;
+    limits.host_bytes_max = 8 * kMiB;
+    limits.stall_ms_max = 400;
+    Start(limits);
+    Client& slow = Connect();
+    Client& other = Connect();
+    slow.SendBytes(slow.Prepare(wire::kCmdRead, 0, 4 * kMiB, 1));
+    int there = 0;
+    while (ioctl(slow.fd(), FIONREAD, &there) == 0 && there == 0) std::this_thread::yield();
+    other.SendBytes(other.Prepare(wire::kCmdRead, 0, 4 * kMiB, 2));
+    // One part in 40 ms: over the least that counts as progress, and less than a send in the time
+    // that a client may stall.
+    std::string part(128 << 10, 0);
+    size_t came = 0;
+    for (ssize_t n = 1; n > 0 && came < 4 * kMiB + sizeof(wire::SimpleReply);) {
+        const auto next = std::chrono::steady_clock::now() + std::chrono::milliseconds(40);
+        n = recv(slow.fd(), part.data(), part.size(), 0);
+        came += static_cast<size_t>(std::max<ssize_t>(n, 0));
+        std::this_thread::sleep_until(next);
+    }
+    EXPECT_EQ(came, 4 * kMiB + sizeof(wire::SimpleReply));
+    EXPECT_EQ(other.Next().error, 0u);
 }
 
 TEST_F(ConnectionTest, ConnectionsShareTheHostsMemoryWhenThereIsLittle) {

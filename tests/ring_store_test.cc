@@ -84,6 +84,7 @@ class Fixture {
         return now;
     }
     uint64_t syncs_done_now() const { return store_->syncs_done_now(); }
+    uint64_t transfers_done_here() const { return store_->transfers_done_here(); }
     Errno Run(Kind kind, uint64_t offset, std::vector<iovec> vectors) {
         std::vector<Waited> ios(1);
         ios[0].kind = kind;
@@ -424,6 +425,25 @@ TEST(RingStore, ReportsTheSystemsErrors) {
     std::string text = "text";
     Fixture fixture(fd, FileTraits{});
     EXPECT_EQ(fixture.Run(Kind::kWrite, 0, {{text.data(), 4}}), EBADF);
+}
+
+/// In a process of its own that may have no more threads: a sync, which the ring gives to one.
+int SyncWithoutMoreThreads() {
+    Fixture fixture(TemporaryFile(0), FileTraits());
+    if (geteuid() == 0 && setresuid(65534, 65534, 65534) != 0) return 2;  // root is not limited
+    const rlimit none{0, 0};
+    if (setrlimit(RLIMIT_NPROC, &none) != 0) return 3;
+    std::string text(4096, 't');
+    for (int round = 0; round < 3; ++round) {
+        if (fixture.Run(Kind::kWrite, 0, {{text.data(), text.size()}}) != 0) return 4;
+        if (fixture.Run(Kind::kSync, 0, {}) != 0) return 5;
+    }
+    return fixture.transfers_done_here() >= 3 ? 0 : 6;
+}
+
+TEST(RingStoreDeathTest, WhatTheRingFindsNoThreadForIsDoneAllTheSame) {
+    GTEST_FLAG_SET(death_test_style, "threadsafe");
+    EXPECT_EXIT(_exit(SyncWithoutMoreThreads()), testing::ExitedWithCode(0), "");
 }
 
 TEST(RingStore, AWriteBeyondTheFileSizeLimitFails) {

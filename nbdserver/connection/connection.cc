@@ -2,7 +2,7 @@
 //
 // Receiving. One Receive brings many requests; Parse() takes them apart. A small WRITE's payload is
 // copied from there into an aligned buffer; what is missing of a large one is received straight
-// into it (ReceiveAll), and then the next receive asks for a header only, so that the payload
+// into it (ReceiveSome), and then the next receive asks for a header only, so that the payload
 // behind it can go the direct way too. While a limit is exceeded (`stash_` holds what was received
 // already) nothing is received: the client's socket fills up and it waits. The limits are its own,
 // or those of the memory that all connections of a reactor share (memory_budget.h).
@@ -35,6 +35,19 @@
 
 namespace varve::nbdserver {
 namespace {
+
+// Should a receive or send ever be left to a thread of the ring's, it gives it back so soon.
+constexpr timeval kWorkerTime{0, 1000};
+
+/// So that no receive or send waits in a thread of the ring's, of which there are few. Urgent data
+/// would wake receives that then find nothing, and those are left to such threads in the end: it
+/// becomes part of the stream.
+void KeepOffWorkers(int fd) {
+    const int yes = 1;
+    setsockopt(fd, SOL_SOCKET, SO_OOBINLINE, &yes, sizeof yes);
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &kWorkerTime, sizeof kWorkerTime);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &kWorkerTime, sizeof kWorkerTime);
+}
 
 /// Lets more of a large reply leave at once: with the default of some 200 KiB, reads of 1 MiB over
 /// a unix socket measured 1.4 times slower. The system caps it (net.core.wmem_max). TCP sizes its
@@ -77,7 +90,9 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
       local_(IsUnixSocket(fd)),
       volume_(volume),
       counters_(std::move(options.counters)),
-      ended_(std::move(ended)) {
+      ended_(std::move(ended)),
+      receiving_(shared_.received_bytes),
+      kept_(shared_.received_bytes) {
     rules_.structured_replies = options.structured_replies;
     rules_.base_allocation = options.base_allocation && options.structured_replies;
     rules_.base_allocation_id = options.base_allocation_id;
@@ -100,6 +115,7 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
         static_cast<Other*>(op)->connection->OnSent(result);
     };
 
+    KeepOffWorkers(fd);
     if (local_) EnlargeSendBuffer(fd);
     if (!options.received.empty()) {
         Stash(options.received);
@@ -138,8 +154,10 @@ bool Connection::Finished() const {
 void Connection::Finish() {
     std::erase(shared_.all, this);
     if (shared_.all.empty()) shared_.reactor.Cancel(shared_.watch);
+    Shared& shared = shared_;
     const std::function<void()> ended = std::move(ended_);
     delete this;
+    if (shared.all.empty()) shared.CheckNothingHeld();
     if (ended) ended();
 }
 

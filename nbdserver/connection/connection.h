@@ -81,6 +81,7 @@ class ConnectionHost {
 
     uint64_t connections() const;
     uint64_t bytes_in_flight() const;  // memory that requests hold, for tests and status
+    uint64_t bytes_received() const;   // but not begun, or what receives may bring, for tests
 
     /// The most of it since the last call in which some was added. Any thread.
     uint64_t TakePeak();

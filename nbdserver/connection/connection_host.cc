@@ -32,8 +32,13 @@ ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l)
 }
 
 ConnectionHost::Shared::~Shared() {
+    CheckNothingHeld();
     DeleteList(unused_requests);
     DeleteList(unused_batches);
+}
+
+void ConnectionHost::Shared::CheckNothingHeld() const {
+    VARVE_CHECK(bytes == 0 && received_bytes == 0 && budget.bytes() == 0);
 }
 
 void ConnectionHost::Shared::ReturnRequest(Request* request) {
@@ -87,6 +92,10 @@ uint64_t ConnectionHost::connections() const {
 
 uint64_t ConnectionHost::bytes_in_flight() const {
     return shared_->bytes;
+}
+
+uint64_t ConnectionHost::bytes_received() const {
+    return shared_->received_bytes;
 }
 
 uint64_t ConnectionHost::TakePeak() {

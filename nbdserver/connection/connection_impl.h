@@ -16,6 +16,7 @@
 
 #include "base/backoff.h"
 #include "base/buffers.h"
+#include "base/check.h"
 #include "base/reactor.h"
 #include "base/task.h"
 #include "base/trial.h"
@@ -33,15 +34,32 @@ constexpr uint64_t kRequestBytes = 2048;
 constexpr uint64_t kSmallRequestBytes = 24 << 10;
 static_assert(kReplyPiecesMax <= kSendPiecesMax);
 
+/// A part of `total`, counted as long as it lasts.
+class Counted {
+  public:
+    explicit Counted(uint64_t& total) : total_(total) {}
+    ~Counted() { Set(0); }
+    Counted(const Counted&) = delete;
+
+    /// In place of what it was.
+    void Set(uint64_t bytes) {
+        VARVE_CHECK(total_ >= bytes_);
+        total_ += bytes - std::exchange(bytes_, bytes);
+    }
+
+  private:
+    uint64_t& total_;
+    uint64_t bytes_ = 0;
+};
+
 /// What one send needs until it is complete.
 struct SendBatch {
     SendBatch* next = nullptr;  // among the unused
     msghdr message{};
     Request* requests = nullptr;  // whose replies these are
-    size_t first = 0;             // of the pieces that are being sent
+    size_t first = 0;             // of the pieces that are not sent yet
     size_t end = 0;               // of all pieces
-    uint64_t bytes = 0;           // being sent
-    uint64_t cut = 0;             // bytes of the last piece being sent that are not sent yet
+    uint64_t cut = 0;             // bytes that the last piece in `message` has besides
     std::array<iovec, kSendPiecesMax> pieces;
 };
 
@@ -63,6 +81,9 @@ struct ConnectionHost::Shared {
         return std::exchange(unused_batches, unused_batches->next);
     }
     void ReturnBatch(SendBatch* batch);
+
+    /// When nobody is left.
+    void CheckNothingHeld() const;
 
     /// From now on, while somebody waits for memory, closes who holds it and does nothing.
     void WatchStalled();
@@ -139,7 +160,7 @@ class Connection {
     size_t TakePayload(std::span<const std::byte> bytes);
     bool Accept(const std::byte* header);
     bool TakeMemory(Request& request);
-    uint32_t MostToReceive();
+    uint32_t MostToReceive() const;
     void AcceptWrite(Request* request);
 
     // Running.
@@ -153,6 +174,8 @@ class Connection {
     void SendReplies();
     void SendPieces();
     void OnSent(int32_t result);
+    bool SkipSent(uint64_t bytes);
+    uint64_t BytesTaken() const;
     void CountReply(const Request& request);
     void DropUnwanted();
     void Release(Request* request);
@@ -179,10 +202,11 @@ class Connection {
     };
     /// How far a client has taken its replies, or sent a payload.
     struct Progress {
-        void Add(uint64_t more_bytes);
+        /// Something ended, which counts however short it was.
+        void Ended();
         bool Stalled(bool due, uint64_t more_bytes, bool first);
 
-        uint64_t bytes = 0;  // only grows
+        uint64_t bytes = 0;
         uint64_t seen_bytes = 0;
         unsigned looks = 0;  // since it grew
     };
@@ -219,14 +243,15 @@ class Connection {
     uint64_t skip_ = 0;           // bytes of a refused payload that are still to come
     Request* filling_ = nullptr;  // a WRITE whose payload is not complete
     uint32_t filled_ = 0;         // bytes of it
-    uint32_t piece_ = 0;          // bytes of it that are being received
-    uint32_t expected_ = 0;       // bytes that receive_op_ may bring
+    Counted receiving_;           // what receive_op_ may bring
     Buffer stash_;                // received before the pause
     std::span<const std::byte> stashed_;
+    Counted kept_;  // the stash
 
     Request* replies_ = nullptr;
     Request** replies_tail_ = &replies_;
     SendBatch* batch_ = nullptr;  // being sent
+    uint64_t sent_bytes_ = 0;     // taken by the system
 
     Progress taken_;  // of replies
     Progress given_;  // of payloads that are received in place

@@ -23,8 +23,8 @@ constexpr uint64_t kSkipFactorMax = 4;
 constexpr uint32_t kReceiveBytes = 256 << 10;
 constexpr uint32_t kReceiveBytesWhenScarce = 8 << 10;
 constexpr uint64_t kReceivedBytesMax = 64 << 20;
-// Of a payload that is received in place: so much at a time, so that progress shows, and so that no
-// turn of the reactor has to copy all of it.
+// Of a payload that is received in place: at most so much at a time, so that no turn of the reactor
+// has to copy all of it.
 constexpr uint32_t kPieceBytes = 1 << 20;
 // A receive that brings fewer requests than this makes a rest worthwhile.
 constexpr uint64_t kFewRequests = 8;
@@ -89,19 +89,19 @@ void Connection::Receive() {
     if (receive_op_.in_flight() || payload_op_.in_flight() || rest_op_.in_flight()) return;
     if (filling_ && filling_->length - filled_ >= kDirectBytesMin) {
         expect_large_ = true;
-        piece_ = filling_->length - filled_;
-        if (piece_ >= kPieceBytes + kDirectBytesMin) piece_ = kPieceBytes;
-        return shared_.reactor.ReceiveAll(payload_op_, fd_,
-                                          filling_->payload.span().subspan(filled_, piece_));
+        uint32_t piece = filling_->length - filled_;
+        if (piece >= kPieceBytes + kDirectBytesMin) piece = kPieceBytes;
+        return shared_.reactor.ReceiveSome(payload_op_, fd_,
+                                           filling_->payload.span().subspan(filled_, piece));
     }
     if (ShallRest(CountArrived())) return Rest();
-    expected_ = MostToReceive();
-    shared_.received_bytes += expected_;
+    const uint32_t most = MostToReceive();
+    receiving_.Set(most);
     expect_large_ = false;
-    shared_.reactor.Receive(receive_op_, fd_, expected_, requests_ <= 1);
+    shared_.reactor.Receive(receive_op_, fd_, most, requests_ <= 1);
 }
 
-uint32_t Connection::MostToReceive() {
+uint32_t Connection::MostToReceive() const {
     if (expect_large_ && !filling_ && !skip_) return sizeof(wire::Request);
     uint64_t most = std::min(kReceivedBytesMax, shared_.limits.host_bytes_max / 8);
     if (requests_ <= 1) most /= 2;
@@ -111,7 +111,8 @@ uint32_t Connection::MostToReceive() {
 
 void Connection::OnReceived(int32_t result) {
     Wake();
-    shared_.received_bytes -= expected_;
+    receiving_.Set(0);
+    if (Reactor::WasNotIssued(result)) return;
     if (result <= 0) return OnStreamEnd(result);
     const std::span<const std::byte> rest = Parse(shared_.reactor.Received(receive_op_));
     if (!rest.empty() && state_ == State::kOpen) Stash(rest);
@@ -120,10 +121,12 @@ void Connection::OnReceived(int32_t result) {
 
 void Connection::OnPayload(int32_t result) {
     Wake();
-    if (result != static_cast<int32_t>(piece_)) return OnStreamEnd(std::min(result, 0));
-    filled_ += piece_;
-    given_.Add(piece_);
+    if (Reactor::WasNotIssued(result)) return;
+    if (result <= 0) return OnStreamEnd(result);
+    filled_ += static_cast<uint32_t>(result);
+    given_.bytes += static_cast<uint32_t>(result);
     if (state_ == State::kDropped || filled_ < filling_->length) return;
+    given_.Ended();
     Run(std::exchange(filling_, nullptr));
 }
 
@@ -140,7 +143,7 @@ void Connection::Stash(std::span<const std::byte> bytes) {
     std::memcpy(stash_.data(), bytes.data(), bytes.size());
     stashed_ = stash_.span();
     shared_.Hold(stash_.size());
-    shared_.received_bytes += BufferPool::Rounded(stash_.size());
+    kept_.Set(BufferPool::Rounded(stash_.size()));
 }
 
 /// Goes on with what had been received when a limit was met.
@@ -150,7 +153,7 @@ void Connection::Resume() {
     if (state_ == State::kOpen && !stashed_.empty()) return;
     stashed_ = {};
     shared_.bytes -= stash_.size();
-    shared_.received_bytes -= BufferPool::Rounded(stash_.size());
+    kept_.Set(0);
     stash_.Release();
 }
 

@@ -117,36 +117,48 @@ void Connection::SendReplies() {
     SendPieces();
 }
 
-/// Sends what is left of the batch, or as much as may leave at once.
+/// Sends some of what is left of the batch.
 void Connection::SendPieces() {
     SendBatch& batch = *batch_;
     size_t end = batch.first;
     uint64_t bytes = 0;
     while (end < batch.end && bytes < kSendBytesMax) bytes += batch.pieces[end++].iov_len;
     batch.cut = bytes > kSendBytesMax ? bytes - kSendBytesMax : 0;
-    batch.bytes = bytes - batch.cut;
     batch.pieces[end - 1].iov_len -= batch.cut;
     batch.message.msg_iov = &batch.pieces[batch.first];
     batch.message.msg_iovlen = end - batch.first;
-    batch.first = batch.cut ? end - 1 : end;
-    shared_.reactor.SendAll(send_op_, fd_, batch.message);
+    shared_.reactor.SendSome(send_op_, fd_, batch.message);
+}
+
+/// Whether there is more of the batch behind these bytes.
+bool Connection::SkipSent(uint64_t bytes) {
+    SendBatch& batch = *batch_;
+    batch.message.msg_iov[batch.message.msg_iovlen - 1].iov_len += std::exchange(batch.cut, 0);
+    while (batch.first < batch.end && bytes >= batch.pieces[batch.first].iov_len) {
+        bytes -= batch.pieces[batch.first++].iov_len;
+    }
+    if (batch.first == batch.end) return false;
+    iovec& next = batch.pieces[batch.first];
+    next = {static_cast<char*>(next.iov_base) + bytes, next.iov_len - bytes};
+    return true;
 }
 
 void Connection::OnSent(int32_t result) {
     Wake();
-    const bool all = result >= 0 && static_cast<uint32_t>(result) == batch_->bytes;
-    if (!all) Drop();
-    taken_.Add(batch_->bytes);
-    if (all && batch_->first < batch_->end && state_ != State::kDropped) {
-        iovec& next = batch_->pieces[batch_->first];
-        if (batch_->cut) next = {static_cast<char*>(next.iov_base) + next.iov_len, batch_->cut};
-        return SendPieces();
+    uint32_t sent = 0;
+    if (result >= 0) {
+        sent = static_cast<uint32_t>(result);
+    } else if (!Reactor::WasNotIssued(result)) {
+        Drop();
     }
-    SendBatch* sent = std::exchange(batch_, nullptr);
-    for (Request* request = sent->requests; request;) {
+    sent_bytes_ += sent;
+    if (SkipSent(sent) && state_ != State::kDropped) return SendPieces();
+    taken_.Ended();
+    SendBatch* batch = std::exchange(batch_, nullptr);
+    for (Request* request = batch->requests; request;) {
         Release(std::exchange(request, request->next));
     }
-    shared_.ReturnBatch(sent);
+    shared_.ReturnBatch(batch);
 }
 
 /// Gives up what nobody will finish or read any more.

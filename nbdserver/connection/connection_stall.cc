@@ -1,8 +1,10 @@
 // Connection: clients that hold memory others wait for, and neither take their replies nor send
 // their payloads. Those are closed; a slow one is not.
 #include <fmt/format.h>
+#include <linux/sockios.h>
 #include <linux/tcp.h>
 #include <netinet/in.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -17,21 +19,21 @@ namespace {
 constexpr unsigned kLooks = 4;
 constexpr uint64_t kLeastBytes = 64 << 10;
 
-struct TcpBytes {
-    uint64_t taken = 0;  // by the peer
-    uint64_t given = 0;
-};
+}  // namespace
 
-/// One operation may take long on a slow line: what the peer acknowledges meanwhile. Zero if `fd`
-/// is no TCP socket: those of this machine are fast enough to complete operations.
-TcpBytes BytesPassed(int fd) {
+/// What the peer has taken of what was sent. The system holds up to some MiB that it has not: on a
+/// slow line that is many seconds' worth.
+uint64_t Connection::BytesTaken() const {
+    if (local_) {
+        int unread = 0;
+        if (ioctl(fd_, SIOCOUTQ, &unread) != 0) return sent_bytes_;
+        return sent_bytes_ - std::min(sent_bytes_, static_cast<uint64_t>(unread));
+    }
     tcp_info info{};
     socklen_t length = sizeof info;
-    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return {};
-    return {info.tcpi_bytes_acked, info.tcpi_bytes_received};
+    if (getsockopt(fd_, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return sent_bytes_;
+    return info.tcpi_bytes_acked;
 }
-
-}  // namespace
 
 void ConnectionHost::Shared::WatchStalled() {
     if (watch.in_flight()) return;
@@ -74,15 +76,13 @@ bool Connection::Stalled(bool first) {
     const bool holds = state_ != State::kDropped && share_.bytes() > kSmallRequestBytes;
     const bool sends = holds && send_op_.in_flight();
     const bool fills = holds && filling_ != nullptr;
-    const TcpBytes passed = sends || fills ? BytesPassed(fd_) : TcpBytes{};
-    const bool not_taken = taken_.Stalled(sends, passed.taken, first);
-    const bool not_given = given_.Stalled(fills, passed.given, first);
+    const bool not_taken = taken_.Stalled(sends, sends ? BytesTaken() : 0, first);
+    const bool not_given = given_.Stalled(fills, 0, first);
     return not_taken || not_given;
 }
 
-/// An operation that ended is progress, however short it was.
-void Connection::Progress::Add(uint64_t more_bytes) {
-    bytes += std::max(more_bytes, kLeastBytes);
+void Connection::Progress::Ended() {
+    bytes += kLeastBytes;
 }
 
 }  // namespace varve::nbdserver

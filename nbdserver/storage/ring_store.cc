@@ -77,7 +77,8 @@ struct RingStore::Transfer : Op, Runnable {
     std::vector<cow::BlockIo*> ios;
     std::vector<iovec> vectors;
     std::vector<iovec> rest;                      // what is left after a short step
-    int32_t result = 0;                           // of the last step, in memory only
+    bool done_here = false;                       // the ring could not
+    int32_t result = 0;                           // of the last step, if this thread did it
     std::chrono::steady_clock::time_point began;  // of a sync
 };
 
@@ -156,6 +157,7 @@ RingStore::Transfer& RingStore::Begin(cow::BlockIo& io, uint64_t bytes) {
     transfer.offset = io.offset;
     transfer.moved = 0;
     transfer.total = bytes;
+    transfer.done_here = false;
     transfer.ios.assign(1, &io);
     transfer.vectors.assign(io.vectors, io.vectors + io.vector_count);
     return transfer;
@@ -251,6 +253,7 @@ void RingStore::CountSync(std::chrono::steady_clock::time_point began) {
 }
 
 bool RingStore::IsMovedNow(const Transfer& transfer) const {
+    if (transfer.done_here) return true;
     if (!traits_.in_memory) return false;
     const bool large = transfer.total >= kHandedOverBytes * transfer.ios.size();
     return transfer.kind != cow::BlockIo::Kind::kWrite || !large;
@@ -291,7 +294,14 @@ int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32
 }
 
 void RingStore::Advance(Transfer& transfer, int32_t result) {
-    if (result == -EINTR || result == -EAGAIN) return Step(transfer);
+    if (result == -EINTR) return Step(transfer);
+    if (Reactor::WasNotIssued(result)) {
+        // The limit on processes was met, for instance. Nothing was tried, so nothing has failed;
+        // the thread's other clients wait instead.
+        ++transfers_done_here_;
+        transfer.done_here = true;
+        return Step(transfer);
+    }
     if (result < 0) return Finish(transfer, -result);
     if (transfer.kind == cow::BlockIo::Kind::kSync) {
         CountSync(transfer.began);

@@ -57,6 +57,9 @@ class RingStore : public cow::BlockStore {
     /// Syncs that did not go through the ring, of files that are not in memory.
     uint64_t syncs_done_now() const { return syncs_done_now_; }
 
+    /// Transfers and syncs that the ring could not begin for want of a thread, and this one did.
+    uint64_t transfers_done_here() const { return transfers_done_here_; }
+
   private:
     struct Transfer;  // the ring's side of a BlockIo
 
@@ -102,6 +105,7 @@ class RingStore : public cow::BlockStore {
     const int64_t quick_sync_nanoseconds_;
     unsigned quick_syncs_ = 0;  // in a row, the latest ones
     uint64_t syncs_done_now_ = 0;
+    uint64_t transfers_done_here_ = 0;
 };
 
 }  // namespace varve::nbdserver
