@@ -55,6 +55,39 @@ class LogFile : public rocksdb::FSWritableFileOwnerWrapper {
     bool ahead_ = true;     // no use once there was no room
 };
 
+/// The list of files. Each append is a record, or a part of a long one, and RocksDB syncs several
+/// together: then a crash could leave later ones whole and lose a sector of the first, which looks
+/// like damage.
+class ListFile : public rocksdb::FSWritableFileOwnerWrapper {
+  public:
+    explicit ListFile(std::unique_ptr<FSWritableFile> file)
+        : FSWritableFileOwnerWrapper(std::move(file)) {}
+
+    IOStatus Append(const Slice& data, const IOOptions& options, IODebugContext* debug) override {
+        if (unsynced_) {
+            IOStatus status = Sync(options, debug);
+            if (!status.ok()) return status;
+        }
+        unsynced_ = true;
+        return target()->Append(data, options, debug);
+    }
+    IOStatus Append(const Slice& data, const IOOptions& options,
+                    const rocksdb::DataVerificationInfo&, IODebugContext* debug) override {
+        return Append(data, options, debug);
+    }
+    IOStatus Sync(const IOOptions& options, IODebugContext* debug) override {
+        unsynced_ = false;
+        return target()->Sync(options, debug);
+    }
+    IOStatus Fsync(const IOOptions& options, IODebugContext* debug) override {
+        unsynced_ = false;
+        return target()->Fsync(options, debug);
+    }
+
+  private:
+    bool unsynced_ = false;
+};
+
 class OverwritingFileSystem : public rocksdb::FileSystemWrapper {
   public:
     using FileSystemWrapper::FileSystemWrapper;
@@ -67,8 +100,12 @@ class OverwritingFileSystem : public rocksdb::FileSystemWrapper {
         std::unique_ptr<FSWritableFile> file;
         IOStatus status = target()->NewWritableFile(path, options, &file, debug);
         if (!status.ok()) return status;
-        *result =
-            path.ends_with(".log") ? std::make_unique<LogFile>(std::move(file)) : std::move(file);
+        if (path.ends_with(".log")) {
+            file = std::make_unique<LogFile>(std::move(file));
+        } else if (path.substr(path.rfind('/') + 1).starts_with("MANIFEST-")) {
+            file = std::make_unique<ListFile>(std::move(file));
+        }
+        *result = std::move(file);
         return status;
     }
 };

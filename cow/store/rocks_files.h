@@ -1,5 +1,5 @@
 // The file system as RocksDB gets to see it: the system's, or a test's, except that write-ahead
-// logs are overwritten in place.
+// logs are overwritten in place, and that records of the list of files are synced one by one.
 // Not a format: a log's bytes are RocksDB's, with zeros after them, as rocks_log.h expects.
 #pragma once
 
@@ -20,6 +20,7 @@ constexpr uint64_t kLogAheadBytes = 256 << 10;
 /// Commits that are longer than that gain nothing and get no zeros. If zeros cannot be written,
 /// this log grows as without them from then on. Not for DB::SyncWAL(), which may sync a log while
 /// another thread appends to it.
+/// What is appended to a list of files (MANIFEST) waits until what was appended before is synced.
 std::unique_ptr<rocksdb::Env> NewOverwritingEnv(rocksdb::Env& base);
 
 }  // namespace varve::cow

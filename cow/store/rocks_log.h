@@ -26,9 +26,9 @@ struct LogScan {
 enum class LogRecords { kCommits, kFileChanges };
 
 /// Scans the content of a RocksDB log file (rocksdb wiki, "Write Ahead Log File Format").
-/// Relies on records coming one at a time, each synced before the next, and on file systems that
-/// show zeros where something was not written, or a shorter file: then a last record that is broken
-/// although no sector of it is missing was whole once.
+/// Relies on records coming one at a time, each synced before the next (rocks_files.h), and on file
+/// systems that show zeros where something was not written, or a shorter file: then a last record
+/// that is broken although no sector of it is missing was whole once.
 LogScan ScanLog(std::string_view content, LogRecords records = LogRecords::kCommits);
 
 /// Whether the logs in `directory` end in a record that a crash tore, whose commit was never
