@@ -48,6 +48,7 @@ enum class Mutant {
     kJournalForgottenEarly,
     kJournalOutOfOrder,
     kSealNotJournaled,
+    kRegionsNotAnnounced,
     // Branches
     kWrongVersionAtFork,
     kRestoreKeepsWrites,

@@ -86,6 +86,7 @@ class Engine {
         : scheduler_(seed), env_(NewLoggedEnv(log)), data_(std::move(data)) {
         home_ = &scheduler_.NewLane();
         environment_.home = home_;
+        environment_.committer = &scheduler_.NewLane(true);
         environment_.loader = &scheduler_.NewLane(true);
         environment_.auditor = &scheduler_.NewLane();
         environment_.space = &space_;

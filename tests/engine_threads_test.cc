@@ -79,6 +79,7 @@ class EngineThreadsTest : public testing::Test {
         store_ = std::make_unique<FileStore>(lane_.worker(), directory_->data_fd());
         cow::Environment environment;
         environment.home = &home_;
+        environment.committer = &committer_;
         environment.loader = &loader_;
         environment.auditor = &auditor_;
         environment.lanes.push_back({&lane_, store_.get()});
@@ -112,7 +113,8 @@ class EngineThreadsTest : public testing::Test {
 
     fs::path root_;
     std::unique_ptr<cow::PoolDirectory> directory_;
-    SlowlyPosted home_{"home", 1}, lane_{"lane", 1}, loader_{"loader", 2}, auditor_{"auditor", 1};
+    SlowlyPosted home_{"home", 1}, lane_{"lane", 1}, loader_{"loader", 2}, auditor_{"auditor", 1},
+        committer_{"committer", 1};
     std::unique_ptr<FileStore> store_;
     std::unique_ptr<cow::Pool> pool_;
 };

@@ -9,6 +9,7 @@
 
 #include "cow/core/environment.h"
 #include "cow/core/pacer.h"
+#include "cow/core/waits.h"
 #include "cow/format/types.h"
 
 namespace varve::cow {
@@ -19,6 +20,7 @@ struct Core {
     Environment environment;
 
     Executor& home() { return *environment.home; }
+    Executor& committer() { return *environment.committer; }
     Executor& loader() { return *environment.loader; }
     Executor& auditor() { return *environment.auditor; }
     MetadataStore& metadata() { return *environment.metadata; }
@@ -38,6 +40,9 @@ struct Core {
 
     /// Of all background work. On home.
     Pacer pacer{environment.clock, *environment.home, closing};
+
+    /// What is waited for. Any thread.
+    Waits waits{environment.clock};
 
     /// The frozen block at `place`, born in `birth`, does not hold what it held: logged once, with
     /// `what`, and counted. Any thread.

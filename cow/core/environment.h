@@ -20,10 +20,11 @@ struct Lane {
 
 /// What the engine runs on. All of it outlives the pool.
 struct Environment {
-    Executor* home = nullptr;     // one thread; may block; catalog, allocator and commits live here
-    Executor* loader = nullptr;   // may block, may be several threads: map rows are read here
-    Executor* auditor = nullptr;  // may block for long: checks, and figures that need many rows
-    std::vector<Lane> lanes;      // at least one
+    Executor* home = nullptr;  // one thread, which never waits for the device: catalog, allocator
+    Executor* committer = nullptr;  // one thread; blocks as long as a commit takes
+    Executor* loader = nullptr;     // may block, may be several threads: map rows are read here
+    Executor* auditor = nullptr;    // may block for long: checks, and figures that need many rows
+    std::vector<Lane> lanes;        // at least one
     SpaceStore* space = nullptr;
     MetadataStore* metadata = nullptr;
     std::function<int64_t()> now_ms;  // wall clock, milliseconds since 1970

@@ -17,10 +17,56 @@ struct Committer::Request : Resumption {
     void await_suspend(std::coroutine_handle<> waiter) {
         handle = waiter;
         committer.queue_.push_back(this);
-        if (!committer.running_) {
-            committer.running_ = true;
-            Spawn(committer.Run());
-        }
+        committer.Wake();
+    }
+    void await_resume() const noexcept {}
+};
+
+struct Committer::Looker : Resumption {
+    Committer& committer;
+    const std::function<void()>& look;
+    Looker(Committer& c, const std::function<void()>& l) : committer(c), look(l) {}
+
+    bool await_ready() const noexcept { return false; }
+    void await_suspend(std::coroutine_handle<> waiter) {
+        handle = waiter;
+        committer.lookers_.push_back(this);
+        committer.Wake();
+    }
+    void await_resume() const noexcept {}
+};
+
+struct Committer::Plain : Resumption {
+    Committer& committer;
+    PlainRows rows;
+    Executor& lane;
+    Status status;
+
+    Plain(Committer& c, PlainRows r, Executor& on) : committer(c), rows(std::move(r)), lane(on) {}
+
+    bool await_ready() const noexcept { return false; }
+    void await_suspend(std::coroutine_handle<> waiter) {
+        handle = waiter;
+        committer.HandOver(nullptr, this);
+    }
+    void await_resume() const noexcept {}
+};
+
+/// A batch that home built. Lives in the frame of Run(), which it resumes when it is stored.
+struct Committer::Built : Resumption {
+    Committer& committer;
+    Batch batch;
+    std::vector<Extent> freed;
+    bool noted = false;
+    std::vector<Request*> requests;
+    Status status;
+
+    explicit Built(Committer& c) : committer(c) {}
+
+    bool await_ready() const noexcept { return false; }
+    void await_suspend(std::coroutine_handle<> waiter) {
+        handle = waiter;
+        committer.HandOver(this, nullptr);
     }
     void await_resume() const noexcept {}
 };
@@ -33,8 +79,15 @@ Committer::Committer(Core& core, const Lanes& lanes, Catalog& catalog, Allocator
       allocator_(allocator),
       leases_(leases),
       wake_reclaimer_(std::move(wake_reclaimer)),
+      regions_announced_(catalog.pool().region_count),
       resting_(core.home()),
       idle_(core.home()) {}
+
+Committer::~Committer() {
+    VARVE_CHECK(inbox_.empty() && !storing_ && !running_);
+}
+
+// ---- home: building
 
 Task<Status> Committer::Commit(Change change, Executor& resume_on) {
     Request request(*this, std::move(change), resume_on);
@@ -42,42 +95,163 @@ Task<Status> Committer::Commit(Change change, Executor& resume_on) {
     co_return request.status;
 }
 
+Task<void> Committer::Look(std::function<void()> look) {
+    if (!running_) {
+        look();
+        co_return;
+    }
+    Looker looker(*this, look);
+    co_await looker;
+}
+
+void Committer::AnnounceRegions() {
+    const PoolRecord& pool = catalog_.pool();
+    if (pool.region_count == regions_announced_) return;
+    regions_announced_ = pool.region_count;
+    if (Mutated(Mutant::kRegionsNotAnnounced)) return;
+    std::string row = Encode(pool);
+    const std::lock_guard lock(mutex_);
+    inbox_.pool_row = std::move(row);
+}
+
+void Committer::Wake() {
+    if (running_) return;
+    running_ = true;
+    Spawn(Run());
+}
+
 Task<void> Committer::Run() {
     co_await Hop(core_.home());  // what is posted already joins the first group
-    while (!queue_.empty()) {
-        const std::vector<Request*> group = std::exchange(queue_, {});
-        Batch batch;
-        std::vector<Extent> freed;
-        CommitContext context{batch, catalog_, allocator_, freed, false};
-        Status result;
-        if (core_.failed) {
-            result = MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
+    while (!queue_.empty() || !lookers_.empty()) {
+        for (Looker* looker : std::exchange(lookers_, {})) {
+            looker->look();
+            core_.home().Post(looker);
         }
-        for (Request* request : group) {
-            if (result.ok()) request->status = request->change(context);
-        }
-        if (result.ok() && !core_.failed) {
-            catalog_.PutPool(batch);
-            if (Mutated(Mutant::kBitsAfterRows)) {
-                result = core_.metadata().Commit(std::exchange(batch, {}));
-            }
-            allocator_.Encode(batch);
-            result = core_.metadata().Commit(batch);
-            if (!result.ok()) core_.Fail("a metadata commit failed: " + result.error().message);
-            ++commits_;
-        } else if (result.ok()) {  // a change found damage
-            result = MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
-        }
-        if (result.ok() && !freed.empty()) Spawn(Rest(std::move(freed)));
-        if (result.ok() && context.noted) wake_reclaimer_();
-        for (Request* request : group) {
-            if (!result.ok()) request->status = result;
+        Built built(*this);
+        built.requests = std::exchange(queue_, {});
+        Build(built);
+        const bool stores = built.status.ok() && !built.batch.empty();
+        if (stores) co_await built;
+        if (built.status.ok() && !built.freed.empty()) Spawn(Rest(std::move(built.freed)));
+        if (built.status.ok() && built.noted) wake_reclaimer_();
+        for (Request* request : built.requests) {  // the store has taken out those on lanes
+            if (!built.status.ok()) request->status = built.status;
             request->resume_on.Post(request);
         }
         co_await Hop(core_.home());  // those who came meanwhile hand in before the next group
     }
     running_ = false;
     idle_.WakeAll();
+}
+
+void Committer::Build(Built& built) {
+    const auto failed = [this] {
+        return MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
+    };
+    if (core_.failed) {
+        built.status = failed();
+        return;
+    }
+    CommitContext context{built.batch, catalog_, allocator_, built.freed, false};
+    for (Request* request : built.requests) request->status = request->change(context);
+    built.noted = context.noted;
+    if (core_.failed) {  // a change found damage
+        built.status = failed();
+        return;
+    }
+    if (built.batch.empty()) return;
+    catalog_.PutPool(built.batch);
+    regions_announced_ = catalog_.pool().region_count;
+    if (Mutated(Mutant::kBitsAfterRows)) built.status = Write(std::exchange(built.batch, {}));
+    allocator_.Encode(built.batch);
+}
+
+// ---- the committer: storing
+
+Task<Status> Committer::CommitPlain(PlainRows rows, Executor& lane) {
+    Plain plain(*this, std::move(rows), lane);
+    co_await plain;
+    co_return plain.status;
+}
+
+void Committer::HandOver(Built* built, Plain* plain) {
+    {
+        const std::lock_guard lock(mutex_);
+        if (plain) inbox_.plain.push_back(plain);
+        if (built) {
+            inbox_.built = built;
+            inbox_.pool_row.clear();  // the batch has a newer one
+        }
+        if (std::exchange(storing_, true)) return;
+    }
+    Spawn(Store());
+}
+
+Task<void> Committer::Store() {
+    co_await Hop(core_.committer());
+    for (;;) {
+        Inbox inbox;
+        {
+            const std::lock_guard lock(mutex_);
+            if (inbox_.empty()) {
+                storing_ = false;
+                co_return;
+            }
+            inbox = std::exchange(inbox_, {});
+        }
+        StoreInbox(std::move(inbox));
+    }
+}
+
+/// Stores all of it in one commit. Home is told first: whatever the lanes do then, what they post
+/// to home comes behind.
+void Committer::StoreInbox(Inbox inbox) {
+    Batch batch;
+    if (inbox.built) batch = std::move(inbox.built->batch);
+    std::vector<Extent> freed;
+    for (Plain* plain : inbox.plain) {
+        batch.Append(std::move(plain->rows.batch));
+        freed.insert(freed.end(), plain->rows.freed.begin(), plain->rows.freed.end());
+    }
+    if (!inbox.pool_row.empty()) batch.Put(PoolKey(), std::move(inbox.pool_row));
+    const Status status = Write(batch);
+    std::vector<Request*> on_lanes;
+    if (inbox.built) {
+        Built& built = *inbox.built;
+        built.status = status;
+        std::erase_if(built.requests, [&](Request* request) {
+            if (&request->resume_on == &core_.home()) return false;
+            if (!status.ok()) request->status = status;
+            on_lanes.push_back(request);
+            return true;
+        });
+    }
+    if (status.ok() && !freed.empty()) Spawn(RestLater(std::move(freed)));
+    if (inbox.built) core_.home().Post(inbox.built);
+    for (Plain* plain : inbox.plain) {
+        plain->status = status;
+        plain->lane.Post(plain);
+    }
+    for (Request* request : on_lanes) request->resume_on.Post(request);
+}
+
+Status Committer::Write(const Batch& batch) {
+    if (core_.failed) {
+        return MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
+    }
+    if (batch.empty()) return Status();  // blocks were given up before any row named them
+    const Waits::Scope waiting(core_.waits, "metadata commit");
+    Status status = core_.metadata().Commit(batch);
+    if (!status.ok()) core_.Fail("a metadata commit failed: " + status.error().message);
+    commits_.fetch_add(1, std::memory_order_relaxed);
+    return status;
+}
+
+// ---- what was freed
+
+Task<void> Committer::RestLater(std::vector<Extent> freed) {
+    co_await Hop(core_.home());
+    Spawn(Rest(std::move(freed)));
 }
 
 Task<void> Committer::Rest(std::vector<Extent> freed) {
@@ -102,6 +276,8 @@ Task<void> Committer::Settled() {
 
 Task<void> Committer::Idle() {
     while (running_) co_await idle_.Wait();
+    co_await Hop(core_.committer());  // behind the end of what stores, and its news for home
+    co_await Hop(core_.home());
     co_await resting_.Drained();
 }
 

@@ -5,10 +5,18 @@
 // commits it durably, and only then lets the waiting coroutines go on. What is handed in while a
 // commit runs shares the next one. After a failed commit nothing is committed any more.
 //
-// Belongs to the home executor, which it blocks while the store commits.
+// Two executors work here (docs/design/committing.md). Home builds changes, into the catalog, the
+// allocator and a batch, when no batch it built is under way: so the catalog is ahead of the store
+// by one batch at most, and never built upon if that fails. The environment's committer stores
+// batches, and blocks meanwhile; it takes rows that need no building straight from the lanes, and
+// answers lanes itself. Whatever follows from such an answer comes to home behind the news that
+// the commit is done.
 #pragma once
 
+#include <atomic>
 #include <functional>
+#include <mutex>
+#include <string>
 #include <vector>
 
 #include "cow/history/catalog.h"
@@ -27,17 +35,36 @@ struct CommitContext {
 };
 
 /// Builds a change: into the catalog, the allocator and the batch, without suspension. An error
-/// means that it added nothing.
+/// means that it added nothing. What it checks there holds: no other change comes between.
 using Change = std::function<Status(CommitContext&)>;
+
+/// Rows that neither the catalog nor the allocator knows of.
+struct PlainRows {
+    Batch batch;
+    std::vector<Extent> freed;  // leased blocks that nobody needs once this is durable
+};
 
 class Committer {
   public:
     /// `wake_reclaimer` is called on home after commits that left work for it.
     Committer(Core& core, const Lanes& lanes, Catalog& catalog, Allocator& allocator,
               Leases& leases, std::function<void()> wake_reclaimer);
+    /// REQUIRES: Idle() has returned, and nothing came since.
+    ~Committer();
 
     /// Runs on home; resumes on `resume_on` when `change` is durable, or with why it is not.
     Task<Status> Commit(Change change, Executor& resume_on);
+
+    /// The same for rows that need no building. Runs on `lane`, and does not pass home.
+    Task<Status> CommitPlain(PlainRows rows, Executor& lane);
+
+    /// Calls `look` on home at a moment when map rows and notes in the store are those that the
+    /// catalog and the history in memory speak of. On home.
+    Task<void> Look(std::function<void()> look);
+
+    /// Blocks of new regions are about to be handed out: the next commit of any kind tells the
+    /// store how many regions there are. On home.
+    void AnnounceRegions();
 
     /// Waits until what was handed in before is committed and the blocks it freed are free.
     Task<void> Settled();
@@ -45,14 +72,32 @@ class Committer {
     /// Waits until no commit runs and all freed blocks are free.
     Task<void> Idle();
 
-    uint64_t commits() const { return commits_; }
+    uint64_t commits() const { return commits_.load(std::memory_order_relaxed); }
     uint64_t released_blocks() const { return released_blocks_; }
     /// Freed blocks are waiting for reads to finish.
     bool resting() const { return resting_.count() > 0; }
 
   private:
     struct Request;
+    struct Plain;
+    struct Built;
+    struct Looker;
+    /// What the store has to do next.
+    struct Inbox {
+        Built* built = nullptr;
+        std::vector<Plain*> plain;
+        std::string pool_row;  // newer than the one in `built`
+        bool empty() const { return !built && plain.empty(); }
+    };
+
+    void Wake();
     Task<void> Run();
+    void Build(Built& built);
+    void HandOver(Built* built, Plain* plain);
+    Task<void> Store();
+    void StoreInbox(Inbox inbox);
+    Status Write(const Batch& batch);
+    Task<void> RestLater(std::vector<Extent> freed);
     Task<void> Rest(std::vector<Extent> freed);
 
     Core& core_;
@@ -61,12 +106,21 @@ class Committer {
     Allocator& allocator_;
     Leases& leases_;
     const std::function<void()> wake_reclaimer_;
+
+    // Of home.
     std::vector<Request*> queue_;
+    std::vector<Looker*> lookers_;
     bool running_ = false;
+    uint64_t regions_announced_ = 0;
     Gate resting_;
     WaitList idle_;
-    uint64_t commits_ = 0;
     uint64_t released_blocks_ = 0;
+
+    // Of everybody.
+    std::mutex mutex_;
+    Inbox inbox_;
+    bool storing_ = false;
+    std::atomic<uint64_t> commits_ = 0;
 };
 
 }  // namespace varve::cow

@@ -70,4 +70,15 @@ Status BuildHeadCommit(Core& core, CommitContext& context, DiskId disk, const He
     return Status();
 }
 
+PlainRows TakePlain(HeadCommit& commit) {
+    VARVE_CHECK(commit.rows.empty());
+    PlainRows rows;
+    rows.freed = std::move(commit.released);
+    if (!commit.journal.empty()) {
+        rows.batch.Put(std::move(commit.journal_key), std::move(commit.journal));
+    }
+    for (std::string& key : commit.obsolete) rows.batch.Delete(std::move(key));
+    return rows;
+}
+
 }  // namespace varve::cow

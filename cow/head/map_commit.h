@@ -12,4 +12,7 @@ namespace varve::cow {
 /// kDamaged (and the pool fails) if the allocator contradicts the map.
 Status BuildHeadCommit(Core& core, CommitContext& context, DiskId disk, const HeadCommit& commit);
 
+/// The rows of a commit without map rows, which need no building. Takes them out of `commit`.
+PlainRows TakePlain(HeadCommit& commit);
+
 }  // namespace varve::cow

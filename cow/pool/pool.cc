@@ -101,6 +101,10 @@ Task<Status> PoolImpl::Commit(Change change) {
 }
 
 Task<Status> PoolImpl::CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) {
+    if (commit.rows.empty()) {
+        PlainRows rows = TakePlain(commit);
+        co_return co_await committer_.CommitPlain(std::move(rows), lane);
+    }
     Change change = [this, disk, &commit](CommitContext& context) {
         return BuildHeadCommit(core_, context, disk, commit);
     };
@@ -116,6 +120,7 @@ Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& l
     if (!lease.ok() && lease.error().kind == ErrorKind::kNoSpace && urgent) {
         lease = co_await FindSpace(disk, most);
     }
+    committer_.AnnounceRegions();
     co_await Hop(lane);
     co_return lease;
 }

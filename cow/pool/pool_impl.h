@@ -85,6 +85,7 @@ class PoolImpl : public Pool, public HeadHost {
     };
     /// Names a freeze in progress.
     struct Cut;
+    struct UniqueScan;
 
     // recovery.cc
     Task<Status> FoldPart(const JournalPart& part);
@@ -127,6 +128,7 @@ class PoolImpl : public Pool, public HeadHost {
     std::optional<SnapshotId> BuildRestore(SnapshotId id, const std::optional<std::string>& keep_as,
                                            CommitContext& context);
     Task<Result<SnapshotInfo>> InfoOf(SnapshotId id);
+    void LookAtUnique(SnapshotId id, UniqueScan* at);
     Task<Result<uint64_t>> UniqueBytes(SnapshotId id);
 
     // pool_exports.cc

@@ -182,31 +182,48 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
 
 // ---- listing
 
+/// Rows and history of one moment, to count by.
+struct PoolImpl::UniqueScan {
+    std::unique_ptr<MetadataView> view;  // null: the snapshot is gone
+    Region with, without;                // the snapshot
+    std::optional<CandidateScan> scan;
+};
+
+void PoolImpl::LookAtUnique(SnapshotId id, UniqueScan* at) {
+    if (!catalog_.snapshots().contains(id)) return;
+    const SnapshotRecord& record = catalog_.snapshot(id);
+    const History& history = catalog_.history();
+    at->view = core_.metadata().View();
+    at->with = history.RegionThrough(record.branch, record.generation);
+    at->without = at->with;
+    at->without.segments[static_cast<size_t>(at->with.through)].view = false;
+    Line below = history.StretchesBelow(record.branch, Generation{record.generation.value - 1});
+    below.front().to = record.generation;
+    at->scan.emplace(std::move(below), history.StretchesAbove(record.branch, record.generation));
+}
+
 /// Bytes that deleting the snapshot would free: what would be dead without it, less what is dead
 /// already and only waits for the reclaimer.
 Task<Result<uint64_t>> PoolImpl::UniqueBytes(SnapshotId id) {
-    const SnapshotRecord& record = catalog_.snapshot(id);
-    const History& history = catalog_.history();
-    const auto view = core_.metadata().View();
-    const Region with = history.RegionThrough(record.branch, record.generation);
-    Region without = with;
-    without.segments[static_cast<size_t>(with.through)].view = false;
-    Line below = history.StretchesBelow(record.branch, Generation{record.generation.value - 1});
-    below.front().to = record.generation;
-    CandidateScan scan(std::move(below), history.StretchesAbove(record.branch, record.generation));
+    UniqueScan at;
+    std::function<void()> look = [&] { LookAtUnique(id, &at); };
+    co_await committer_.Look(std::move(look));
+    if (!at.view) {
+        co_return MakeError(ErrorKind::kNotFound, "the snapshot was deleted meanwhile");
+    }
     co_await Hop(core_.auditor());
     std::vector<ChunkIndex> chunks;
     Status s;
-    for (size_t sorted = 0; s.ok() && !scan.done();) {
-        s = scan.Next(*view, kCandidatesTogether, chunks);
+    for (size_t sorted = 0; s.ok() && !at.scan->done();) {
+        s = at.scan->Next(*at.view, kCandidatesTogether, chunks);
         // A chunk comes up once for each generation that touched it: memory is for chunks only.
-        if (!scan.done() && chunks.size() < 2 * sorted + kCandidatesTogether) continue;
+        if (!at.scan->done() && chunks.size() < 2 * sorted + kCandidatesTogether) continue;
         std::sort(chunks.begin(), chunks.end());
         chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
         sorted = chunks.size();
     }
     uint64_t blocks = 0;
-    Sweeper sweep_with(*view, with), sweep_without(*view, without);
+    Sweeper sweep_with(*at.view, at.with), sweep_without(*at.view, at.without);
     for (const ChunkIndex chunk : chunks) {
         SweepPlan dead_now, dead_then;
         if (s.ok()) s = sweep_with.Sweep(chunk, dead_now);

@@ -148,9 +148,15 @@ Task<Result<bool>> Reclaimer::SweepNotes() {
 }
 
 Task<Status> Reclaimer::RunJob(uint64_t number, JobRecord job) {
-    const History& history = catalog_.history();
-    CandidateScan scan(history.StretchesBelow(job.branch, job.generation),
-                       history.StretchesAbove(job.branch, job.generation));
+    // The job itself may not be stored yet, nor the rows that were built together with it.
+    std::optional<CandidateScan> candidates;
+    std::function<void()> look = [&] {
+        const History& history = catalog_.history();
+        candidates.emplace(history.StretchesBelow(job.branch, job.generation),
+                           history.StretchesAbove(job.branch, job.generation));
+    };
+    co_await committer_.Look(std::move(look));
+    CandidateScan& scan = *candidates;
     while (!scan.done() && !stopping_) {
         const Pacer::Step step = core_.pacer.Begin();
         std::vector<ChunkIndex> chunks;
@@ -174,14 +180,18 @@ Task<Status> Reclaimer::SweepChunks(BranchId branch, Generation generation,
     std::sort(chunks.begin(), chunks.end());
     chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
     if (chunks.empty()) co_return Status();
-    // The view and the shape of history must be of the same moment: no commit can come between.
-    const auto view = core_.metadata().View();
-    Sweeper sweeper(*view, catalog_.history().RegionOf(branch, generation));
+    std::unique_ptr<MetadataView> view;
+    std::optional<Sweeper> sweeper;
+    std::function<void()> look = [&] {
+        view = core_.metadata().View();
+        sweeper.emplace(*view, catalog_.history().RegionOf(branch, generation));
+    };
+    co_await committer_.Look(std::move(look));
     co_await Hop(core_.loader());
     SweepPlan plan;
     Status s;
     for (const ChunkIndex chunk : chunks) {
-        s = sweeper.Sweep(chunk, plan);
+        s = sweeper->Sweep(chunk, plan);
         if (!s.ok()) break;
     }
     co_await Hop(core_.home());

@@ -8,6 +8,7 @@
 
 #include <coroutine>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -103,6 +104,11 @@ class Batch {
         ops_.push_back({std::move(key), std::move(value)});
     }
     void Delete(std::string key) { ops_.push_back({std::move(key), std::nullopt}); }
+    void Append(Batch other) {
+        if (ops_.empty()) return ops_.swap(other.ops_);
+        ops_.insert(ops_.end(), std::make_move_iterator(other.ops_.begin()),
+                    std::make_move_iterator(other.ops_.end()));
+    }
     const std::vector<Op>& ops() const { return ops_; }
     bool empty() const { return ops_.empty(); }
 

@@ -101,10 +101,12 @@ Status Daemon::OpenPool(const Options& options) {
 
     clock_ = std::make_unique<SystemClock>();
     home_ = std::make_unique<Worker>("home", 1);
+    committer_ = std::make_unique<Worker>("committer", 1);
     loader_ = std::make_unique<Worker>("loader", kLoaderThreads);
     auditor_ = std::make_unique<Worker>("auditor", 1);
     cow::Environment environment;
     environment.home = home_.get();
+    environment.committer = committer_.get();
     environment.loader = loader_.get();
     environment.auditor = auditor_.get();
     environment.lanes = plane_->lanes();

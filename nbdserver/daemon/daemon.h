@@ -54,6 +54,7 @@ class Daemon {
     std::unique_ptr<Control> control_;
     std::unique_ptr<DataPlane> plane_;
     std::unique_ptr<Worker> home_;
+    std::unique_ptr<Worker> committer_;
     std::unique_ptr<Worker> loader_;
     std::unique_ptr<Worker> auditor_;
     std::unique_ptr<SystemClock> clock_;

@@ -94,6 +94,8 @@ constexpr Entry kEntries[] = {
      "recovery applies the journal's changes in the wrong order", 50},
     {Mutant::kSealNotJournaled, "seal-not-journaled",
      "a snapshot is answered without the last changes of its generation", 50},
+    {Mutant::kRegionsNotAnnounced, "regions-not-announced",
+     "journal rows name blocks of regions that the store does not know of", 50},
     // Branches
     {Mutant::kWrongVersionAtFork, "wrong-version-at-fork",
      "a branch reads its parent's newest rows, not those at the fork", 20},

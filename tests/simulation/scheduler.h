@@ -37,12 +37,15 @@ class Scheduler : public Dice {
         }
         void ExpectPost() override { ++posts_expected_; }
         uint64_t posts_expected() const { return posts_expected_; }
+        /// From now on nothing runs here, as on a thread that the device keeps; or again.
+        void Stall(bool stalled) { stalled_ = stalled; }
 
       private:
         friend class Scheduler;
         Scheduler& scheduler_;
         uint64_t posts_expected_ = 0;
         const bool slow_;
+        bool stalled_ = false;
         bool busy_ = false;
         bool holds_ = false;        // what it runs now takes a while
         uint64_t rests_until_ = 0;  // as a thread that others keep from running
@@ -121,7 +124,8 @@ class Scheduler : public Dice {
         ready_.clear();
         due_.clear();
         for (const auto& lane : lanes_) {
-            const bool able = !lane->queue_.empty() && !lane->busy_ && lane->rests_until_ <= now;
+            const bool able = !lane->queue_.empty() && !lane->busy_ && !lane->stalled_ &&
+                              lane->rests_until_ <= now;
             if (able) ready_.push_back(lane.get());
         }
         for (size_t i = 0; i < events_.size(); ++i) {

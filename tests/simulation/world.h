@@ -258,6 +258,7 @@ class Machine {
             DataTraits traits = {})
         : scheduler_(scheduler),
           home_(scheduler.NewLane()),
+          committer_(scheduler.NewLane(true)),
           loader_(scheduler.NewLane(true)),
           auditor_(scheduler.NewLane()),
           space_(media),
@@ -265,6 +266,7 @@ class Machine {
           clock_(scheduler) {
         environment_.clock = &clock_;
         environment_.home = &home_;
+        environment_.committer = &committer_;
         environment_.loader = &loader_;
         environment_.auditor = &auditor_;
         environment_.space = &space_;
@@ -296,7 +298,8 @@ class Machine {
     /// Started, and not stopped.
     bool runs() const { return pool_ != nullptr; }
     cow::Pool& pool() { return *pool_; }
-    Executor& home() { return home_; }
+    Scheduler::Lane& home() { return home_; }
+    Scheduler::Lane& committer() { return committer_; }
     Scheduler& scheduler() { return scheduler_; }
     cow::MetadataStore& metadata() { return metadata_; }
     Clock& clock() { return clock_; }
@@ -309,7 +312,8 @@ class Machine {
 
   private:
     Scheduler& scheduler_;
-    Executor& home_;
+    Scheduler::Lane& home_;
+    Scheduler::Lane& committer_;
     Executor& loader_;
     Executor& auditor_;
     SimSpace space_;
