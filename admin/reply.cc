@@ -46,6 +46,7 @@ json::object ToJson(const cow::PoolStatus& status, const ServerFacts& facts) {
             {"disks", status.disks},
             {"snapshots", status.snapshots},
             {"reclaim_pending", status.reclaim_pending},
+            {"reclaim_set_aside", status.reclaim_set_aside},
             {"reclaimed_chunks", status.reclaimed_chunks},
             {"reclaimed_bytes", status.reclaimed_bytes},
             {"commits", status.commits},

@@ -61,6 +61,7 @@ enum class Mutant {
     kSweepForgetsInherited,
     kNoteForgotten,
     kDeletionNotResumed,
+    kNotesSkipped,
     // Damage is noticed, and nothing else is taken for it
     kSumOfAnotherBirth,
     kSumOfUnsealed,

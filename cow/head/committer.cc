@@ -58,6 +58,7 @@ struct Committer::Built : Resumption {
     Batch batch;
     std::vector<Extent> freed;
     bool noted = false;
+    std::vector<NotePlace> notes;
     std::vector<Request*> requests;
     Status status;
 
@@ -72,7 +73,7 @@ struct Committer::Built : Resumption {
 };
 
 Committer::Committer(Core& core, const Lanes& lanes, Catalog& catalog, Allocator& allocator,
-                     Leases& leases, std::function<void()> wake_reclaimer)
+                     Leases& leases, WakeReclaimer wake_reclaimer)
     : core_(core),
       lanes_(lanes),
       catalog_(catalog),
@@ -133,7 +134,7 @@ Task<void> Committer::Run() {
         const bool stores = built.status.ok() && !built.batch.empty();
         if (stores) co_await built;
         if (built.status.ok() && !built.freed.empty()) Spawn(Rest(std::move(built.freed)));
-        if (built.status.ok() && built.noted) wake_reclaimer_();
+        if (built.status.ok() && built.noted) wake_reclaimer_(built.notes);
         for (Request* request : built.requests) {  // the store has taken out those on lanes
             if (!built.status.ok()) request->status = built.status;
             request->resume_on.Post(request);
@@ -152,9 +153,10 @@ void Committer::Build(Built& built) {
         built.status = failed();
         return;
     }
-    CommitContext context{built.batch, catalog_, allocator_, built.freed, false};
+    CommitContext context{built.batch, catalog_, allocator_, built.freed, false, {}};
     for (Request* request : built.requests) request->status = request->change(context);
     built.noted = context.noted;
+    built.notes = std::move(context.notes);
     if (core_.failed) {  // a change found damage
         built.status = failed();
         return;

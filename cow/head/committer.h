@@ -25,13 +25,21 @@
 
 namespace varve::cow {
 
+/// A note that a head of `branch` left in `generation`.
+struct NotePlace {
+    BranchId branch;
+    Generation generation;
+    ChunkIndex chunk;
+};
+
 /// What a change sees while it is built into the next batch.
 struct CommitContext {
     Batch& batch;
     Catalog& catalog;
     Allocator& allocator;
     std::vector<Extent>& freed;  // may be used again once the commit is durable and reads are done
-    bool noted = false;          // there is work for the reclaimer
+    bool noted = false;          // there is work for the reclaimer, these notes for instance:
+    std::vector<NotePlace> notes;
 };
 
 /// Builds a change: into the catalog, the allocator and the batch, without suspension. An error
@@ -46,9 +54,10 @@ struct PlainRows {
 
 class Committer {
   public:
-    /// `wake_reclaimer` is called on home after commits that left work for it.
+    /// `wake_reclaimer` is called on home after commits that left work for it, with their notes.
+    using WakeReclaimer = std::function<void(const std::vector<NotePlace>&)>;
     Committer(Core& core, const Lanes& lanes, Catalog& catalog, Allocator& allocator,
-              Leases& leases, std::function<void()> wake_reclaimer);
+              Leases& leases, WakeReclaimer wake_reclaimer);
     /// REQUIRES: Idle() has returned, and nothing came since.
     ~Committer();
 
@@ -105,7 +114,7 @@ class Committer {
     Catalog& catalog_;
     Allocator& allocator_;
     Leases& leases_;
-    const std::function<void()> wake_reclaimer_;
+    const WakeReclaimer wake_reclaimer_;
 
     // Of home.
     std::vector<Request*> queue_;

@@ -85,6 +85,7 @@ Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line&
                                                  size_t* end) {
     std::vector<JournaledChunk> chunks;
     std::vector<MapRow> rows;  // of the chunks below `known`
+    std::vector<DamagedRow> damaged;
     ChunkIndex known;
     size_t next = begin;
     while (next < part.changes.size() && chunks.size() < most) {
@@ -94,6 +95,10 @@ Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line&
             Result<MapRows> read = ReadMap(view, line, index, known);
             if (!read.ok()) return read.error();
             rows = std::move(read.value().rows);
+            damaged = std::move(read.value().damaged);
+        }
+        for (const DamagedRow& lost : damaged) {
+            if (lost.chunk == index) return MakeError(ErrorKind::kDamaged, lost.what);
         }
         JournaledChunk& chunk = chunks.emplace_back();
         chunk.index = index;

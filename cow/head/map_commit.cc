@@ -34,6 +34,7 @@ Status BuildRow(CommitContext& context, const HeadCommit& commit, const HeadComm
     }
     if ((note || !dropped.empty()) && !Mutated(Mutant::kNoteForgotten)) {
         context.noted = true;
+        context.notes.push_back({at.branch, at.generation, row.chunk});
         const uint64_t number = context.catalog.NextId();
         context.batch.Put(NoteKey(at.branch, row.chunk, at.generation, number),
                           EncodeNote(dropped));

@@ -243,8 +243,12 @@ BranchId Catalog::AddBranch(BranchId parent, Generation fork, Batch& batch) {
 }
 
 void Catalog::RemoveBranch(BranchId id, Batch& batch) {
+    const History::Branch branch = history_.Get(id);
     history_.RemoveBranch(id);
     batch.Delete(BranchKey(id));
+    for (const auto& [fork, child] : branch.children) {
+        batch.Put(BranchKey(child), Encode(BranchRecord{branch.parent, branch.fork}));
+    }
 }
 
 void Catalog::AddJob(JobRecord job, Batch& batch) {

@@ -15,12 +15,17 @@ void History::AddBranch(BranchId id, BranchId parent, Generation fork) {
 }
 
 void History::RemoveBranch(BranchId id) {
-    const Branch& branch = Get(id);
-    VARVE_CHECK(branch.snapshots.empty() && branch.children.empty() && !branch.head);
+    const Branch branch = Get(id);
+    VARVE_CHECK(branch.snapshots.empty() && branch.children.size() <= 1 && !branch.head);
     if (branch.parent.value != 0) {
         auto& siblings = branches_.at(branch.parent).children;
         const auto [begin, end] = siblings.equal_range(branch.fork);
         siblings.erase(std::find_if(begin, end, [id](auto& child) { return child.second == id; }));
+        for (const auto& [fork, child] : branch.children) siblings.emplace(branch.fork, child);
+    }
+    for (const auto& [fork, child] : branch.children) {
+        branches_.at(child).parent = branch.parent;
+        branches_.at(child).fork = branch.fork;
     }
     branches_.erase(id);
 }
@@ -95,62 +100,105 @@ Region History::RegionThrough(BranchId id, Generation generation) const {
     return RegionAround(id, Generation{generation.value - 1}, Point{id, generation});
 }
 
-Region History::RegionAround(BranchId id, Generation generation, const Point& through) const {
+/// Where the region of a view at (`id`, `generation`) begins.
+Stretch History::BottomOf(BranchId id, Generation generation, Generation* floor) const {
     const Line path = StretchesBelow(id, generation);
-    Region region;
-    region.floor = path.back().after;
+    *floor = path.back().after;
     // The floor's snapshot may stand at a fork: then the path's last stretch is empty, and only
     // the child it came from belongs to the region, not the floor's other lines.
     size_t bottom = path.size() - 1;
     if (bottom > 0 && path[bottom].after == path[bottom].to) --bottom;
-    Grow(region, path[bottom].branch, path[bottom].after, -1, through);
+    return path[bottom];
+}
+
+std::pair<BranchId, Generation> History::RegionKeyOf(BranchId id, Generation generation) const {
+    Generation floor;
+    const Stretch bottom = BottomOf(id, generation, &floor);
+    return {bottom.branch, bottom.after};
+}
+
+Region History::RegionAround(BranchId id, Generation generation, const Point& through) const {
+    Region region;
+    const Stretch bottom = BottomOf(id, generation, &region.floor);
+    std::vector<Sprout> sprouts{{bottom.branch, bottom.after, -1}};
+    while (!sprouts.empty()) {
+        const Sprout sprout = sprouts.back();
+        sprouts.pop_back();
+        Grow(region, sprout, through, sprouts);
+    }
     return region;
 }
 
-void History::Grow(Region& region, BranchId id, Generation after, int parent,
-                   const Point& through) const {
-    const Branch& branch = Get(id);
+/// Adds a branch up to its first live view; what forks off below is left in `sprouts`.
+void History::Grow(Region& region, Sprout sprout, const Point& through,
+                   std::vector<Sprout>& sprouts) const {
+    const Branch& branch = Get(sprout.branch);
     for (;;) {
-        const auto snapshot = branch.snapshots.upper_bound(after);
-        const auto child = branch.children.upper_bound(after);
+        const auto snapshot = branch.snapshots.upper_bound(sprout.after);
+        const auto child = branch.children.upper_bound(sprout.after);
         const Generation next_snapshot = snapshot == branch.snapshots.end() ? kHead : *snapshot;
         const Generation next_fork = child == branch.children.end() ? kHead : child->first;
         const Generation to = std::min(next_snapshot, next_fork);
         const bool top = to == kHead;
         const bool view = top ? branch.head : to == next_snapshot;
-        region.segments.push_back({{id, after, to}, parent, view});
-        parent = static_cast<int>(region.segments.size()) - 1;
-        const bool passed = view && id == through.branch && to == through.generation;
-        if (passed) region.through = parent;
+        region.segments.push_back({{sprout.branch, sprout.after, to}, sprout.parent, view});
+        sprout.parent = static_cast<int>(region.segments.size()) - 1;
+        const bool passed = view && sprout.branch == through.branch && to == through.generation;
+        if (passed) region.through = sprout.parent;
         if (top || (view && !passed)) return;
         const auto [begin, end] = branch.children.equal_range(to);
         for (auto fork = begin; fork != end; ++fork) {
-            Grow(region, fork->second, to, parent, through);
+            sprouts.push_back({fork->second, to, sprout.parent});
         }
-        after = to;
+        sprout.after = to;
     }
 }
 
-bool History::ClimbTo(Line& path, BranchId id, Generation after) const {
-    const Branch& branch = Get(id);
-    const auto snapshot = branch.snapshots.upper_bound(after);
-    if (snapshot != branch.snapshots.end() || branch.head) {
-        const bool found = snapshot != branch.snapshots.end();
-        path.push_back({id, after, found ? *snapshot : kHead});
-        return true;
-    }
-    for (auto child = branch.children.lower_bound(after); child != branch.children.end(); ++child) {
-        path.push_back({id, after, child->first});
-        if (ClimbTo(path, child->second, child->first)) return true;
-        path.pop_back();
-    }
-    return false;
-}
-
+/// Depth first, without recursion: a chain of branches may be long.
 Line History::StretchesAbove(BranchId id, Generation generation) const {
-    Line path;
-    if (generation != kHead) ClimbTo(path, id, generation);
-    return path;
+    if (generation == kHead) return {};
+    struct Place {
+        Sprout sprout;  // `parent`: index of the place it forked from
+        Generation to;  // where that one is left
+    };
+    std::vector<Place> seen{{{id, generation, -1}, Generation{0}}};
+    std::vector<size_t> open{0};
+    while (!open.empty()) {
+        const size_t here = open.back();
+        open.pop_back();
+        const Sprout at = seen[here].sprout;
+        const Branch& branch = Get(at.branch);
+        const auto snapshot = branch.snapshots.upper_bound(at.after);
+        const bool found = snapshot != branch.snapshots.end();
+        if (found || branch.head) {
+            Line path{{at.branch, at.after, found ? *snapshot : kHead}};
+            Generation to = seen[here].to;
+            for (int p = at.parent; p >= 0;) {
+                const Place& place = seen[static_cast<size_t>(p)];
+                path.push_back({place.sprout.branch, place.sprout.after, to});
+                to = place.to;
+                p = place.sprout.parent;
+            }
+            std::reverse(path.begin(), path.end());
+            return path;
+        }
+        for (auto child = branch.children.rbegin();
+             child != branch.children.rend() && child->first >= at.after; ++child) {
+            open.push_back(seen.size());
+            seen.push_back({{child->second, child->first, static_cast<int>(here)}, child->first});
+        }
+    }
+    return {};
+}
+
+int Region::SegmentAt(BranchId branch, Generation generation) const {
+    for (size_t i = 0; i < segments.size(); ++i) {
+        const Segment& segment = segments[i];
+        const bool holds =
+            segment.branch == branch && segment.after < generation && generation <= segment.to;
+        if (holds) return static_cast<int>(i);
+    }
+    return -1;
 }
 
 }  // namespace varve::cow

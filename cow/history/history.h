@@ -18,6 +18,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "cow/format/types.h"
@@ -46,6 +47,9 @@ struct Region {
     Generation floor;  // of the live snapshot at the bottom; 0: none
     std::vector<Segment> segments;
     int through = -1;  // see RegionThrough
+
+    /// Index of the segment that holds the end of that generation; -1 if none does.
+    int SegmentAt(BranchId branch, Generation generation) const;
 };
 
 class History {
@@ -60,7 +64,7 @@ class History {
 
     // ---- changes
     void AddBranch(BranchId id, BranchId parent, Generation fork);
-    /// REQUIRES: no views, no children.
+    /// A child takes its place. REQUIRES: no views, at most one child.
     void RemoveBranch(BranchId id);
     void AddSnapshot(BranchId id, Generation generation);
     void RemoveSnapshot(BranchId id, Generation generation);
@@ -78,6 +82,8 @@ class History {
     /// The region in which the row of a view at (`id`, `generation`) was born, with the views that
     /// are live now: the one just below the generation that follows.
     Region RegionOf(BranchId id, Generation generation) const;
+    /// What tells that region from all others: its lowest branch, and where it begins there. Cheap.
+    std::pair<BranchId, Generation> RegionKeyOf(BranchId id, Generation generation) const;
     /// The region there would be without the snapshot at (`id`, `generation`), but with a segment
     /// that ends at it, `through`, which has `view` set.
     Region RegionThrough(BranchId id, Generation generation) const;
@@ -95,10 +101,15 @@ class History {
         BranchId branch;
         Generation generation;
     };
+    struct Sprout {  // a branch's part of a region: from `after` on, over the segment `parent`
+        BranchId branch;
+        Generation after;
+        int parent;
+    };
+    Stretch BottomOf(BranchId id, Generation generation, Generation* floor) const;
     Region RegionAround(BranchId id, Generation generation, const Point& through) const;
-    void Grow(Region& region, BranchId id, Generation after, int parent,
-              const Point& through) const;
-    bool ClimbTo(Line& path, BranchId id, Generation after) const;
+    void Grow(Region& region, Sprout sprout, const Point& through,
+              std::vector<Sprout>& sprouts) const;
 
     std::map<BranchId, Branch> branches_;
 };

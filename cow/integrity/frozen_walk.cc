@@ -21,6 +21,7 @@ Status FrozenWalk::AddChunks(MetadataView& view, ChunkIndex first, ChunkIndex en
                              std::vector<FrozenBlock>& blocks) const {
     const Result<MapRows> rows = ReadMap(view, view_.line, first, end);
     if (!rows.ok()) return rows.error();
+    if (Status s = rows.value().AllReadable(); !s.ok()) return s;
     for (const MapRow& row : rows.value().rows) {
         for (const Run& run : row.runs) {
             if (run.birth <= floor_ || run.birth == view_.present) continue;

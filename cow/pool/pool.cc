@@ -29,8 +29,10 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
       allocator_(core_.metadata(), *core_.environment.space, catalog_.mutable_pool(),
                  options.capacity_max),
       leases_(core_, allocator_),
-      reclaimer_(core_, catalog_, committer_, [this] { return Scarce(); }),
-      committer_(core_, lanes_, catalog_, allocator_, leases_, [this] { reclaimer_.Wake(); }),
+      reclaimer_(
+          core_, catalog_, committer_, [this] { return Scarce(); }, options.reclaim_step_chunks),
+      committer_(core_, lanes_, catalog_, allocator_, leases_,
+                 [this](const std::vector<NotePlace>& notes) { reclaimer_.Wake(notes); }),
       checksummer_(core_, lanes_, catalog_, committer_,
                    [this](DiskId id) { return FoldSealed(id); }),
       scrubber_(core_, lanes_, catalog_, [this](DiskId id) { return FoldSealed(id); }),
@@ -237,7 +239,9 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
     status.leased = allocator_.leased_blocks() * kBlockBytes;
     status.disks = catalog_.disks().size();
     status.snapshots = catalog_.snapshots().size();
-    status.reclaim_pending = std::max<uint64_t>(catalog_.jobs().size(), reclaimer_.idle() ? 0 : 1);
+    status.reclaim_pending =
+        std::max<uint64_t>(reclaimer_.jobs_pending(), reclaimer_.idle() ? 0 : 1);
+    status.reclaim_set_aside = reclaimer_.set_aside();
     status.reclaimed_chunks = reclaimer_.swept_chunks();
     status.reclaimed_bytes = reclaimer_.freed_blocks() * kBlockBytes;
     status.commits = committer_.commits();

@@ -25,6 +25,7 @@ struct PoolOptions {
     uint64_t disk_bytes_max = kDiskBytesMax;  // size of one disk
     uint64_t capacity_max = 0;                // bytes of the data file; 0: what the device holds
     uint64_t lease_blocks_min = 0;            // handed to a disk at once at the least
+    uint64_t reclaim_step_chunks = 128;       // swept between two commits of the reclaimer
     uint64_t commit_interval_ms = 1000;       // (server) how long a write may wait for its commit
 };
 
@@ -56,11 +57,12 @@ struct PoolStatus {
     uint64_t leased = 0;    // of that, handed to disks for their next writes, or still being read
     uint64_t disks = 0;
     uint64_t snapshots = 0;
-    uint64_t reclaim_pending = 0;   // deletions whose space is not all given back yet
-    uint64_t reclaimed_chunks = 0;  // looked at by the running deletion
-    uint64_t reclaimed_bytes = 0;   // given back since the start
-    uint64_t commits = 0;           // since the start
-    uint64_t map_cache_used = 0;    // bytes
+    uint64_t reclaim_pending = 0;    // deletions whose space is not all given back yet
+    uint64_t reclaim_set_aside = 0;  // chunks, notes, deletions that cannot be read
+    uint64_t reclaimed_chunks = 0;   // looked at by the running deletion
+    uint64_t reclaimed_bytes = 0;    // given back since the start
+    uint64_t commits = 0;            // since the start
+    uint64_t map_cache_used = 0;     // bytes
     uint64_t map_cache_limit = 0;
     uint64_t checksums_pending = 0;  // snapshots whose blocks may lack checksums
     uint64_t checksummed_bytes = 0;  // since the start

@@ -223,11 +223,13 @@ Task<Result<uint64_t>> PoolImpl::UniqueBytes(SnapshotId id) {
         sorted = chunks.size();
     }
     uint64_t blocks = 0;
-    Sweeper sweep_with(*at.view, at.with), sweep_without(*at.view, at.without);
+    SweepHints hints;
+    Sweeper sweep_with(*at.view, at.with, hints), sweep_without(*at.view, at.without, hints);
+    const std::vector<int> from{at.with.through};
     for (const ChunkIndex chunk : chunks) {
         SweepPlan dead_now, dead_then;
-        if (s.ok()) s = sweep_with.Sweep(chunk, dead_now);
-        if (s.ok()) s = sweep_without.Sweep(chunk, dead_then);
+        if (s.ok()) s = sweep_with.Sweep(chunk, from, dead_now);
+        if (s.ok()) s = sweep_without.Sweep(chunk, from, dead_then);
         blocks += dead_then.freed_blocks - dead_now.freed_blocks;
     }
     co_await Hop(core_.home());

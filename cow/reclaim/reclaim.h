@@ -1,29 +1,44 @@
 // Reclaimer: gives back, in the background and in small steps, what deleted views held.
 // What is dead is decided in sweep.h; this does the scanning, the commits and the order.
 //
-// Gives way to requests (pacer.h), unless space is scarce or somebody waits for it.
+// Notes and jobs take turns, a step each; so do the branches that left notes, and the families of
+// branches that jobs are about: nobody's backlog keeps another's space waiting. Each step goes on
+// where the last one stopped, and ends early when the pool closes.
+//
+// What cannot be read is set aside: remembered, logged once, counted, and tried again after the
+// next start; all else goes on.
+//
+// Gives way to requests (pacer.h), unless space is scarce, or somebody waits for it, or notes come
+// faster than they go.
 // Belongs to the home executor; reads on the loader. Jobs are rows of the store, so a deletion
 // goes on after a crash; a step that was not committed is simply done again.
 #pragma once
 
 #include <functional>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
 
 #include "cow/head/committer.h"
+#include "cow/reclaim/note_queue.h"
 #include "cow/reclaim/sweep.h"
 
 namespace varve::cow {
 
 class Reclaimer {
   public:
-    /// `scarce`: whether there is little space left, on home.
-    Reclaimer(Core& core, Catalog& catalog, Committer& committer, std::function<bool()> scarce);
+    /// `scarce`: whether there is little space left, on home. `step_chunks`: chunks of one step,
+    /// which bounds its batch, and how long a commit of others may wait for it.
+    Reclaimer(Core& core, Catalog& catalog, Committer& committer, std::function<bool()> scarce,
+              size_t step_chunks);
 
     /// Starts the background work, which looks for notes and jobs first of all.
     void Start();
     /// Ends it after the step under way.
     Task<void> Stop();
-    /// New jobs or notes may have come.
-    void Wake();
+    /// New jobs may have come, and these notes.
+    void Wake(const std::vector<NotePlace>& notes);
 
     bool idle() const { return idle_; }
     /// Waits until nothing is left to do, or the pool failed.
@@ -35,30 +50,81 @@ class Reclaimer {
     uint64_t freed_blocks() const { return freed_blocks_; }
     /// Why the work stopped before its end, if it did.
     const std::string& failure() const { return failure_; }
+    /// Chunks, notes and deletions that cannot be read, and wait for the next start.
+    uint64_t set_aside() const { return aside_; }
+    /// Jobs that are not set aside.
+    uint64_t jobs_pending() const { return catalog_.jobs().size() - jobs_aside_.size(); }
 
   private:
-    struct Work;
+    struct OpenJob {
+        uint64_t number = 0;
+        JobRecord job;
+        CandidateScan scan;
+        std::vector<ChunkIndex> unread;  // could not be read
+    };
+    /// Chunks to sweep, by where their regions begin, and the segments to begin from.
+    struct Target {
+        std::unique_ptr<Sweeper> sweeper;
+        std::map<ChunkIndex, std::vector<int>> chunks;
+    };
+    using Targets = std::map<std::pair<BranchId, Generation>, Target>;
+    struct Swept {
+        SweepPlan plan;
+        uint64_t chunks = 0;
+        std::vector<std::pair<ChunkIndex, std::string>> unread;  // and why
+    };
+
+    bool Ending() const { return stopping_ || core_.closing || core_.failed; }
     Task<void> Run();
-    Task<Result<bool>> SweepNotes();
-    Task<Status> RunJob(uint64_t number, JobRecord job);
-    Task<Status> SweepChunks(BranchId branch, Generation generation,
-                             std::vector<ChunkIndex> chunks);
-    Task<Status> FinishJob(uint64_t number);
-    Task<Status> PruneBranches();
+    Task<Result<bool>> Turn();
+    Task<Result<bool>> NoteStep();
+    Task<Result<std::vector<NotePlace>>> PassStep();
+    Task<Status> SweepNotes(std::vector<NotePlace> notes);
+    void ListJobs();
+    OpenJob* ChooseJob();
+    void CloseJob(uint64_t number);
+    Task<Result<bool>> JobStep();
+    Task<Status> JobStepOf(OpenJob& open);
+    void AddTarget(MetadataView& view, Targets& targets, BranchId branch, Generation generation,
+                   Generation from, const std::vector<ChunkIndex>& chunks);
+    Task<Result<Swept>> Sweep(Targets targets);
+    Task<Status> FinishJob(OpenJob& open);
+    Task<Result<bool>> PruneStep();
     Task<void> Rest(Pacer::Step step);
+    bool SetAside(const std::string& what);
 
     Core& core_;
     Catalog& catalog_;
     Committer& committer_;
     const std::function<bool()> scarce_;
+    const size_t step_chunks_;
     bool running_ = false;
     bool stopping_ = false;
     bool woken_ = true;
     bool idle_ = true;
     WaitList wake_;
     WaitList stepped_;
+    unsigned turn_ = 0;
+    SweepHints hints_;
+
+    NoteQueue notes_;
+
+    // Jobs, oldest first, by the root of the branches they are about; those of one are done one
+    // after the other.
+    std::map<BranchId, std::vector<uint64_t>> families_;
+    uint64_t listed_ = 0;  // jobs up to this number are in families_
+    std::map<BranchId, OpenJob> open_jobs_;
+    BranchId next_family_;  // whose turn it is
+    std::set<uint64_t> jobs_aside_;
+
+    bool prune_ = true;    // bare branches may have become empty
+    BranchId prune_from_;  // where the pass over them goes on
+    bool pruned_ = false;  // since it began
+
     uint64_t swept_chunks_ = 0;
     uint64_t freed_blocks_ = 0;
+    uint64_t aside_ = 0;
+    std::set<std::string> logged_;  // what was set aside; at most kLogMax
     std::string failure_;
 };
 

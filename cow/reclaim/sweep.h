@@ -6,13 +6,21 @@
 //   - when a view is deleted, a job (J row) says where it stood;
 //   - when a head drops an older block that no snapshot below it on its line holds, or supersedes
 //     an older row that no such snapshot resolves to, its commit leaves a note (W row).
-// A sweep looks at all rows and notes of one chunk in one region (history.h), keeps what the
-// region's live views resolve to, and gives back the rest in one batch: rows, notes and blocks
-// together. Rows and notes are the only places that name a block, so a block that a sweep frees
-// is named nowhere afterwards, and no later sweep can meet it again.
+// A sweep looks at one chunk in one region (history.h), from the places where something may have
+// died down to the region's floor: no other row can have lost a reader. What is dead goes in one
+// batch: rows, notes and blocks together. Rows and notes are the only places that name a block, so
+// a block that a sweep frees must be named nowhere afterwards: whatever any other row or note of
+// the region names is held, dead or not; its own sweep frees it then.
+//
+// A region may have thousands of branches (clones of a deleted snapshot). Whether one of them still
+// reads a row, or names a block, is asked of one after the other until one says yes, beginning with
+// the one that said yes last time. None says yes again once it has said no, so all the asking that
+// is in vain costs a step for each branch and chunk, once.
 #pragma once
 
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "cow/history/history.h"
@@ -27,22 +35,60 @@ struct SweepPlan {
     uint64_t freed_blocks = 0;
 };
 
+/// Who said yes last time. Hints: any answer is only where the asking begins.
+class SweepHints {
+  public:
+    /// The branch that was remembered, or 0.
+    BranchId Find(BranchId below, ChunkIndex chunk) const;
+    void Set(BranchId below, ChunkIndex chunk, BranchId witness);
+
+  private:
+    static constexpr size_t kMost = 1 << 16;  // some 3 MiB
+    struct Hash {
+        size_t operator()(const std::pair<BranchId, ChunkIndex>& key) const {
+            return key.first.value * 0x9e3779b97f4a7c15 ^ key.second.value;
+        }
+    };
+    std::unordered_map<std::pair<BranchId, ChunkIndex>, BranchId, Hash> hints_;
+};
+
 /// Plans the sweeps of chunks of one region, on one view of the store.
 class Sweeper {
   public:
     /// `region` and `view` must be taken at the same moment on the home executor.
-    Sweeper(MetadataView& view, Region region);
+    Sweeper(MetadataView& view, Region region, SweepHints& hints);
 
-    /// Adds what is dead of `chunk` to `plan`. kDamaged if a row cannot be read.
-    Status Sweep(ChunkIndex chunk, SweepPlan& plan);
+    /// Adds what is dead of `chunk` to `plan`. `from`: the segments in which a view was deleted or
+    /// a note was left. kDamaged if a row or a note cannot be read, for nobody knows what it names:
+    /// then the plan is as it was.
+    Status Sweep(ChunkIndex chunk, const std::vector<int>& from, SweepPlan& plan);
+
+    const Region& region() const { return region_; }
 
   private:
-    Status CollectNotes(ChunkIndex chunk, SweepPlan& plan, std::vector<Runs>& dead);
+    struct Rows {
+        bool read = false;
+        std::vector<MapRow> rows;  // newest first
+    };
+    const Segment& At(int index) const { return region_.segments[static_cast<size_t>(index)]; }
+    Status Read(int segment, ChunkIndex chunk);
+    Status ReadPath(ChunkIndex chunk);
+    void FindPath(const std::vector<int>& from);
+    Status CollectNotes(int segment, ChunkIndex chunk, SweepPlan* plan, std::vector<Runs>& named);
+    size_t FirstToAsk(int segment, ChunkIndex chunk) const;
+    Result<bool> Needed(int segment, ChunkIndex chunk);
+    Status KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead);
+    Status SubtractNamed(int segment, ChunkIndex chunk, std::vector<Runs>& dead);
 
     MetadataView& view_;
     const Region region_;
+    SweepHints& hints_;
+    std::vector<std::vector<int>> children_;  // of each segment
     std::unique_ptr<Cursor> map_;
     std::unique_ptr<Cursor> notes_;
+    // Of the present chunk:
+    std::vector<int> path_;  // the segments from which it began down to the floor, highest first
+    std::unordered_map<int, Rows> rows_;
 };
 
 /// The chunks that may have something dead after a view at one place was deleted: a dead row is

@@ -51,10 +51,20 @@ struct BranchScan {
     }
 };
 
-/// Adds to `found` what `stretch` resolves of [first, end); slots that are filled stay.
+/// What a range of chunks resolves to, as far as it is known.
+struct Found {
+    struct Slot {
+        bool known = false;
+        std::optional<MapRow> row;  // none: its row is damaged
+    };
+    std::vector<Slot> slots;
+    std::vector<DamagedRow> damaged;
+};
+
+/// Adds to `found` what `stretch` resolves of [first, end); slots that are known stay.
 /// Gives the next chunk at or after `end` that has any row in the branch.
 Result<uint64_t> ScanBranch(MetadataView& view, const Stretch& stretch, uint64_t first,
-                            uint64_t end, std::vector<std::optional<MapRow>>& found) {
+                            uint64_t end, Found& found) {
     const std::string lower = MapKey(stretch.branch, ChunkIndex{first}, kHead);
     const std::string upper = PrefixEnd(MapKey(stretch.branch, ChunkIndex{0}, kHead).substr(0, 9));
     const auto cursor = view.Range(lower, upper);
@@ -63,11 +73,15 @@ Result<uint64_t> ScanBranch(MetadataView& view, const Stretch& stretch, uint64_t
     for (uint64_t chunk = first;;) {
         chunk = scan.FindFrom(chunk, end);
         if (chunk == kNoChunk) break;
-        std::optional<MapRow>& slot = found[chunk - first];
-        if (!slot) {
+        Found::Slot& slot = found.slots[chunk - first];
+        if (!slot.known) {
+            slot.known = true;
             Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
-            if (!row.ok()) return row.error();
-            slot = std::move(row.value());
+            if (row.ok()) {
+                slot.row = std::move(row.value());
+            } else {
+                found.damaged.push_back({ChunkIndex{chunk}, row.error().message});
+            }
         }
         ++chunk;
         cursor->Next();
@@ -87,7 +101,8 @@ Result<uint64_t> ScanBranch(MetadataView& view, const Stretch& stretch, uint64_t
 
 Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end) {
     VARVE_CHECK(first < end);
-    std::vector<std::optional<MapRow>> found(end.value - first.value);
+    Found found;
+    found.slots.resize(end.value - first.value);
     uint64_t next = kNoChunk;
     for (const Stretch& stretch : line) {
         const Result<uint64_t> after = ScanBranch(view, stretch, first.value, end.value, found);
@@ -96,10 +111,16 @@ Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, 
     }
     MapRows rows;
     rows.next = ChunkIndex{next};
-    for (std::optional<MapRow>& row : found) {
-        if (row) rows.rows.push_back(std::move(*row));
+    rows.damaged = std::move(found.damaged);
+    for (Found::Slot& slot : found.slots) {
+        if (slot.row) rows.rows.push_back(std::move(*slot.row));
     }
     return rows;
+}
+
+Status MapRows::AllReadable() const {
+    if (damaged.empty()) return Status();
+    return MakeError(ErrorKind::kDamaged, damaged.front().what);
 }
 
 std::unique_ptr<Cursor> MapCursor(MetadataView& view) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cow/history/history.h"
@@ -23,12 +24,21 @@ struct MapRow {
     Runs runs;
 };
 
-struct MapRows {
-    std::vector<MapRow> rows;  // ascending; chunks without a row are left out
-    ChunkIndex next;           // no chunk from the end of the range up to here has a row
+struct DamagedRow {
+    ChunkIndex chunk;
+    std::string what;  // which row it is
 };
 
-/// The rows that `line` resolves chunks [first, end) to. kDamaged names an unreadable row.
+struct MapRows {
+    std::vector<MapRow> rows;         // ascending; chunks without a row are left out
+    std::vector<DamagedRow> damaged;  // those whose row cannot be read; they are not in `rows`
+    ChunkIndex next;                  // no chunk from the end of the range up to here has a row
+
+    /// kDamaged, with the first of `damaged`: for whoever needs them all.
+    Status AllReadable() const;
+};
+
+/// The rows that `line` resolves chunks [first, end) to. An error is the store's.
 Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end);
 
 /// All rows of `chunk` in `stretch`, newest first.

@@ -88,12 +88,19 @@ Task<MappedVolume::Loaded> MappedVolume::Load(ChunkIndex index) {
         co_return result;
     }
     lane_.cache.Shrink();
+    uint64_t damaged = 0;
+    for (const DamagedRow& lost : rows.value().damaged) {
+        damaged |= uint64_t{1} << (lost.chunk.value - first.value);
+        if (lost.chunk != index) continue;
+        Log(LogLevel::kError, lost.what);
+        result.error = EIO;
+    }
     auto row = rows.value().rows.begin();
     for (uint64_t i = 0; i < kGroupChunks; ++i) {
         const ChunkIndex here{first.value + i};
         const bool stored = row != rows.value().rows.end() && row->chunk == here;
         const bool stale = Mutated(Mutant::kStaleRowsLoaded) && !chunks_.contains(here.value);
-        if ((absent >> i & 1) || stale) {
+        if ((absent & ~damaged) >> i & 1 || stale) {
             auto* chunk = new Chunk{.owner = this, .index = here};
             if (stored) {
                 chunk->runs = std::move(row->runs);

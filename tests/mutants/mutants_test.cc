@@ -116,6 +116,8 @@ constexpr Entry kEntries[] = {
     {Mutant::kNoteForgotten, "note-forgotten", "a dropped older block leaves no note", 20},
     {Mutant::kDeletionNotResumed, "deletion-not-resumed",
      "a deletion that a restart met is not finished later", 20},
+    {Mutant::kNotesSkipped, "notes-skipped",
+     "the pass over the notes that a start finds ends after its first step", 100},
     // Damage is noticed, and nothing else is taken for it
     {Mutant::kSumOfAnotherBirth, "stale-checksum",
      "a checksum counts for whatever block is at its place now", 20},

@@ -144,6 +144,8 @@ class Media {
 
     Scheduler& scheduler() { return scheduler_; }
     Faults faults;
+    uint64_t seeks = 0;       // in the metadata store, point lookups included
+    uint64_t steps = 0;       // from one row to the next
     std::set<uint64_t> held;  // stretches of the data file that take space, by offset
     std::shared_ptr<const std::map<std::string, std::string>> metadata() const { return metadata_; }
     void SetMetadata(std::shared_ptr<const std::map<std::string, std::string>> rows) {

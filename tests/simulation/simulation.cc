@@ -17,6 +17,7 @@ SimulationResult Runner::Run() {
     // All blocks of a region at once, or a few.
     Dice world = Dice::Of(options_.seed, kWorld);
     if (world.Chance(0.5)) pool_options_.lease_blocks_min = cow::kRegionBlocks;
+    if (world.Chance(0.5)) pool_options_.reclaim_step_chunks = 1 + world.Draw(3);
     Restart();
     if (tight_ && !options_.small && world.Chance(0.25)) FillUp(32 + world.Draw(400));
     while (round_ < options_.rounds && Fine() && !Struck()) {

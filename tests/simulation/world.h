@@ -187,11 +187,15 @@ class SimMetadata : public cow::MetadataStore {
               upper_(upper),
               at_(rows_->end()) {}
         void Seek(std::string_view key) override {
+            ++media_.seeks;
             status_ = Lookup(media_);
             at_ = status_.ok() ? rows_->lower_bound(std::max(lower_, std::string(key)))
                                : rows_->end();
         }
-        void Next() override { ++at_; }
+        void Next() override {
+            ++media_.steps;
+            ++at_;
+        }
         bool valid() const override {
             return at_ != rows_->end() && (upper_.empty() || at_->first < upper_);
         }
@@ -210,6 +214,7 @@ class SimMetadata : public cow::MetadataStore {
       public:
         explicit RowsView(Media& media) : media_(media), rows_(media.metadata()) {}
         Result<std::optional<std::string>> Get(std::string_view key) override {
+            ++media_.seeks;
             const Status s = Lookup(media_);
             if (!s.ok()) return s.error();
             const auto row = rows_->find(std::string(key));

@@ -1,0 +1,257 @@
+// How space comes back: in turns, at a bounded price for each block, around what cannot be read.
+// Work is counted, in seeks and rows of the metadata store; no test looks at a clock.
+#include "cow/format/format.h"
+#include "tests/engine_fixture.h"
+
+namespace varve {
+namespace {
+
+using namespace simulation;  // NOLINT
+using cow::kBlockBytes;
+using cow::kChunkBytes;
+
+class ReclaimTest : public EngineTest {
+  protected:
+    void Restart(cow::PoolOptions options = {}) {
+        Stop();
+        Start(options);
+    }
+    size_t RowsOf(char letter) {
+        const auto rows = media.metadata();
+        return static_cast<size_t>(
+            std::count_if(rows->begin(), rows->end(),
+                          [letter](const auto& row) { return row.first[0] == letter; }));
+    }
+    /// A golden disk of `chunks` chunks with `clones` clones; it and its snapshot are deleted.
+    void MakeClones(uint64_t chunks, unsigned clones) {
+        Ok(pool().CreateDisk("golden", chunks * kChunkBytes));
+        for (uint64_t c = 0; c < chunks; ++c) Write("golden", c * kChunkBytes, 8192, 'g');
+        Ok(pool().CreateSnapshots({"golden@s"}));
+        for (unsigned i = 0; i < clones; ++i) {
+            Ok(pool().CloneSnapshot("golden@s", "c" + std::to_string(i)));
+        }
+        Close("golden");
+        Ok(pool().DeleteDisk("golden", true, false));
+        Reclaim();
+    }
+    /// Replaces the value of the first row whose key has that prefix. Gives what it was.
+    std::pair<std::string, std::string> Damage(const std::string& prefix) {
+        auto rows = std::make_shared<std::map<std::string, std::string>>(*media.metadata());
+        const auto row = rows->lower_bound(prefix);
+        VARVE_CHECK(row != rows->end() && row->first.starts_with(prefix));
+        const auto was = *row;
+        row->second = "rubbish";
+        media.SetMetadata(std::move(rows));
+        return was;
+    }
+    void Mend(const std::pair<std::string, std::string>& row) {
+        auto rows = std::make_shared<std::map<std::string, std::string>>(*media.metadata());
+        (*rows)[row.first] = row.second;
+        media.SetMetadata(std::move(rows));
+    }
+    void StopUnchecked() {
+        for (const auto& [name, e] : exports) Detach(e);
+        exports.clear();
+        ASSERT_TRUE(machine->Stop().ok());
+        machine.reset();
+    }
+};
+
+TEST_F(ReclaimTest, NotesOfOneDiskDoNotKeepAnothersSpaceWaiting) {
+    Restart({.reclaim_step_chunks = 2});
+    constexpr uint64_t kChunks = 16;
+    MakeClones(kChunks, 10);
+    Ok(pool().CreateDisk("other", kChunks * kChunkBytes));
+    for (uint64_t c = 0; c < kChunks; ++c) Write("other", c * kChunkBytes, 4096, 'o');
+    Flush("other");
+    Close("other");
+    const uint64_t used = Used();
+    for (unsigned i = 0; i < 10; ++i) {
+        for (uint64_t c = 0; c < kChunks; ++c) {
+            Write("c" + std::to_string(i), c * kChunkBytes, 4096, 'w');
+        }
+    }
+    Ok(pool().DeleteDisk("other", false, false));
+    // The folds of ten clones leave 160 notes; the deletion has 16 chunks to look at.
+    bool folded = false;
+    const auto fold = [](EngineTest*, Executor* home, cow::Pool* p, bool* done) -> Task<void> {
+        co_await Hop(*home);
+        co_await p->GetStatus();
+        *done = true;
+    };
+    Spawn(fold(this, &machine->home(), &pool(), &folded));
+    scheduler.RunUntil([&] { return RowsOf('J') == 0; });
+    EXPECT_GT(RowsOf('W'), 80u) << "notes went first";
+    scheduler.RunUntil([&] { return folded; });
+    Reclaim();
+    EXPECT_EQ(0u, RowsOf('W'));
+    EXPECT_LT(Used(), used + 10 * kChunks * 4096);
+}
+
+TEST_F(ReclaimTest, DeletionsOfDifferentDisksTakeTurns) {
+    Restart({.reclaim_step_chunks = 2});
+    for (const char* name : {"large", "small"}) {
+        const uint64_t chunks = name == std::string("large") ? 100 : 2;
+        Ok(pool().CreateDisk(name, chunks * kChunkBytes));
+        for (uint64_t c = 0; c < chunks; ++c) Write(name, c * kChunkBytes, 4096, 'x');
+        Flush(name);
+        Close(name);
+    }
+    Ok(pool().DeleteDisk("large", false, false));
+    Ok(pool().DeleteDisk("small", false, false));
+    scheduler.RunUntil([&] { return RowsOf('J') == 1; });
+    EXPECT_GT(RowsOf('M'), 50u) << "the large one went first";
+    Reclaim();
+    EXPECT_EQ(0u, RowsOf('M'));
+}
+
+TEST_F(ReclaimTest, ANoteCostsTheSameHoweverManyThereAre) {
+    std::vector<double> seeks;
+    for (const uint64_t chunks : {32, 512}) {
+        Ok(pool().CreateDisk("d", chunks * kChunkBytes));
+        for (uint64_t c = 0; c < chunks; ++c) Write("d", c * kChunkBytes, 4096, 'a');
+        Ok(pool().CreateSnapshots({"d@s"}));
+        Flush("d");
+        Reclaim();
+        Ok(pool().DeleteSnapshot("d@s", false));  // nothing is superseded yet
+        Reclaim();
+        for (uint64_t c = 0; c < chunks; ++c) Write("d", c * kChunkBytes, 4096, 'b');
+        const uint64_t before = media.seeks, steps = media.steps, freed = Used();
+        Reclaim();
+        EXPECT_EQ(chunks * 4096, Used());
+        EXPECT_LE(freed, 2 * chunks * 4096);
+        seeks.push_back(static_cast<double>(media.seeks - before + media.steps - steps) /
+                        static_cast<double>(chunks));
+        Close("d");
+        Ok(pool().DeleteDisk("d", false, false));
+        Reclaim();
+    }
+    EXPECT_LT(seeks[1], seeks[0] * 1.5);
+    EXPECT_LT(seeks[1], 16);
+}
+
+TEST_F(ReclaimTest, ADroppedBlockCostsTheSameHoweverManyClonesThereAre) {
+    std::map<unsigned, double> seeks;
+    for (const unsigned clones : {8u, 32u, 128u}) {
+        constexpr uint64_t kChunks = 4;
+        MakeClones(kChunks, clones);
+        // All but one write everything, again and again, and drop what they wrote before.
+        const uint64_t before = media.seeks;
+        uint64_t dropped = 0;
+        for (unsigned round = 0; round < 2; ++round) {
+            for (unsigned i = 0; i + 1 < clones; ++i) {
+                const std::string name = "c" + std::to_string(i);
+                for (uint64_t c = 0; c < kChunks; ++c) Write(name, c * kChunkBytes, 4096, 'w');
+                Ok(pool().CreateSnapshots({name + "@t"}));
+                Ok(pool().DeleteSnapshot(name + "@t", false));
+                Close(name);
+                dropped += kChunks;
+            }
+            Reclaim();
+        }
+        seeks[clones] = static_cast<double>(media.seeks - before) / static_cast<double>(dropped);
+        for (unsigned i = 0; i < clones; ++i) {
+            Ok(pool().DeleteDisk("c" + std::to_string(i), false, false));
+        }
+        Reclaim();
+        EXPECT_EQ(0u, Used());
+    }
+    std::printf("seeks for each dropped block: %.1f, %.1f, %.1f\n", seeks[8], seeks[32],
+                seeks[128]);
+    EXPECT_LT(seeks[128], seeks[8] * 1.5);
+}
+
+TEST_F(ReclaimTest, ClosingEndsAStepInItsMiddle) {
+    Restart({.reclaim_step_chunks = 64});
+    constexpr uint64_t kChunks = 64;
+    Ok(pool().CreateDisk("d", kChunks * kChunkBytes));
+    for (uint64_t c = 0; c < kChunks; ++c) Write("d", c * kChunkBytes, 4096, 'x');
+    Flush("d");
+    Close("d");
+    Ok(pool().DeleteDisk("d", false, false));
+    pool().PrepareShutdown();
+    const uint64_t before = media.seeks;
+    Stop();
+    EXPECT_LT(media.seeks - before, kChunks) << "it swept on";
+    Start();
+    Reclaim();
+    EXPECT_EQ(0u, Used());
+}
+
+TEST_F(ReclaimTest, ADamagedRowCostsItsChunkOnly) {
+    Ok(pool().CreateDisk("d", 8 * kChunkBytes));
+    for (uint64_t c = 0; c < 8; ++c) Write("d", c * kChunkBytes, 8192, 'x');
+    Restart();
+    auto key = Damage("M");
+    EXPECT_EQ(0u, cow::KeyNumber(key.first, 1));
+    std::string data(4096, '?');
+    cow::Volume& volume = Volume("d");
+    const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(data.data()), data.size());
+    EXPECT_EQ(EIO, Await(scheduler, volume.executor(), volume.Read(0, bytes, nullptr)));
+    for (uint64_t c = 1; c < 8; ++c) Expect("d", c * kChunkBytes, 8192, 'x');
+    EXPECT_EQ(0, Write("d", kChunkBytes, 4096, 'y'));
+    EXPECT_EQ(0, Flush("d"));
+    Mend(key);
+    Expect("d", 0, 8192, 'x');
+}
+
+TEST_F(ReclaimTest, WhatCannotBeReadIsSetAsideAndTheRestGoesOn) {
+    Ok(pool().CreateDisk("d", 8 * kChunkBytes));
+    for (uint64_t c = 0; c < 8; ++c) Write("d", c * kChunkBytes, 4096, 'x');
+    Flush("d");
+    Restart();
+    const auto row = Damage("M");
+    Ok(pool().DeleteDisk("d", false, false));
+    Reclaim();
+    const auto status = machine->Do(pool().GetStatus()).value();
+    EXPECT_EQ(4096u, status.used);
+    EXPECT_EQ(1u, status.reclaim_set_aside);
+    EXPECT_EQ(0u, status.reclaim_pending);
+    EXPECT_TRUE(status.failure.empty());
+    // Another disk's space comes back all the same.
+    Ok(pool().CreateDisk("e", kChunkBytes));
+    Write("e", 0, 4096, 'e');
+    Close("e");
+    Ok(pool().DeleteDisk("e", false, false));
+    Reclaim();
+    EXPECT_EQ(4096u, Used());
+    // The work is remembered: once the row can be read, the next start does it.
+    StopUnchecked();
+    Mend(row);
+    Start();
+    Reclaim();
+    EXPECT_EQ(0u, Used());
+    EXPECT_EQ(0u, machine->Do(pool().GetStatus()).value().reclaim_set_aside);
+}
+
+TEST_F(ReclaimTest, AnUnreadableNoteCostsItsChunkOnly) {
+    Ok(pool().CreateDisk("d", 8 * kChunkBytes));
+    for (uint64_t c = 0; c < 8; ++c) Write("d", c * kChunkBytes, 4096, 'x');
+    Ok(pool().CreateSnapshots({"d@s"}));
+    Ok(pool().DeleteSnapshot("d@s", false));
+    Reclaim();
+    for (uint64_t c = 0; c < 8; ++c) Write("d", c * kChunkBytes, 4096, 'y');
+    bool folded = false;
+    const auto fold = [](Executor* home, cow::Pool* p, bool* done) -> Task<void> {
+        co_await Hop(*home);
+        co_await p->GetStatus();
+        *done = true;
+    };
+    Spawn(fold(&machine->home(), &pool(), &folded));
+    scheduler.RunUntil([&] { return RowsOf('W') == 8; });
+    ASSERT_EQ(8u, RowsOf('W'));
+    const auto note = Damage("W");
+    scheduler.RunUntil([&] { return folded; });
+    Reclaim();
+    EXPECT_EQ(1u, RowsOf('W'));
+    EXPECT_LE(Used(), 9u * 4096);
+    EXPECT_EQ(1u, machine->Do(pool().GetStatus()).value().reclaim_set_aside);
+    StopUnchecked();
+    Mend(note);
+    Start();
+    Reclaim();
+    EXPECT_EQ(0u, RowsOf('W'));
+}
+
+}  // namespace
+}  // namespace varve
