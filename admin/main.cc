@@ -14,6 +14,7 @@
 
 #include "admin/cli.h"
 #include "base/priority.h"
+#include "base/standard_streams.h"
 
 namespace {
 
@@ -31,6 +32,7 @@ varve::Error Become(const char* name, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    varve::OccupyStandardStreams();
     const std::string verb = argc > 1 ? argv[1] : "";
     if (verb == "attach" || verb == "detach" || verb == "attached") {
         std::fprintf(stderr, "varve: %s\n", Become("varve-attach", argv).message.c_str());

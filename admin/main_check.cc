@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "admin/cli.h"
+#include "base/standard_streams.h"
 #include "cow/pool/pool_directory.h"
 
 namespace {
@@ -26,6 +27,7 @@ Result<CheckReport> CheckOffline(const std::string& directory) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    varve::OccupyStandardStreams();
     // Without a program name there are no arguments either.
     return varve::admin::RunCli(std::vector<std::string>(argv + (argc > 0), argv + argc),
                                 CheckOffline);

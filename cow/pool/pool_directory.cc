@@ -214,6 +214,7 @@ Status PoolDirectory::Create(const PoolDirectoryOptions& options) {
 Status PoolDirectory::OpenMetadata(const PoolDirectoryOptions& options) {
     RocksOptions rocks;
     rocks.cache_bytes = options.metadata_cache_bytes;
+    rocks.open_files_max = options.metadata_files_max;
     rocks.buffer_bytes = BufferBytes(path_);
     Result<std::unique_ptr<MetadataStore>> metadata = OpenRocksStore(path_ + "/meta", rocks);
     if (!metadata.ok()) return metadata.error();

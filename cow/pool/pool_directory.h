@@ -31,6 +31,7 @@ struct PoolDirectoryOptions {
     bool create = true;  // an absent or empty directory becomes a new pool
     bool direct = true;  // open the data file with O_DIRECT
     uint64_t metadata_cache_bytes = 32 << 20;
+    unsigned metadata_files_max = 1024;  // see RocksOptions::open_files_max
 };
 
 class PoolDirectory {

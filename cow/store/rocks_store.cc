@@ -201,7 +201,7 @@ rocksdb::Options MakeOptions(const RocksOptions& given, rocksdb::Env& env,
     options.write_buffer_size = given.buffer_bytes;
     options.max_write_buffer_number = 3;
     options.max_total_wal_size = 3 * given.buffer_bytes;
-    options.max_open_files = 1024;
+    options.max_open_files = static_cast<int>(given.open_files_max);
     options.target_file_size_base = given.buffer_bytes;
     options.target_file_size_multiplier = 2;
     options.max_bytes_for_level_base = 4 * given.buffer_bytes;

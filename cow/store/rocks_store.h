@@ -14,12 +14,17 @@ class Env;
 
 namespace varve::cow {
 
+inline constexpr unsigned kDescriptorsBesideTables = 32;
+
 struct RocksOptions {
     bool create = false;              // an absent or empty directory becomes a new store
     uint64_t cache_bytes = 32 << 20;  // blocks of tables kept decoded
     /// One memtable; at most three exist. The logs take as much again on the file system, and
     /// compaction up to eight times as much for a while.
     uint64_t buffer_bytes = 16 << 20;
+    /// Tables kept open, a descriptor each; some kDescriptorsBesideTables more are for logs, lists
+    /// and what compaction writes. At least 20.
+    unsigned open_files_max = 1024;
     /// Where files are written; null: the system. Tests cut its power. It must outlive the store.
     rocksdb::Env* env = nullptr;
 };

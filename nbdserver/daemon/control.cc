@@ -17,6 +17,8 @@ struct Control::State {
     asio::io_context io{1};
     asio::executor_work_guard<asio::io_context::executor_type> work = asio::make_work_guard(io);
     asio::signal_set signals{io};
+    asio::signal_set hangups{io};
+    std::function<void()> reload;
 };
 
 Control::Control() : state_(std::make_unique<State>()) {}
@@ -43,6 +45,20 @@ void Control::OnTermination(std::function<void(int)> handle) {
     state_->signals.add(SIGINT);
     state_->signals.async_wait([handle = std::move(handle)](const ErrorCode& error, int signal) {
         if (!error) handle(signal);
+    });
+}
+
+void Control::OnReload(std::function<void()> handle) {
+    state_->reload = std::move(handle);
+    state_->hangups.add(SIGHUP);
+    WaitForReload();
+}
+
+void Control::WaitForReload() {
+    state_->hangups.async_wait([this](const ErrorCode& error, int) {
+        if (error) return;
+        state_->reload();
+        WaitForReload();
     });
 }
 

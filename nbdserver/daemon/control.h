@@ -31,8 +31,12 @@ class Control : public Executor {
 
     /// Calls `handle` once, on this thread, at the first SIGTERM or SIGINT. Later ones are ignored.
     void OnTermination(std::function<void(int)> handle);
+    /// Calls `handle` on this thread at each SIGHUP, or once for several.
+    void OnReload(std::function<void()> handle);
 
   private:
+    void WaitForReload();
+
     struct State;
     std::unique_ptr<State> state_;
 };

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <filesystem>
 #include <utility>
 
@@ -15,6 +14,7 @@
 #include "base/processors.h"
 #include "base/run_on.h"
 #include "base/units.h"
+#include "nbdserver/daemon/descriptors.h"
 
 namespace varve::nbdserver {
 namespace {
@@ -23,6 +23,7 @@ namespace {
 // commands of the admin socket may go on after that.
 constexpr uint64_t kDrainMsMax = 1000;
 constexpr uint64_t kCommandMsMax = 500;
+constexpr int kFlushLogMs = 100;
 constexpr unsigned kLoaderThreads = 2;
 
 Task<bool> Prefer() {
@@ -65,6 +66,19 @@ Result<std::vector<Listener>> Listen(const Options& options) {
     return listeners;
 }
 
+/// To be called when all other files are open.
+Result<DescriptorShares> ShareAmongClients(const Options& options, uint64_t limit) {
+    const DescriptorShares asked{options.connections_max, options.admin_connections_max};
+    Result<DescriptorShares> shares = ShareDescriptors(limit, CountDescriptors(), asked);
+    if (shares.ok() && shares.value().connections < asked.connections) {
+        Log(LogLevel::kWarning,
+            fmt::format("at most {} connections instead of {}, because {} files may be open; raise "
+                        "the limit (LimitNOFILE=, ulimit -n) for more",
+                        shares.value().connections, asked.connections, limit));
+    }
+    return shares;
+}
+
 }  // namespace
 
 Result<std::unique_ptr<Daemon>> Daemon::Start(const Options& options) {
@@ -81,6 +95,8 @@ Status Daemon::OpenPool(const Options& options) {
     place.data = options.data;
     place.direct = options.direct;
     place.metadata_cache_bytes = options.metadata_cache_bytes;
+    descriptors_max_ = RaiseDescriptorLimit();
+    place.metadata_files_max = MetadataTables(descriptors_max_);
     Result<std::unique_ptr<cow::PoolDirectory>> directory = cow::PoolDirectory::Open(place);
     if (!directory.ok()) return directory.error();
     directory_ = std::move(directory.value());
@@ -136,10 +152,13 @@ Status Daemon::StartServing(const Options& options) {
     if (!listeners.ok()) return listeners.error();
     for (const Listener& listener : listeners.value()) uris_.push_back(listener.uri);
 
+    const Result<DescriptorShares> shares = ShareAmongClients(options, descriptors_max_);
+    if (!shares.ok()) return shares.error();
+
     admin::ServiceOptions service;
     service.path = options.admin.empty() ? directory_->path() + "/admin.sock" : options.admin;
     service.pool_directory = directory_->path();
-    service.connections_max = options.admin_connections_max;
+    service.connections_max = shares.value().admin_connections;
     service.log = [](const std::string& line) { Log(LogLevel::kInfo, line); };
     admin::Backend backend;
     backend.home = home_.get();
@@ -156,25 +175,22 @@ Status Daemon::StartServing(const Options& options) {
     limits.negotiation = options.negotiation;
     limits.negotiation_ms_max = options.negotiation_timeout_s * 1000;
     limits.negotiating_max = options.negotiating_max;
-    limits.connections_max = options.connections_max;
+    limits.connections_max = shares.value().connections;
     server_ = std::make_unique<Server>(*control_, *home_, *pool_, *clients_, limits);
     server_->Start(std::move(listeners.value()));
     control_->OnTermination([this](int) { Spawn(Stop()); });
-    AnnounceReady(options);
+    control_->OnReload([] {
+        Log(LogLevel::kInfo, "SIGHUP: no setting can change while the server runs; restart it");
+    });
+    AnnounceReady();
     return Status();
 }
 
-void Daemon::AnnounceReady(const Options& options) {
+void Daemon::AnnounceReady() {
     if (directory_->created()) {
         Log(LogLevel::kInfo, fmt::format("made a new pool in {}", directory_->path()));
     }
-    const std::string line = fmt::format("ready {}", fmt::join(uris_, " "));
-    // Whoever waits for the line waits at every log level.
-    if (options.log_format == LogFormat::kJson) {
-        Log(LogLevel::kInfo, line);
-    } else {
-        std::fprintf(stderr, "varved: %s\n", line.c_str());
-    }
+    LogAlways(fmt::format("ready {}", fmt::join(uris_, " ")));
     ::sd_notify(0, "READY=1");
 }
 
@@ -260,6 +276,7 @@ Task<void> Daemon::LeaveCommandBehind() {
     co_await committing;
     Log(LogLevel::kWarning,
         "a command was still running: it is done or not done at the next start");
+    FlushLog(kFlushLogMs);
     ::_exit(0);
 }
 

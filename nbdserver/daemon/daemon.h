@@ -40,7 +40,7 @@ class Daemon {
 
     Status OpenPool(const Options& options);
     Status StartServing(const Options& options);
-    void AnnounceReady(const Options& options);
+    void AnnounceReady();
 
     Task<void> CommitNowAndThen(uint64_t interval_ms);
     Task<void> Stop();
@@ -48,10 +48,10 @@ class Daemon {
     Task<void> LeaveCommandBehind();
     void ClosePool();
 
+    std::unique_ptr<Control> control_;  // first: it keeps signals from ending the process
     std::unique_ptr<cow::PoolDirectory> directory_;
     // Threads end in the reverse order: each before those that it posts to. The reactors, which
     // post to the workers and are posted to by them, are stopped first and destroyed last.
-    std::unique_ptr<Control> control_;
     std::unique_ptr<DataPlane> plane_;
     std::unique_ptr<Worker> home_;
     std::unique_ptr<Worker> committer_;
@@ -71,6 +71,7 @@ class Daemon {
     bool stopped_ = false;
     Status outcome_;
 
+    uint64_t descriptors_max_ = 0;
     std::vector<std::string> uris_;
 };
 

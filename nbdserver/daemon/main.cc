@@ -1,6 +1,4 @@
 // varved: the server. Reads the settings, runs the daemon, turns errors into exit codes.
-#include <sys/resource.h>
-
 #include <csignal>
 #include <cstdio>
 #include <string>
@@ -8,6 +6,7 @@
 
 #include "admin/cli.h"
 #include "base/log.h"
+#include "base/standard_streams.h"
 #include "nbdserver/daemon/daemon.h"
 #include "nbdserver/daemon/options.h"
 
@@ -20,20 +19,35 @@ int Fail(const varve::Error& error) {
     return varve::admin::ExitCodeOf(error.kind);
 }
 
-/// Each client costs a descriptor: take as many as the system grants.
-void RaiseDescriptorLimit() {
-    rlimit limit{};
-    if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-    limit.rlim_cur = limit.rlim_max;
-    if (::setrlimit(RLIMIT_NOFILE, &limit) != 0) {
-        varve::Log(LogLevel::kWarning, "cannot raise the limit on open files");
+/// None of these may end the server: it would leave without a commit. SIGHUP is the daemon's once
+/// it runs; a write beyond RLIMIT_FSIZE is an error like others; the rest are what log rotation and
+/// terminals send.
+void IgnoreSignals() {
+    for (const int signal :
+         {SIGPIPE, SIGHUP, SIGXFSZ, SIGUSR1, SIGUSR2, SIGTTIN, SIGTTOU, SIGALRM}) {
+        std::signal(signal, SIG_IGN);
     }
+}
+
+constexpr int kFlushLogMs = 100;  // of the 2 s that stopping may take
+
+int Serve(const varve::nbdserver::Options& options) {
+    using varve::nbdserver::Daemon;
+    IgnoreSignals();
+    varve::Result<std::unique_ptr<Daemon>> daemon = Daemon::Start(options);
+    if (!daemon.ok()) return Fail(daemon.error());
+    const varve::Status status = daemon.value()->Run();
+    if (!status.ok()) return Fail(status.error());
+    daemon.value().reset();
+    varve::Log(LogLevel::kInfo, "stopped");
+    return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
     using namespace varve::nbdserver;
+    varve::OccupyStandardStreams();
     const std::vector<std::string> arguments(argv + 1, argv + argc);
     const varve::Result<Options> parsed = ParseOptions(arguments);
     if (!parsed.ok()) return Fail(parsed.error());
@@ -51,13 +65,8 @@ int main(int argc, char** argv) {
         return 0;
     }
     varve::SetLog(options.log_level, options.log_format);
-    std::signal(SIGPIPE, SIG_IGN);
-    RaiseDescriptorLimit();
-    varve::Result<std::unique_ptr<Daemon>> daemon = Daemon::Start(options);
-    if (!daemon.ok()) return Fail(daemon.error());
-    const varve::Status status = daemon.value()->Run();
-    if (!status.ok()) return Fail(status.error());
-    daemon.value().reset();
-    varve::Log(LogLevel::kInfo, "stopped");
-    return 0;
+    varve::StartLogThread();
+    const int status = Serve(options);
+    varve::FlushLog(kFlushLogMs);
+    return status;
 }
