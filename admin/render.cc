@@ -101,6 +101,12 @@ std::string Checksums(const json::value& result) {
                        pending == 1 ? "" : "s", made);
 }
 
+std::string Health(const json::value& result) {
+    const std::string health = Text(result, "health");
+    if (!Flag(result, "failed")) return health == "full" ? "FULL" : health;
+    return fmt::format("FAILED, writes are refused: {}", Text(result, "failure"));
+}
+
 std::string Damage(const json::value& result) {
     const uint64_t bytes = Number(result, "damaged_bytes").value_or(0);
     if (bytes == 0) return "none found since the start";
@@ -196,24 +202,29 @@ std::string RenderClients(const json::value& result) {
 }
 
 std::string RenderStatus(const json::value& result) {
-    const std::string health =
-        Flag(result, "failed")
-            ? fmt::format("FAILED, writes are refused: {}", Text(result, "failure"))
-            : "ok";
-    return RenderPairs({{"pool", Text(result, "pool")},
-                        {"version", Text(result, "version")},
-                        {"uptime", Duration(Number(result, "uptime_s").value_or(0))},
-                        {"health", health},
-                        {"capacity", ExactSize(result, "capacity")},
-                        {"used", ExactSize(result, "used")},
-                        {"free", ExactSize(result, "free")},
-                        {"disks", Count(result, "disks")},
-                        {"snapshots", Count(result, "snapshots")},
-                        {"reclaim", Reclaim(result)},
-                        {"checksums", Checksums(result)},
-                        {"damage", Damage(result)},
-                        {"map cache", fmt::format("{} of {}", Size(result, "map_cache_used"),
-                                                  Size(result, "map_cache_limit"))}});
+    std::string text =
+        RenderPairs({{"pool", Text(result, "pool")},
+                     {"version", Text(result, "version")},
+                     {"uptime", Duration(Number(result, "uptime_s").value_or(0))},
+                     {"health", Health(result)},
+                     {"capacity", ExactSize(result, "capacity")},
+                     {"used", ExactSize(result, "used")},
+                     {"free", ExactSize(result, "free")},
+                     {"metadata", fmt::format("{} used, {} free", Size(result, "metadata_used"),
+                                              Size(result, "metadata_free"))},
+                     {"disks", Count(result, "disks")},
+                     {"snapshots", Count(result, "snapshots")},
+                     {"reclaim", Reclaim(result)},
+                     {"checksums", Checksums(result)},
+                     {"damage", Damage(result)},
+                     {"map cache", fmt::format("{} of {}", Size(result, "map_cache_used"),
+                                               Size(result, "map_cache_limit"))}});
+    for (const json::value& warning : Elements(result, "warnings")) {
+        if (!warning.is_string()) continue;
+        const json::string& line = warning.get_string();
+        text += fmt::format("warning: {}\n", OneLine({line.data(), line.size()}));
+    }
+    return text;
 }
 
 std::string RenderCheck(const json::value& result) {

@@ -38,11 +38,17 @@ json::object ToJson(const ClientInfo& client) {
 }
 
 json::object ToJson(const cow::PoolStatus& status, const ServerFacts& facts) {
+    const json::array warnings(status.warnings.begin(), status.warnings.end());
     return {{"version", VARVE_VERSION},
             {"pool", facts.pool_directory},
+            {"health", cow::NameOf(status.health)},
+            {"warnings", warnings},
             {"capacity", status.capacity},
             {"used", status.used},
             {"free", status.free},
+            {"metadata_capacity", status.metadata_capacity},
+            {"metadata_used", status.metadata_used},
+            {"metadata_free", status.metadata_free},
             {"disks", status.disks},
             {"snapshots", status.snapshots},
             {"reclaim_pending", status.reclaim_pending},

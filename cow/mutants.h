@@ -49,6 +49,9 @@ enum class Mutant {
     kJournalOutOfOrder,
     kSealNotJournaled,
     kRegionsNotAnnounced,
+    kJournalUnbounded,
+    // Metadata has room
+    kMetadataFullIgnored,
     // Branches
     kWrongVersionAtFork,
     kRestoreKeepsWrites,

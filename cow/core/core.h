@@ -32,6 +32,10 @@ struct Core {
     void Fail(const std::string& reason);
     std::string failure();
 
+    /// Bytes of metadata that each lane's heads may still have to commit for what was answered.
+    /// Written once, before there are any.
+    uint64_t owed_by_lane = MetadataSpace::kPlenty;
+
     /// Recovery is over. Before, whoever opens the pool tells the failure.
     bool opened = false;
 

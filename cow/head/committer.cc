@@ -3,6 +3,12 @@
 #include "cow/mutants.h"
 
 namespace varve::cow {
+namespace {
+
+/// A region's row: its bitmap and key.
+constexpr uint64_t kRegionRowBytes = kRegionBlocks / 8 + 32;
+
+}  // namespace
 
 struct Committer::Request : Resumption {
     Committer& committer;
@@ -129,7 +135,6 @@ Task<void> Committer::Run() {
             core_.home().Post(looker);
         }
         Built built(*this);
-        built.requests = std::exchange(queue_, {});
         Build(built);
         const bool stores = built.status.ok() && !built.batch.empty();
         if (stores) co_await built;
@@ -145,16 +150,26 @@ Task<void> Committer::Run() {
     idle_.WakeAll();
 }
 
+/// Builds the changes of those who have waited longest, as many as fit into one batch.
 void Committer::Build(Built& built) {
     const auto failed = [this] {
         return MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
     };
     if (core_.failed) {
+        built.requests.assign(queue_.begin(), queue_.end());
+        queue_.clear();
         built.status = failed();
         return;
     }
     CommitContext context{built.batch, catalog_, allocator_, built.freed, false, {}};
-    for (Request* request : built.requests) request->status = request->change(context);
+    uint64_t bytes = 0;
+    while (!queue_.empty() && bytes < kGroupBytes) {
+        Request* request = queue_.front();
+        queue_.pop_front();
+        built.requests.push_back(request);
+        request->status = request->change(context);
+        bytes = built.batch.bytes() + allocator_.changed() * kRegionRowBytes;
+    }
     built.noted = context.noted;
     built.notes = std::move(context.notes);
     if (core_.failed) {  // a change found damage
@@ -199,10 +214,25 @@ Task<void> Committer::Store() {
                 storing_ = false;
                 co_return;
             }
-            inbox = std::exchange(inbox_, {});
+            inbox = TakeInbox();
         }
         StoreInbox(std::move(inbox));
     }
+}
+
+/// What home built, and rows of lanes as they came, as many as fit into one batch. REQUIRES: mutex_
+/// is locked.
+Committer::Inbox Committer::TakeInbox() {
+    Inbox some;
+    some.built = std::exchange(inbox_.built, nullptr);
+    some.pool_row = std::exchange(inbox_.pool_row, {});
+    for (uint64_t bytes = 0; !inbox_.plain.empty() && bytes < kGroupBytes;) {
+        Plain* plain = inbox_.plain.front();
+        inbox_.plain.pop_front();
+        some.plain.push_back(plain);
+        bytes += plain->rows.batch.bytes();
+    }
+    return some;
 }
 
 /// Stores all of it in one commit. Home is told first: whatever the lanes do then, what they post

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
 #include <functional>
 #include <mutex>
 #include <string>
@@ -56,6 +57,11 @@ class Committer {
   public:
     /// `wake_reclaimer` is called on home after commits that left work for it, with their notes.
     using WakeReclaimer = std::function<void(const std::vector<NotePlace>&)>;
+    /// From here on a batch takes no more changes, and the same for rows from lanes; the others
+    /// wait for the next one. One change may bring more by itself: 128 chunks of a round or a
+    /// sweep, a few MiB at most, or the rows of a disk with all its snapshots.
+    static constexpr uint64_t kGroupBytes = 1 << 20;
+
     Committer(Core& core, const Lanes& lanes, Catalog& catalog, Allocator& allocator,
               Leases& leases, WakeReclaimer wake_reclaimer);
     /// REQUIRES: Idle() has returned, and nothing came since.
@@ -94,8 +100,8 @@ class Committer {
     /// What the store has to do next.
     struct Inbox {
         Built* built = nullptr;
-        std::vector<Plain*> plain;
-        std::string pool_row;  // newer than the one in `built`
+        std::deque<Plain*> plain;  // at most one of each disk
+        std::string pool_row;      // newer than the one in `built`
         bool empty() const { return !built && plain.empty(); }
     };
 
@@ -104,6 +110,7 @@ class Committer {
     void Build(Built& built);
     void HandOver(Built* built, Plain* plain);
     Task<void> Store();
+    Inbox TakeInbox();
     void StoreInbox(Inbox inbox);
     Status Write(const Batch& batch);
     Task<void> RestLater(std::vector<Extent> freed);
@@ -117,7 +124,7 @@ class Committer {
     const WakeReclaimer wake_reclaimer_;
 
     // Of home.
-    std::vector<Request*> queue_;
+    std::deque<Request*> queue_;  // a few of each disk, and of commands
     std::vector<Looker*> lookers_;
     bool running_ = false;
     uint64_t regions_announced_ = 0;

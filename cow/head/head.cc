@@ -54,13 +54,26 @@ constexpr size_t kJournalHard = 64 << 10;
 /// Changed chunks of a lane from which on they are folded: 1 GiB of disk that is written at random,
 /// some 16 MiB of memory. They bound what recovery has to do.
 constexpr uint64_t kUnfoldedSoftMax = 4096;
-/// Changed chunks of a lane from which on writers wait.
-constexpr uint64_t kUnfoldedHardMax = 2 * kUnfoldedSoftMax;
+/// Metadata that a lane may come to owe for each of them: the rows, notes and marks of two, 2 KiB
+/// each at most, and 128 changes in journal rows, 12 bytes each.
+constexpr uint64_t kOwedForChunk = 5632;
 /// A pass takes 32 rounds, so each folds at most 128 chunks: some 0.2 ms of encoding on the lane
 /// and 1 ms of the home thread, for which a flush or a snapshot may have to wait.
 constexpr uint64_t kRoundsOfPass = 32;
 
 }  // namespace
+
+HeadLimits HeadLimits::Of(uint64_t cache_bytes, uint64_t owed) {
+    HeadLimits limits;
+    limits.unfolded_soft = std::clamp<uint64_t>(
+        std::min(cache_bytes / (16 << 10), owed / kOwedForChunk), 2, kUnfoldedSoftMax);
+    limits.unfolded_hard = 2 * limits.unfolded_soft;
+    // As many changes as those chunks have blocks: filling a disk never begins a pass for them.
+    limits.journal_soft = limits.unfolded_soft * kChunkBlocks;
+    limits.journal_hard = 2 * limits.journal_soft;
+    limits.fold_together = std::max<uint64_t>(1, limits.unfolded_soft / kRoundsOfPass);
+    return limits;
+}
 
 Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place)
     : MappedVolume(core, lane, place.line, place.size),
@@ -72,9 +85,7 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       unheld_(lane.executor),
       refilled_(lane.executor),
       round_done_(lane.executor),
-      unfolded_soft_(std::clamp<uint64_t>(lane.cache.limit() / (16 << 10), 2, kUnfoldedSoftMax)),
-      unfolded_hard_(std::clamp<uint64_t>(lane.cache.limit() / (8 << 10), 4, kUnfoldedHardMax)),
-      fold_together_(std::max<uint64_t>(1, unfolded_soft_ / kRoundsOfPass)) {
+      limits_(HeadLimits::Of(lane.cache.limit(), core.owed_by_lane)) {
     generation_ = place.generation;
 }
 
@@ -84,6 +95,7 @@ Head::~Head() {
         for (Chunk* chunk : *list) --chunk->pins;
     }
     lane_.unfolded -= unfolded_;
+    lane_.journaled -= journaled_;
     std::erase(lane_.unfolded_heads, this);
 }
 
@@ -134,6 +146,12 @@ uint64_t Head::FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) con
         first += piece.count;
     }
     return needed;
+}
+
+/// Whether the map may grow, as far as metadata goes.
+Task<bool> Head::Growable() {
+    if (!core_.metadata().full() || Mutated(Mutant::kMetadataFullIgnored)) co_return true;
+    co_return co_await host_.FindMetadataSpace(lane_.executor);
 }
 
 Task<Errno> Head::EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end) {
@@ -225,21 +243,38 @@ std::vector<Extent> Head::TakeLease() {
 
 /// Whether an answer has to wait, or somebody has to be told that there is work.
 bool Head::Laden() const {
-    return hold_ || journal_.changes.size() >= kJournalSoft || lane_.unfolded > unfolded_soft_;
+    return hold_ || journal_.changes.size() >= kJournalSoft ||
+           lane_.unfolded > limits_.unfolded_soft || lane_.journaled > limits_.journal_soft;
+}
+
+/// Whether writers must wait until this head has less that is not folded.
+bool Head::Overladen() const {
+    if (core_.failed) return false;
+    const bool chunks = lane_.unfolded > limits_.unfolded_hard && unfolded_ > 0;
+    const bool journal = lane_.journaled > limits_.journal_hard && journaled_ > 0;
+    return chunks || (journal && !Mutated(Mutant::kJournalUnbounded)) ||
+           journal_.changes.size() > kJournalHard;
 }
 
 Task<void> Head::Answerable() {
     while (hold_) co_await unheld_.Wait();
     if (journal_.changes.size() >= kJournalSoft) RequestRound();
-    if (lane_.unfolded > unfolded_soft_) FoldLane();
-    while (!core_.failed && (journal_.changes.size() > kJournalHard ||
-                             (lane_.unfolded > unfolded_hard_ && unfolded_ > 0))) {
+    Relieve();
+    while (Overladen()) {
         const uint64_t done = rounds_done_;
         RequestRound();
-        FoldLane();
+        Relieve();
         // A round that has nothing to commit is over by now.
         if (rounds_done_ == done) co_await round_done_.Wait();
     }
+}
+
+/// Folds what burdens the lane. A head that fills the journal by itself does not make others work.
+void Head::Relieve() {
+    if (lane_.unfolded > limits_.unfolded_soft) return FoldLane();
+    if (lane_.journaled <= limits_.journal_soft || Mutated(Mutant::kJournalUnbounded)) return;
+    if (journaled_ <= limits_.journal_soft / 2) return FoldLane();
+    if (!pass_ && !pass_wanted_) RequestFold();
 }
 
 void Head::FoldLane() {
@@ -287,6 +322,7 @@ Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* d
             if (data) data += part;
         }
         co_await join;
+        if (length > 0 && Laden() && !Gone(requester)) co_await Answerable();
     }
     co_return error;
 }
@@ -298,7 +334,11 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
     Errno error = 0;
     if (!chunk) error = co_await Lock(blocks.chunk, blocks.mask, &chunk);
     if (error != 0) co_return error;
-    if (FreshNeeded(*chunk, blocks.first, blocks.end) > lease_blocks_) {
+    if (core_.metadata().full() && FreshNeeded(*chunk, blocks.first, blocks.end) > 0) {
+        const bool growable = co_await Growable();
+        if (!growable) error = ENOSPC;
+    }
+    if (error == 0 && FreshNeeded(*chunk, blocks.first, blocks.end) > lease_blocks_) {
         error = co_await EnsureLease(*chunk, blocks.first, blocks.end);
     }
     if (Gone(requester)) error = ECANCELED;
@@ -383,6 +423,15 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const S
 
 // ---- trims and zeroes
 
+/// The metadata is full: what leaves nothing of a chunk makes its row shorter, in the end; a hole
+/// makes it longer.
+Task<Errno> Head::RoomToUnmap(bool whole) {
+    if (shrinking_) co_return 0;
+    bool room = !core_.metadata().exhausted();
+    if (room && !whole) room = co_await Growable();
+    co_return room ? 0 : ENOSPC;
+}
+
 Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester) {
     ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
     uint64_t settled = 0;
@@ -409,8 +458,11 @@ Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requeste
         Errno error = 0;
         if (!chunk) error = co_await Lock(index, MaskOf(first, end), &chunk);
         if (error != 0) co_return error;
+        const bool mapped = MappedBlocks(chunk->runs) > 0;
+        if (mapped && core_.metadata().full())
+            error = co_await RoomToUnmap(end - first == kChunkBlocks);
         if (Gone(requester)) error = ECANCELED;
-        if (error == 0 && MappedBlocks(chunk->runs) > 0) UnmapNow(*chunk, first, end);
+        if (error == 0 && mapped) UnmapNow(*chunk, first, end);
         Unlock(*chunk, MaskOf(first, end));
         if (error != 0) co_return error;
     }
@@ -430,6 +482,13 @@ Task<Errno> Head::Trim(uint64_t offset, uint64_t length, Requester* requester) {
 }
 
 Task<Errno> Head::TrimFrom(uint64_t from) {
+    shrinking_ = true;
+    const Errno error = co_await UnmapFrom(from);
+    shrinking_ = false;
+    co_return error;
+}
+
+Task<Errno> Head::UnmapFrom(uint64_t from) {
     const uint64_t first_block = from / kBlockBytes;
     const uint64_t end = kDiskBytesMax / kChunkBytes;
     uint64_t next_stored = 0;  // after the group that was loaded last

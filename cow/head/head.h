@@ -59,6 +59,20 @@ struct HeadCommit {
     }
 };
 
+/// How much may wait to be folded on a lane. The journal's weight counts map changes, those that
+/// no row holds yet among them; a row weighs kJournalRowWeight more, for its key.
+struct HeadLimits {
+    uint64_t unfolded_soft;  // changed chunks from which on a pass begins
+    uint64_t unfolded_hard;  // from which on writers wait
+    uint64_t journal_soft;   // the same of the journal's weight
+    uint64_t journal_hard;
+    uint64_t fold_together;  // chunks that a round folds at most
+
+    /// `cache_bytes`: the lane's share of the map cache; `owed`: bytes of metadata that it may owe.
+    static HeadLimits Of(uint64_t cache_bytes, uint64_t owed);
+};
+inline constexpr uint64_t kJournalRowWeight = 8;
+
 /// What a head asks of the pool. Tasks are started on the head's lane and finish there.
 class HeadHost {
   public:
@@ -67,6 +81,8 @@ class HeadHost {
     /// been tried. Not `urgent`: only those that are at hand.
     virtual Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
                                                           uint64_t most, bool urgent) = 0;
+    /// The metadata store is full: waits for deletions under way. Whether it is not full any more.
+    virtual Task<bool> FindMetadataSpace(Executor& lane) = 0;
     /// Commits what a round gives; its data has been synced.
     virtual Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) = 0;
 };
@@ -137,6 +153,7 @@ class Head : public MappedVolume {
     struct JournalRow {
         Generation generation;
         uint64_t number;
+        uint64_t weight;
     };
 
     // head.cc: requests
@@ -149,10 +166,14 @@ class Head : public MappedVolume {
     Task<Errno> WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
                             uint64_t offset, std::span<const std::byte> buffer,
                             Requester* requester);
+    Task<Errno> UnmapFrom(uint64_t from);
+    Task<Errno> RoomToUnmap(bool whole);
     Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester);
     Task<Errno> ZeroPart(uint64_t offset, uint64_t length, Requester* requester);
     bool Laden() const;
     Task<void> Answerable();
+    bool Overladen() const;
+    void Relieve();
     void FoldLane();
     Chunk* TryLock(ChunkIndex index, uint64_t mask);
     Task<Errno> Lock(ChunkIndex index, uint64_t mask, Chunk** chunk);
@@ -160,6 +181,7 @@ class Head : public MappedVolume {
 
     // head.cc: space
     uint64_t FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) const;
+    Task<bool> Growable();
     Task<Errno> EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end);
     Task<Errno> Refill(uint64_t needed, bool urgent);
     Task<void> RefillAhead();
@@ -168,7 +190,7 @@ class Head : public MappedVolume {
 
     // head_changes.cc: changes of the map, and cuts
     void Pin(std::vector<Chunk*>& list, Chunk& chunk);
-    PendingJournal& JournalOf(Generation generation);
+    void Journal(Generation generation, const MapChange& change);
     void MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches);
     void GiveUp(const Stretches& stretches);
     void UnmapNow(Chunk& chunk, uint32_t first, uint32_t end);
@@ -185,7 +207,9 @@ class Head : public MappedVolume {
     void BeginPass();
     static void SortForFold(std::vector<Chunk*>& chunks);
     void Encode(Chunk& chunk, HeadCommit& commit) const;
-    void TakeJournal(uint64_t folded_below, HeadCommit& commit);
+    bool NothingToFold() const { return dirty_.empty() && folding_.empty() && sealed_.empty(); }
+    void CountJournaled(int64_t weight);
+    uint64_t TakeJournal(uint64_t folded_below, HeadCommit& commit);
     void PutJournal(PendingJournal journal, Generation generation, HeadCommit& commit);
     Task<Errno> SyncData();
     void Unpin(std::vector<Chunk*>& chunks);
@@ -200,6 +224,7 @@ class Head : public MappedVolume {
     unsigned era_ = 0;
     WaitList writers_gone_;
     WaitList unlocked_;
+    bool shrinking_ = false;
     bool hold_ = false;
     WaitList unheld_;
 
@@ -224,6 +249,7 @@ class Head : public MappedVolume {
     PendingJournal journal_;         // of the present generation
     PendingJournal sealed_journal_;  // of the sealed one, between Freeze and Seal
     std::deque<JournalRow> rows_;    // that are stored
+    uint64_t journaled_ = 0;         // the weight of all three, and of rows being deleted
     uint64_t next_row_ = 0;
     bool pass_ = false;  // under way; its rows are those before:
     uint64_t pass_rows_ = 0;
@@ -242,8 +268,7 @@ class Head : public MappedVolume {
     uint64_t rounds_started_ = 0;
     uint64_t rounds_done_ = 0;
     WaitList round_done_;
-    const uint64_t unfolded_soft_, unfolded_hard_;  // of the lane: fold, make writers wait
-    const size_t fold_together_;                    // chunks that a round folds at most
+    const HeadLimits limits_;
 };
 
 }  // namespace varve::cow

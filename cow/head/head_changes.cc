@@ -17,8 +17,10 @@ void Head::Pin(std::vector<Chunk*>& list, Chunk& chunk) {
 }
 
 /// REQUIRES: `generation` is the present one or the one that is being sealed.
-Head::PendingJournal& Head::JournalOf(Generation generation) {
-    return generation == generation_ ? journal_ : sealed_journal_;
+void Head::Journal(Generation generation, const MapChange& change) {
+    PendingJournal& journal = generation == generation_ ? journal_ : sealed_journal_;
+    journal.changes.push_back(change);
+    CountJournaled(1);
 }
 
 void Head::Prepare(Chunk& chunk) {
@@ -75,7 +77,7 @@ void Head::MapStretches(Chunk& chunk, Generation generation, const Stretches& st
         change.place = stretch.place;
         change.first = stretch.first;
         change.count = stretch.count;
-        JournalOf(generation).changes.push_back(change);
+        Journal(generation, change);
     }
     if (prepared) lane_.cache.Recharge(chunk);
 }
@@ -98,7 +100,7 @@ void Head::UnmapNow(Chunk& chunk, uint32_t first, uint32_t end) {
         change.place = 0;
         change.first = first;
         change.count = end - first;
-        journal_.changes.push_back(change);
+        Journal(generation_, change);
     }
     lane_.cache.Recharge(chunk);
 }

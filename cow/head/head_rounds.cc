@@ -9,6 +9,12 @@
 #include "cow/mutants.h"
 
 namespace varve::cow {
+namespace {
+
+/// Journal rows that one commit deletes: a fraction of a millisecond of the home thread.
+constexpr size_t kObsoleteTogether = 256;
+
+}  // namespace
 
 // ---- one round
 
@@ -35,20 +41,36 @@ void Head::Encode(Chunk& chunk, HeadCommit& commit) const {
     }
 }
 
-/// Takes the present generation's journal, and drops the rows that this commit makes useless: all
-/// of them if nothing is left to fold afterwards, else those before `folded_below`. REQUIRES: no
-/// suspension since the last chunk of `commit` was encoded.
-void Head::TakeJournal(uint64_t folded_below, HeadCommit& commit) {
+void Head::CountJournaled(int64_t weight) {
+    journaled_ += static_cast<uint64_t>(weight);
+    lane_.journaled += static_cast<uint64_t>(weight);
+}
+
+/// Takes the present generation's journal, and drops rows that this commit makes useless, from the
+/// front, at most kObsoleteTogether: those before `folded_below`, or any if nothing is left to fold
+/// afterwards. Returns their weight, which counts until they are gone. REQUIRES: no suspension
+/// since the last chunk of `commit` was encoded.
+uint64_t Head::TakeJournal(uint64_t folded_below, HeadCommit& commit) {
     PendingJournal journal = std::exchange(journal_, {});
-    const bool all = dirty_.empty() && folding_.empty() && sealed_.empty();
-    while (!rows_.empty() && (all || rows_.front().number < folded_below)) {
+    const bool nothing_left = NothingToFold();
+    // A row that stays would take back what a newer one says of the same block, if that is missing.
+    const bool all = nothing_left && rows_.size() <= kObsoleteTogether;
+    uint64_t weight = 0;
+    for (size_t most = kObsoleteTogether; most > 0 && !rows_.empty(); --most) {
         const JournalRow& row = rows_.front();
-        if (!Mutated(Mutant::kJournalKept))
+        if (!nothing_left && row.number >= folded_below) break;
+        if (!Mutated(Mutant::kJournalKept)) {
             commit.obsolete.push_back(JournalKey(branch_, row.generation, row.number));
+        }
+        weight += row.weight;
         rows_.pop_front();
     }
-    if (all) journal.changes.clear();
+    if (all) {
+        CountJournaled(-static_cast<int64_t>(journal.changes.size()));
+        journal.changes.clear();
+    }
     PutJournal(std::move(journal), generation_, commit);
+    return weight;
 }
 
 void Head::PutJournal(PendingJournal journal, Generation generation, HeadCommit& commit) {
@@ -56,7 +78,8 @@ void Head::PutJournal(PendingJournal journal, Generation generation, HeadCommit&
     if (journal.changes.empty()) return;
     commit.journal_key = JournalKey(branch_, generation, next_row_);
     commit.journal = EncodeChanges(journal.changes);
-    rows_.push_back({generation, next_row_++});
+    rows_.push_back({generation, next_row_++, journal.changes.size() + kJournalRowWeight});
+    CountJournaled(kJournalRowWeight);
 }
 
 Task<Errno> Head::SyncData() {
@@ -93,16 +116,18 @@ Task<void> Head::Round() {
     commit.branch = branch_;
     commit.generation = sealed ? sealed_generation_ : generation_;
     if (sealed) commit.snapshot = sealed_snapshot_;
-    const auto rest =
-        waiting.end() - static_cast<std::ptrdiff_t>(std::min(waiting.size(), fold_together_));
+    const auto rest = waiting.end() - static_cast<std::ptrdiff_t>(std::min<uint64_t>(
+                                          waiting.size(), limits_.fold_together));
     std::vector<Chunk*> chunks(rest, waiting.end());
     waiting.erase(rest, waiting.end());
-    const bool last = waiting.empty() && (sealed || pass_);
+    const bool folded = waiting.empty() && (sealed || pass_);
     const bool early = Mutated(Mutant::kJournalForgottenEarly) && (sealed || pass_);
-    const uint64_t folded_below = !last && !early ? 0 : sealed ? sealed_rows_ : pass_rows_;
+    const uint64_t folded_below = !folded && !early ? 0 : sealed ? sealed_rows_ : pass_rows_;
     // Rows in the order of their keys: the store takes them twice as fast.
     for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) Encode(**chunk, commit);
-    TakeJournal(folded_below, commit);
+    const uint64_t obsolete = TakeJournal(folded_below, commit);
+    const bool kept = !rows_.empty() && (NothingToFold() || rows_.front().number < folded_below);
+    const bool last = folded && !kept;
     if (Mutated(Mutant::kReusedBeforeCommit)) ReuseDropped(commit, &lease_, &lease_blocks_);
     // Data before metadata: what the rows name must be durable before the rows can be.
     Errno error = 0;
@@ -113,6 +138,7 @@ Task<void> Head::Round() {
         VARVE_CHECK(s.ok() || core_.failed);
     }
     if (Mutated(Mutant::kRowsBeforeData)) error = co_await SyncData();
+    CountJournaled(-static_cast<int64_t>(obsolete));
     Unpin(chunks);
     if (last && sealed) {
         sealed_open_ = false;

@@ -43,6 +43,12 @@ void Checksummer::Add(SnapshotId snapshot) {
     wake_.WakeAll();
 }
 
+void Checksummer::Wake() {
+    if (!running_ || !idle_ || pending_.empty()) return;
+    idle_ = false;
+    wake_.WakeAll();
+}
+
 uint64_t Checksummer::pending() const {
     uint64_t count = 0;
     for (const auto* some : {&pending_, &given_up_}) {
@@ -58,7 +64,7 @@ Task<void> Checksummer::WaitIdle() {
 Task<void> Checksummer::Run() {
     Status s = co_await ReadMarks();
     while (s.ok() && !stopping_ && !core_.failed) {
-        if (pending_.empty()) {
+        if (pending_.empty() || core_.metadata().full()) {
             idle_ = true;
             changed_.WakeAll();
             co_await wake_.Wait();
@@ -68,6 +74,7 @@ Task<void> Checksummer::Run() {
         const auto [generation, id] = *pending_.begin();
         const Status summed = co_await SumSnapshot(id);
         if (core_.closing || core_.failed) break;
+        if (!summed.ok() && summed.error().kind == ErrorKind::kNoSpace) continue;
         pending_.erase(generation);
         if (summed.ok()) continue;
         given_up_[generation] = id;
@@ -139,6 +146,7 @@ Task<Status> Checksummer::SumSnapshot(SnapshotId id) {
         if (!catalog_.snapshots().contains(id)) co_return Status();
         const bool last = walk.done() && unreadable == 0;
         if (walk.done() || sums.size() >= kStoreTogether) {
+            if (core_.metadata().full()) co_return MakeError(ErrorKind::kNoSpace, "no room");
             std::vector<Sum> some = std::exchange(sums, {});
             s = co_await Store(id, std::move(some), last);
             if (!s.ok()) co_return s;

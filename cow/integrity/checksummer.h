@@ -28,6 +28,8 @@ class Checksummer {
     Task<void> Stop();
     /// A snapshot was taken.
     void Add(SnapshotId snapshot);
+    /// Metadata has room again: what waited for it goes on.
+    void Wake();
     /// Waits until all that can be done is done.
     Task<void> WaitIdle();
 

@@ -39,7 +39,9 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
       commands_(core_.home()),
       export_closed_(core_.home()),
       visit_ended_(core_.home()),
-      background_(core_.home()) {}
+      background_(core_.home()) {
+    core_.owed_by_lane = core_.metadata().Space().owed / core_.environment.lanes.size();
+}
 
 PoolImpl::~PoolImpl() {
     VARVE_CHECK(disks_.empty() && snapshots_.empty());
@@ -221,6 +223,7 @@ Task<void> PoolImpl::CommitChanged(bool fold) {
 }
 
 Task<void> PoolImpl::CommitDirty() {
+    WatchHealth();
     co_await CommitChanged(false);
     co_await ReturnIdleLeases();
 }
@@ -235,7 +238,6 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
     PoolStatus status;
     status.used = catalog_.pool().used_blocks * kBlockBytes;
     status.capacity = std::max(allocator_.Capacity(), status.used);
-    status.free = status.capacity - status.used;
     status.leased = allocator_.leased_blocks() * kBlockBytes;
     status.disks = catalog_.disks().size();
     status.snapshots = catalog_.snapshots().size();
@@ -259,6 +261,7 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
         co_await Hop(core_.home());
         status.map_cache_used += used;
     }
+    Judge(status);
     co_return status;
 }
 

@@ -50,11 +50,25 @@ struct SnapshotInfo {
     uint64_t referenced = 0;  // bytes of blocks mapped by it
 };
 
+/// The worst of what is known of a pool.
+enum class Health : uint8_t {
+    kOk,
+    kWarning,  // nearly full, damage was found, or space cannot be given back
+    kFull,     // writes that need space get ENOSPC
+    kFailed,   // writes and flushes are refused until a restart
+};
+const char* NameOf(Health health);
+
 struct PoolStatus {
     uint64_t capacity = 0;  // bytes the pool could hold
     uint64_t used = 0;      // bytes of allocated blocks, those waiting for reclaim included
-    uint64_t free = 0;      // capacity - used
-    uint64_t leased = 0;    // of that, handed to disks for their next writes, or still being read
+    uint64_t leased = 0;    // not used, but handed to disks, or still being read
+    uint64_t free = 0;      // capacity - used, or less: what metadata has room for
+    uint64_t metadata_capacity = 0;  // bytes that rows may take in all
+    uint64_t metadata_used = 0;
+    uint64_t metadata_free = 0;
+    Health health = Health::kOk;
+    std::vector<std::string> warnings;  // each a line that says what to do
     uint64_t disks = 0;
     uint64_t snapshots = 0;
     uint64_t reclaim_pending = 0;    // deletions whose space is not all given back yet

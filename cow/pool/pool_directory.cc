@@ -105,14 +105,17 @@ Result<File> ClaimData(const std::string& path) {
     return file;
 }
 
-/// The memory tables that the metadata's file system has room for: what RocksDB writes of its own
-/// accord must fit into the reserve that DataSpace keeps, which is 5 % of a small one.
+/// Of memory tables: what data leaves free beside metadata. They need seven, three may be rows.
+constexpr uint64_t kReserveBuffers = 10;
+
+/// The memory tables that the metadata's file system has room for: the store keeps fifteen times as
+/// much for itself, 6 % of a small one.
 uint64_t BufferBytes(const std::string& path) {
     constexpr uint64_t kLeast = 1 << 20;
     constexpr uint64_t kMost = 16 << 20;
     struct statvfs system;
     if (::statvfs(path.c_str(), &system) != 0) return kMost;
-    return std::clamp(uint64_t{system.f_blocks} * system.f_frsize / 64, kLeast, kMost);
+    return std::clamp(uint64_t{system.f_blocks} * system.f_frsize / 256, kLeast, kMost);
 }
 
 std::string EncodeRow(const Uuid& uuid, const std::string& data_path) {
@@ -196,6 +199,7 @@ Status PoolDirectory::Create(const PoolDirectoryOptions& options) {
 
     RocksOptions rocks;
     rocks.create = true;
+    rocks.reserve = true;
     rocks.buffer_bytes = BufferBytes(path_);
     Result<std::unique_ptr<MetadataStore>> metadata = OpenRocksStore(unfinished, rocks);
     if (!metadata.ok()) return metadata.error();
@@ -215,7 +219,8 @@ Status PoolDirectory::OpenMetadata(const PoolDirectoryOptions& options) {
     RocksOptions rocks;
     rocks.cache_bytes = options.metadata_cache_bytes;
     rocks.open_files_max = options.metadata_files_max;
-    rocks.buffer_bytes = BufferBytes(path_);
+    rocks.reserve = true;
+    rocks.buffer_bytes = BufferBytes(path_ + "/meta");
     Result<std::unique_ptr<MetadataStore>> metadata = OpenRocksStore(path_ + "/meta", rocks);
     if (!metadata.ok()) return metadata.error();
     metadata_ = std::move(metadata.value());
@@ -281,7 +286,10 @@ Status PoolDirectory::OpenData(const PoolDirectoryOptions& options) {
     // What a crash left in the page cache must not look durable to those who rely on it now.
     status = SyncFile(data_, data_path_);
     if (!status.ok()) return status;
-    Result<DataSpace> space = DataSpace::Make(data_.fd(), data_path_, path_ + "/meta");
+    constexpr uint64_t kReserveMax = 256 << 20;
+    const std::string metadata = path_ + "/meta";
+    Result<DataSpace> space = DataSpace::Make(data_.fd(), data_path_, metadata, kReserveMax,
+                                              kReserveBuffers * BufferBytes(metadata));
     if (!space.ok()) return space.error();
     space_ = std::make_unique<DataSpace>(std::move(space.value()));
     status = CheckDataEnd();

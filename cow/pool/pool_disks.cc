@@ -73,6 +73,7 @@ Task<Status> PoolImpl::CreateDisk(std::string name, uint64_t size) {
     const CommandLock lock(commands_);
     Status s = CheckNewName(name);
     if (s.ok()) s = CheckSize(size, options_);
+    if (s.ok()) s = Growable();
     if (!s.ok()) co_return s;
     if (catalog_.disks().size() >= options_.disks_max) co_return TooManyDisks(options_.disks_max);
     Change change = [&](CommitContext& context) {
@@ -141,6 +142,7 @@ Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
     if (!id.ok()) co_return id.error();
     Status s = CheckNewName(name);
     if (s.ok()) s = CheckDepth(id.value());
+    if (s.ok()) s = Growable();
     if (!s.ok()) co_return s;
     if (catalog_.disks().size() >= options_.disks_max) co_return TooManyDisks(options_.disks_max);
     co_await FoldSealed(catalog_.snapshot(id.value()).disk);

@@ -1,6 +1,6 @@
 // PoolImpl: the pool's commands, over the catalog, the committer, the reclaimer and the heads.
-// Split by subject: pool.cc (opening, closing, status, space), recovery.cc, pool_disks.cc,
-// pool_snapshots.cc, pool_exports.cc.
+// Split by subject: pool.cc (opening, closing, status, space), health.cc, recovery.cc,
+// pool_disks.cc, pool_snapshots.cc, pool_exports.cc.
 //
 // Everything here belongs to the home executor; a task that visits a lane comes back. Commands
 // that change something run one at a time (commands_); what they await is short, but for fences
@@ -62,6 +62,7 @@ class PoolImpl : public Pool, public HeadHost {
     // HeadHost
     Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane, uint64_t most,
                                                   bool urgent) override;
+    Task<bool> FindMetadataSpace(Executor& lane) override;
     Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) override;
 
   private:
@@ -89,6 +90,7 @@ class PoolImpl : public Pool, public HeadHost {
 
     // recovery.cc
     Task<Status> FoldPart(const JournalPart& part);
+    Task<Status> DropRows(const std::vector<std::string>& keys);
 
     // pool.cc
     Task<Status> Commit(Change change);
@@ -96,6 +98,12 @@ class PoolImpl : public Pool, public HeadHost {
     Task<void> RecallLeases(std::vector<DiskId> ids);
     Task<void> ReturnIdleLeases();
     bool Scarce() const;
+
+    // health.cc
+    Status Growable() const;
+    void Judge(PoolStatus& status) const;
+    void WatchHealth();
+    Task<void> CompactMetadata();
     void EndVisit(DiskId id);
     Task<void> CommitOne(DiskId id, bool fold, Join* join);
     Task<void> CommitChanged(bool fold);
@@ -157,6 +165,10 @@ class PoolImpl : public Pool, public HeadHost {
     WaitList visit_ended_;
     Gate background_;
     std::function<void(const std::vector<uint64_t>&)> disconnect_;
+    bool compacting_ = false;
+    uint64_t compacted_chunks_ = ~uint64_t{0};  // reclaimer_.swept_chunks() then
+    uint64_t compacted_commits_ = 0;
+    std::string health_logged_;     // the warnings that the log has had last
     bool full_ = false;             // FindSpace found nothing, and since then nothing was released
     uint64_t full_at_release_ = 0;  // committer_.released_blocks() then
 };

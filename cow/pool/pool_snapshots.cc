@@ -144,6 +144,8 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
     if (core_.failed) {
         co_return MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
     }
+    const Status room = Growable();
+    if (!room.ok()) co_return room;
     Result<std::vector<Cut>> planned = PlanCuts(names);
     if (!planned.ok()) co_return planned.error();
     std::vector<Cut>& cuts = planned.value();
@@ -385,6 +387,7 @@ Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::stri
     if (!idle.ok()) co_return idle.error();
     Status s = CheckDepth(found.value());
     if (s.ok() && keep_as) s = CheckNewSnapshot(id, *keep_as);
+    if (s.ok()) s = Growable();
     if (s.ok()) s = co_await FenceDisk(id, disconnect);
     if (!s.ok()) co_return s;
     Disk& disk = disks_.at(id);

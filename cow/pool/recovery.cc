@@ -11,6 +11,8 @@ namespace {
 
 /// Chunks that are folded in one commit.
 constexpr size_t kFoldTogether = 256;
+/// Journal rows that are deleted in one commit.
+constexpr size_t kRowsTogether = 1024;
 
 Error NobodySees(const JournalPart& part) {
     return MakeError(ErrorKind::kDamaged,
@@ -49,7 +51,6 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
             ApplyJournal(*view, line, part, next, kFoldTogether, &next);
         if (!chunks.ok()) co_return chunks.error();
         HeadCommit commit = MakeCommit(part, owner->snapshot, std::move(chunks.value()));
-        if (next == part.changes.size()) commit.obsolete = part.keys;
         if (commit.empty()) continue;
         Change change = [&](CommitContext& context) -> Status {
             for (const HeadCommit::Row& row : commit.rows) {
@@ -63,7 +64,21 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
         const Status s = co_await Commit(std::move(change));
         if (!s.ok()) co_return s;
     }
-    co_return Status();
+    co_return co_await DropRows(part.keys);
+}
+
+/// Deletes journal rows that are folded, the oldest first.
+Task<Status> PoolImpl::DropRows(const std::vector<std::string>& keys) {
+    Status s;
+    for (size_t next = 0; next < keys.size() && s.ok(); next += kRowsTogether) {
+        const size_t end = std::min(keys.size(), next + kRowsTogether);
+        Change change = [&keys, next, end](CommitContext& context) {
+            for (size_t i = next; i < end; ++i) context.batch.Delete(keys[i]);
+            return Status();
+        };
+        s = co_await Commit(std::move(change));
+    }
+    co_return s;
 }
 
 Task<Status> PoolImpl::Recover() {

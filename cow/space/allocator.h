@@ -75,6 +75,8 @@ class Allocator {
     /// Blocks that nobody can reach any more may be leased again.
     void Release(const Extent& extent);
 
+    /// How many regions changed since the last Encode.
+    size_t changed() const { return changed_.size(); }
     /// Puts the rows of all regions that changed since the last call.
     void Encode(Batch& batch);
 

@@ -14,21 +14,19 @@
 #include "cow/format/types.h"
 
 namespace varve::cow {
-namespace {
 
 /// Bytes that may still be taken from a file system before its reserve is touched.
-uint64_t Spare(const struct statvfs& system, uint64_t reserve_max) {
+uint64_t DataSpace::Spare(const struct statvfs& system) const {
     const uint64_t total = uint64_t{system.f_blocks} * system.f_frsize;
     const uint64_t free = uint64_t{system.f_bavail} * system.f_frsize;
-    const uint64_t reserve = std::min(reserve_max, total / 20);
+    const uint64_t reserve = std::max(reserve_min_, std::min(reserve_max_, total / 20));
     return free > reserve ? free - reserve : 0;
 }
 
-}  // namespace
-
 Result<DataSpace> DataSpace::Make(int fd, std::string path, std::string metadata,
-                                  uint64_t reserve_max) {
+                                  uint64_t reserve_max, uint64_t reserve_min) {
     DataSpace space;
+    struct stat beside;
     struct stat about;
     if (::fstat(fd, &about) != 0) return SystemError(errno, fmt::format("cannot stat {}", path));
     if (S_ISBLK(about.st_mode) && ::ioctl(fd, BLKGETSIZE64, &space.device_bytes_) != 0) {
@@ -38,12 +36,15 @@ Result<DataSpace> DataSpace::Make(int fd, std::string path, std::string metadata
     space.path_ = std::move(path);
     space.metadata_ = std::move(metadata);
     space.reserve_max_ = reserve_max;
+    const bool shared = ::stat(space.metadata_.c_str(), &beside) == 0 &&
+                        beside.st_dev == about.st_dev && !S_ISBLK(about.st_mode);
+    space.reserve_min_ = shared ? reserve_min : 0;
     return space;
 }
 
 Status DataSpace::Provision(uint64_t offset, uint64_t length) {
     struct statvfs system;
-    if (::statvfs(metadata_.c_str(), &system) == 0 && Spare(system, reserve_max_) == 0) {
+    if (::statvfs(metadata_.c_str(), &system) == 0 && Spare(system) == 0) {
         return MakeError(ErrorKind::kNoSpace,
                          fmt::format("the file system of {} is full but for its reserve; make room "
                                      "there",
@@ -58,7 +59,7 @@ Status DataSpace::Provision(uint64_t offset, uint64_t length) {
     if (::fstatvfs(fd_, &system) != 0 || ::fstat(fd_, &before) != 0) {
         return SystemError(errno, fmt::format("cannot stat {}", path_));
     }
-    if (Spare(system, reserve_max_) < length) {
+    if (Spare(system) < length) {
         return MakeError(ErrorKind::kNoSpace,
                          fmt::format("the file system of {} is full but for its reserve; make room "
                                      "there or delete snapshots",
@@ -106,7 +107,7 @@ uint64_t DataSpace::Capacity(uint64_t provisioned) {
     // What was discarded since is among the spare space.
     const uint64_t held =
         std::min(provisioned, uint64_t{512} * static_cast<uint64_t>(about.st_blocks));
-    return (held + Spare(system, reserve_max_)) / kBlockBytes * kBlockBytes;
+    return (held + Spare(system)) / kBlockBytes * kBlockBytes;
 }
 
 }  // namespace varve::cow

@@ -3,6 +3,8 @@
 // Not the data path: nothing is read or written here.
 #pragma once
 
+#include <sys/statvfs.h>
+
 #include <cstdint>
 #include <string>
 
@@ -16,9 +18,9 @@ class DataSpace : public SpaceStore {
     /// `fd`, the data file at `path`, stays the caller's and open. `metadata`: the directory of the
     /// metadata store. Of its file system and of the data file's, `reserve_max` bytes or 5 %,
     /// whichever is less, are left free, so that commits and deletions still work when data has
-    /// filled the rest.
+    /// filled the rest; `reserve_min` at least if both share one.
     static Result<DataSpace> Make(int fd, std::string path, std::string metadata,
-                                  uint64_t reserve_max = 256 << 20);
+                                  uint64_t reserve_max = 256 << 20, uint64_t reserve_min = 0);
 
     Status Provision(uint64_t offset, uint64_t length) override;
     void Discard(uint64_t offset, uint64_t length) override;
@@ -29,11 +31,12 @@ class DataSpace : public SpaceStore {
 
   private:
     DataSpace() = default;
+    uint64_t Spare(const struct statvfs& system) const;
 
     int fd_ = -1;
     std::string path_;
     std::string metadata_;
-    uint64_t reserve_max_ = 0;
+    uint64_t reserve_max_ = 0, reserve_min_ = 0;
     uint64_t device_bytes_ = 0;
 };
 

@@ -5,9 +5,13 @@
 #include <rocksdb/db.h>
 #include <rocksdb/env.h>
 #include <rocksdb/slice_transform.h>
+#include <rocksdb/sst_file_manager.h>
 #include <rocksdb/table.h>
 #include <rocksdb/utilities/table_properties_collectors.h>
+#include <sys/statvfs.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <filesystem>
@@ -16,6 +20,7 @@
 #include <utility>
 
 #include "base/log.h"
+#include "cow/store/rocks_ballast.h"
 #include "cow/store/rocks_files.h"
 #include "cow/store/rocks_log.h"
 
@@ -146,10 +151,25 @@ class RocksView : public MetadataView {
     const std::string& path_;  // the store's
 };
 
+/// What a store is opened with, and lives on. In the order in which it is built up.
+struct Ground {
+    std::unique_ptr<Ballast> ballast;
+    std::unique_ptr<rocksdb::Env> ballast_env;
+    std::unique_ptr<rocksdb::Env> env;
+    std::shared_ptr<rocksdb::SstFileManager> tables;
+};
+
 class RocksStore : public MetadataStore {
   public:
-    RocksStore(std::unique_ptr<rocksdb::Env> env, std::unique_ptr<rocksdb::DB> db, std::string path)
-        : env_(std::move(env)), db_(std::move(db)), path_(std::move(path)) {}
+    RocksStore(Ground ground, std::unique_ptr<rocksdb::DB> db, std::string path,
+               const RocksOptions& options)
+        : ground_(std::move(ground)),
+          db_(std::move(db)),
+          path_(std::move(path)),
+          buffer_bytes_(options.buffer_bytes),
+          reserve_(options.reserve) {
+        Space();
+    }
 
     ~RocksStore() override {
         const rocksdb::Status status = db_->Close();
@@ -160,9 +180,50 @@ class RocksStore : public MetadataStore {
         return std::make_unique<RocksView>(*db_, path_);
     }
 
+    /// Of what is free now, tables being written or not yet deleted are gone soon, the logs may
+    /// become as long as they may be, and kSpareBuffers are for flushes and what is owed.
+    MetadataSpace Space() override {
+        struct statvfs system;
+        uint64_t live = 0, memory = 0;
+        if (!reserve_ || ::statvfs(path_.c_str(), &system) != 0) return {};
+        const uint64_t available = uint64_t{system.f_bavail} * system.f_frsize;
+        ground_.ballast->Refill(available);
+        db_->GetIntProperty(rocksdb::DB::Properties::kLiveSstFilesSize, &live);
+        db_->GetIntProperty(rocksdb::DB::Properties::kSizeAllMemTables, &memory);
+        const uint64_t written = std::max(ground_.tables->GetTotalSize(), live);
+        const uint64_t logs = kLogBuffers * buffer_bytes_;
+        const uint64_t missing = ground_.ballast->bytes() - ground_.ballast->held();
+        const uint64_t room = available + (written - live) + std::min(memory, logs);
+        const uint64_t spare = kSpareBuffers * buffer_bytes_;
+        const uint64_t kept = logs + spare + missing;
+        MetadataSpace space;
+        space.free = room > kept ? room - kept : 0;
+        space.capacity = live + space.free;
+        space.owed = spare;
+        full_.store(space.free == 0, std::memory_order_relaxed);
+        exhausted_.store(room + spare / 2 < kept, std::memory_order_relaxed);
+        return space;
+    }
+    bool full() const override { return full_.load(std::memory_order_relaxed); }
+    bool exhausted() const override { return exhausted_.load(std::memory_order_relaxed); }
+
+    void Compact(std::atomic<bool>& cancelled) override {
+        rocksdb::CompactRangeOptions options;
+        options.exclusive_manual_compaction = false;
+        options.canceled = &cancelled;
+        // One that fails for lack of room leaves everything as it was.
+        db_->CompactRange(options, nullptr, nullptr).PermitUncheckedError();
+        Space();
+    }
+
     Status Commit(const Batch& batch) override {
         std::lock_guard lock(mutex_);
         if (failure_) return *failure_;
+        unmeasured_ += batch.bytes();
+        if (unmeasured_ >= buffer_bytes_ / kMeasureEach || full()) {
+            unmeasured_ = 0;
+            Space();
+        }
         rocksdb::WriteBatch rows;
         rocksdb::Status status;
         for (const Batch::Op& op : batch.ops()) {
@@ -182,17 +243,40 @@ class RocksStore : public MetadataStore {
     }
 
   private:
-    const std::unique_ptr<rocksdb::Env> env_;  // outlives db_
+    static constexpr uint64_t kLogBuffers = 3;
+    static constexpr uint64_t kSpareBuffers = 4;
+    static constexpr uint64_t kMeasureEach = 8;  // part of a buffer
+
+    const Ground ground_;  // outlives db_
     const std::unique_ptr<rocksdb::DB> db_;
     const std::string path_;
-    std::mutex mutex_;  // one commit at a time: a torn record can only be the log's last
+    const uint64_t buffer_bytes_;
+    const bool reserve_;
+    std::atomic<bool> full_ = false;
+    std::atomic<bool> exhausted_ = false;
+    uint64_t unmeasured_ = 0;  // bytes committed since the last Space()
+    std::mutex mutex_;         // one commit at a time: a torn record can only be the log's last
     std::optional<Error> failure_;
 };
 
-rocksdb::Options MakeOptions(const RocksOptions& given, rocksdb::Env& env,
+Ground MakeGround(const std::string& path, const RocksOptions& given) {
+    Ground ground;
+    std::error_code ignored;
+    if (given.reserve) std::filesystem::create_directory(path, ignored);  // RocksDB says why
+    ground.ballast = std::make_unique<Ballast>(
+        path + "/ballast", given.reserve ? RocksReserve(given.buffer_bytes) : 0);
+    rocksdb::Env& base = given.env ? *given.env : *rocksdb::Env::Default();
+    ground.ballast_env = NewBallastEnv(base, *ground.ballast);
+    ground.env = NewOverwritingEnv(*ground.ballast_env);
+    ground.tables.reset(rocksdb::NewSstFileManager(ground.env.get()));
+    return ground;
+}
+
+rocksdb::Options MakeOptions(const RocksOptions& given, const Ground& ground,
                              rocksdb::WALRecoveryMode recovery) {
     rocksdb::Options options;
-    options.env = &env;
+    options.env = ground.env.get();
+    options.sst_file_manager = ground.tables;
     options.create_if_missing = given.create;
     options.paranoid_checks = true;
     options.compression = rocksdb::kLZ4Compression;
@@ -265,14 +349,14 @@ Result<std::unique_ptr<MetadataStore>> OpenRocksStore(const std::string& path,
     if (!torn.ok()) return torn.error();
     const auto recovery = torn.value() ? rocksdb::WALRecoveryMode::kPointInTimeRecovery
                                        : rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
-    auto env = NewOverwritingEnv(given.env ? *given.env : *rocksdb::Env::Default());
-    const rocksdb::Options options = MakeOptions(given, *env, recovery);
+    Ground ground = MakeGround(path, given);
+    const rocksdb::Options options = MakeOptions(given, ground, recovery);
     rocksdb::DB* raw = nullptr;
     const rocksdb::Status status = rocksdb::DB::Open(options, path, &raw);
     if (!status.ok()) return ToError(status, path);
     std::unique_ptr<rocksdb::DB> db(raw);
     return std::unique_ptr<MetadataStore>(
-        std::make_unique<RocksStore>(std::move(env), std::move(db), path));
+        std::make_unique<RocksStore>(std::move(ground), std::move(db), path, given));
 }
 
 }  // namespace varve::cow

@@ -25,9 +25,17 @@ struct RocksOptions {
     /// Tables kept open, a descriptor each; some kDescriptorsBesideTables more are for logs, lists
     /// and what compaction writes. At least 20.
     unsigned open_files_max = 1024;
+    /// The store keeps room for itself and counts what is left for rows: RocksReserve(buffer_bytes)
+    /// in a file of its own, and some that is only not given to rows.
+    bool reserve = false;
     /// Where files are written; null: the system. Tests cut its power. It must outlive the store.
     rocksdb::Env* env = nullptr;
 };
+
+/// Bytes of the ballast, the file that holds room for a store with such memtables.
+constexpr uint64_t RocksReserve(uint64_t buffer_bytes) {
+    return 8 * buffer_bytes;
+}
 
 /// Opens the store in directory `path`; its parent must exist. Blocks: replays the log, at most
 /// some 50 MiB of it, and starts two background threads.

@@ -6,6 +6,7 @@
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <coroutine>
 #include <cstdint>
 #include <iterator>
@@ -101,19 +102,28 @@ class Batch {
         std::optional<std::string> value;  // empty: delete
     };
     void Put(std::string key, std::string value) {
+        bytes_ += kOpBytes + key.size() + value.size();
         ops_.push_back({std::move(key), std::move(value)});
     }
-    void Delete(std::string key) { ops_.push_back({std::move(key), std::nullopt}); }
+    void Delete(std::string key) {
+        bytes_ += kOpBytes + key.size();
+        ops_.push_back({std::move(key), std::nullopt});
+    }
     void Append(Batch other) {
+        bytes_ += other.bytes_;
         if (ops_.empty()) return ops_.swap(other.ops_);
         ops_.insert(ops_.end(), std::make_move_iterator(other.ops_.begin()),
                     std::make_move_iterator(other.ops_.end()));
     }
     const std::vector<Op>& ops() const { return ops_; }
     bool empty() const { return ops_.empty(); }
+    /// About what a store writes for it, once.
+    uint64_t bytes() const { return bytes_; }
 
   private:
+    static constexpr uint64_t kOpBytes = 16;
     std::vector<Op> ops_;
+    uint64_t bytes_ = 0;
 };
 
 /// Walks rows in the order of their keys (bytewise) within fixed bounds. One thread at a time.
@@ -138,10 +148,28 @@ class MetadataView {
     virtual std::unique_ptr<Cursor> Range(std::string_view lower, std::string_view upper) = 0;
 };
 
+/// The room of a metadata store, in bytes. What it needs for itself is not counted.
+struct MetadataSpace {
+    static constexpr uint64_t kPlenty = uint64_t{1} << 62;
+    uint64_t capacity = kPlenty;  // of rows, with what is free now
+    uint64_t free = kPlenty;
+    uint64_t owed = kPlenty;  // may still be committed when nothing is free, of earlier changes
+};
+
 /// An ordered, transactional key-value store. Calls block; any thread.
 class MetadataStore {
   public:
     virtual ~MetadataStore() = default;
+    /// Measures. A few system calls, none of which waits for the device.
+    virtual MetadataSpace Space() { return {}; }
+    /// Nothing is free: what makes rows grow must be refused now, so that commits go on. Follows
+    /// Space(), and commits. Costs nothing.
+    virtual bool full() const { return false; }
+    /// Gives back the room of rows that were deleted. Blocks, perhaps for minutes; ends early when
+    /// `cancelled` becomes true.
+    virtual void Compact(std::atomic<bool>& cancelled) { (void)cancelled; }
+    /// Also what is owed is half used up: only deletions may go on.
+    virtual bool exhausted() const { return false; }
     virtual std::unique_ptr<MetadataView> View() = 0;
     /// Applies `batch` as a whole; on success it is durable. After an error nobody knows whether
     /// it will be there after the next open: the caller must not commit again.

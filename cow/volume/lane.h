@@ -72,6 +72,8 @@ struct LaneState {
     /// which they came to have some.
     uint64_t unfolded = 0;
     std::vector<Head*> unfolded_heads;
+    /// The weight of its heads' journals (head.h).
+    uint64_t journaled = 0;
 };
 
 /// The lanes of a pool: they stay while it is open. Where disks live belongs to home.

@@ -21,11 +21,11 @@ std::string Runner::Fill(const std::string& disk, uint64_t length) {
 
 Runner::Range Runner::DrawRange(uint64_t size) {
     const uint64_t kinds[] = {1, 512, 4096, 4096, 65536};
-    const uint64_t unit = kinds[dice_.Draw(5)];
-    uint64_t length = unit * (1 + dice_.Draw(unit == 1 ? 9000 : 12));
+    const uint64_t unit = rude_ ? 4096 : kinds[dice_.Draw(5)];
+    uint64_t length = unit * (1 + dice_.Draw(unit == 1 ? 9000 : rude_ ? 2 : 12));
     length = std::min(length, size);
     uint64_t offset = dice_.Draw(size - length + 1);
-    if (dice_.Chance(0.6)) offset = std::min(offset, uint64_t{40960});  // a hot spot
+    if (dice_.Chance(0.6) || rude_) offset = std::min(offset, uint64_t{40960});  // a hot spot
     offset = offset / unit * unit;
     return {offset, std::min(length, size - offset)};
 }
@@ -59,7 +59,7 @@ void Runner::EndChange(ModelDisk& model, const Change& change, Errno error) {
 void Runner::Judge(Errno error, const char* what) {
     if (error == 0 || !media_.power()) return;
     const bool faulty = Faulty() && (error == EIO || error == ENOSPC);
-    const bool full = tight_ && error == ENOSPC;
+    const bool full = (tight_ || limited_) && error == ENOSPC;
     if (!faulty && !full) return Violation(fmt::format("{} fails with {}", what, error));
 }
 

@@ -41,6 +41,7 @@ Task<void> Runner::TakeSnapshots() {
     Note("snapshot {}", fmt::join(names, " "));
     const Time start = Now();
     Status s = co_await pool().CreateSnapshots(names);
+    if (Refused(s)) co_return;
     const auto moments = std::make_shared<Moments>(start, time_);
     for (const auto& [name, snapshot] : keys) {
         Disk& disk = disks_.at(name);
@@ -121,6 +122,7 @@ void Runner::Restore(const std::string& name, Disk& disk) {
     const Snapshot kept{disk.model.Cut(time_, time_), moments};
     const Image image = snapshot->image;
     const Status s = machine_->Do(pool().RestoreSnapshot(name + "@" + from, keep, false));
+    if (Refused(s)) return;
     if (s.ok() && media_.power()) {
         if (keep) disk.snapshots.emplace(*keep, kept);
         disk.model.Settle(image, Now());
@@ -141,6 +143,7 @@ void Runner::Clone(const std::string& name, Disk& disk) {
     Disk fresh(snapshot->image.size() * kSectorBytes);
     fresh.model.Settle(snapshot->image, Now());
     const Status s = machine_->Do(pool().CloneSnapshot(name + "@" + from, clone));
+    if (Refused(s)) return;
     if (s.ok() && media_.power()) {
         disks_.emplace(clone, std::move(fresh));
     } else {
@@ -194,6 +197,7 @@ void Runner::DeleteDisk(const std::string& name) {
 void Runner::DeleteCounted(const std::string& name, Disk& disk) {
     std::string victim;
     if (!DrawSnapshot(disk, &victim)) return;
+    if (rude_ && !Quiet()) return;  // `unique` leaves out too much while many notes wait
     const auto info = machine_->Do(pool().ShowSnapshot(name + "@" + victim));
     if (!Quiet() || !info.ok()) return;
     const auto before = machine_->Do(pool().GetStatus());

@@ -147,6 +147,14 @@ class Media {
     uint64_t seeks = 0;       // in the metadata store, point lookups included
     uint64_t steps = 0;       // from one row to the next
     std::set<uint64_t> held;  // stretches of the data file that take space, by offset
+
+    // ---- bounds of the metadata, and what it has now
+    uint64_t metadata_capacity = 0;      // bytes of rows; 0: no bound
+    uint64_t metadata_spare = 96 << 10;  // of these, what is not for new blocks
+    uint64_t journal_max = 0;            // weight of journal rows (head.h); 0: no bound
+    uint64_t metadata_bytes = 0, journal_weight = 0;
+    std::string broken;          // the first bound that was
+    uint64_t largest_batch = 0;  // bytes
     std::shared_ptr<const std::map<std::string, std::string>> metadata() const { return metadata_; }
     void SetMetadata(std::shared_ptr<const std::map<std::string, std::string>> rows) {
         metadata_ = std::move(rows);

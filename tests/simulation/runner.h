@@ -34,6 +34,8 @@ inline constexpr uint64_t kRoomy = 256 << 20;
 inline constexpr uint64_t kTight = 16 << 20;
 /// The disk that has what the others shall not have, if there is one.
 inline constexpr const char* kBallast = "ballast";
+/// Of a rude client, for each request of a polite one.
+inline constexpr uint64_t kRudeRequests = 8;
 
 struct Snapshot {
     Image image;
@@ -70,6 +72,8 @@ class Runner {
           dice_(Dice::Of(options.seed, 0)),
           scheduler_(options.seed + (options.order << 32)),
           tight_(dice_.Chance(0.5)),
+          limited_(Dice::Of(options.seed, kMetadata).Chance(0.25)),
+          rude_(Dice::Of(options.seed, kRude).Chance(0.25)),
           media_(scheduler_, tight_ ? kTight : kRoomy) {
         if (options_.probe) media_.probe = [this](Call call) { return Ask(call); };
     }
@@ -79,6 +83,7 @@ class Runner {
   private:
     // Dice that are no step's.
     static constexpr uint64_t kReadsAtOnce = ~uint64_t{0}, kWorld = kReadsAtOnce - 1;
+    static constexpr uint64_t kMetadata = kReadsAtOnce - 2, kRude = kReadsAtOnce - 3;
 
     static const Scale& ScaleOf(const SimulationOptions& options) {
         if (options.small) return kSmall;
@@ -94,8 +99,15 @@ class Runner {
     /// The result of a command.
     void Do(const Status& s) {
         if (s.ok()) return;
+        if (Refused(s)) return;
         if (Faulty()) failed_ = true;
         if (media_.power() && !failed_) Violation("refused: " + s.error().message);
+    }
+
+    /// The command was refused before anything was done, as it may be where metadata is scarce.
+    bool Refused(const Status& s) const {
+        return limited_ && !s.ok() && s.error().kind == ErrorKind::kNoSpace && media_.power() &&
+               media_.broken.empty();
     }
 
     /// Errors are excused.
@@ -175,6 +187,7 @@ class Runner {
 
     // ---- life and death
 
+    void Bound();
     bool Open();
     void FillUp(uint64_t free_blocks);
     void Reopen();
@@ -269,7 +282,9 @@ class Runner {
     const Scale& scale_;
     Dice dice_;  // of the step that was begun last
     Scheduler scheduler_;
-    const bool tight_;
+    const bool tight_;    // in data
+    const bool limited_;  // in metadata
+    const bool rude_;     // clients write and trim a few blocks for long
     Media media_;
     cow::PoolOptions pool_options_;
     unsigned lanes_ = 1;

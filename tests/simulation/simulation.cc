@@ -18,8 +18,9 @@ SimulationResult Runner::Run() {
     Dice world = Dice::Of(options_.seed, kWorld);
     if (world.Chance(0.5)) pool_options_.lease_blocks_min = cow::kRegionBlocks;
     if (world.Chance(0.5)) pool_options_.reclaim_step_chunks = 1 + world.Draw(3);
+    Bound();
     Restart();
-    if (tight_ && !options_.small && world.Chance(0.25)) FillUp(32 + world.Draw(400));
+    if (tight_ && !limited_ && !options_.small && world.Chance(0.25)) FillUp(32 + world.Draw(400));
     while (round_ < options_.rounds && Fine() && !Struck()) {
         ++round_;
         Round();
@@ -34,12 +35,28 @@ SimulationResult Runner::Run() {
     return result_;
 }
 
+/// What metadata has room for, and how long the journal may become.
+void Runner::Bound() {
+    Dice dice = Dice::Of(options_.seed, kMetadata);
+    (void)dice.Chance(0.25);
+    if (limited_)
+        media_.metadata_capacity = media_.metadata_spare + (4 << 10) + dice.Draw(24 << 10);
+    const uint64_t owed = limited_ ? media_.metadata_spare : cow::MetadataSpace::kPlenty;
+    const uint64_t cache = pool_options_.map_cache_bytes / lanes_;
+    const cow::HeadLimits limits = cow::HeadLimits::Of(cache - cache / 4, owed / lanes_);
+    // What requests under way, and flushes of other disks, add to a full one.
+    const uint64_t clients = scale_.disks * scale_.clients;
+    const uint64_t added = rude_ ? 4 + cow::kJournalRowWeight : scale_.sizes[3] / cow::kBlockBytes;
+    media_.journal_max = lanes_ * limits.journal_hard + clients * 2 * added;
+}
+
 void Runner::Round() {
     for (uint64_t i = 0; disks_.size() < scale_.disks_min && i < scale_.disks_min; ++i) {
         if (Fine() && media_.power() && !failed_) CreateDisk(i);
     }
     if (Fine() && media_.power() && !failed_) BusyRound();
     if (Fine() && media_.power() && !failed_ && !Struck()) QuietCommands();
+    if (!media_.broken.empty()) Violation(media_.broken);
     Begin(kRound, 0);
     const bool must = !media_.power() || failed_ || reopen_ || Struck();
     if (Fine() && (must || dice_.Chance(0.3))) Reopen();
@@ -148,7 +165,8 @@ uint64_t Runner::StartClients(std::vector<uint64_t>* exports) {
     std::vector<Planned> clients;
     for (auto& [name, disk] : disks_) {
         for (uint64_t i = 1 + dice_.Draw(scale_.clients); i > 0; --i) {
-            clients.push_back({name, disk, 5 + dice_.Draw(scale_.requests)});
+            const uint64_t requests = 5 + dice_.Draw(scale_.requests);
+            clients.push_back({name, disk, requests * (rude_ ? kRudeRequests : 1)});
         }
     }
     for (Planned& client : clients) {
@@ -197,6 +215,7 @@ void Runner::CreateDisk(uint64_t index) {
     Note("create disk {} {}", name, size);
     const Exposed exposed(*this);
     const Status s = machine_->Do(pool().CreateDisk(name, size));
+    if (Refused(s)) return;
     if (s.ok() && media_.power()) {
         disks_.emplace(name, Disk(size));
     } else {
@@ -209,7 +228,7 @@ void Runner::CreateDisk(uint64_t index) {
 void Runner::QuietCommands() {
     const Exposed exposed(*this);
     Begin(kRound, 5);
-    const uint64_t count = dice_.Draw(4);
+    const uint64_t count = disks_.empty() ? 0 : dice_.Draw(4);
     if (Begin(kRound, 6) && dice_.Chance(0.3)) DrawCut(30, 3);
     for (uint64_t i = 0; i < count && media_.power() && Fine() && !reopen_ && !failed_; ++i) {
         if (!Begin(kQuiet, i)) continue;

@@ -6,6 +6,8 @@
 #include <map>
 #include <string>
 
+#include "cow/head/head.h"
+#include "cow/head/journal.h"
 #include "cow/pool/pool.h"
 #include "tests/simulation/media.h"
 
@@ -157,6 +159,7 @@ class SimMetadata : public cow::MetadataStore {
     }
 
     Status Commit(const cow::Batch& batch) override {
+        media_.largest_batch = std::max(media_.largest_batch, batch.bytes());
         const bool was_on = media_.power();
         const Fate fate = media_.Next(Call::kCommit);
         const Error failed = MakeError(ErrorKind::kIo, "the simulated store failed");
@@ -165,18 +168,51 @@ class SimMetadata : public cow::MetadataStore {
         if (!was_on || (indeterminate && media_.scheduler().Chance(0.5))) return failed;
         auto rows = std::make_shared<Rows>(*media_.metadata());
         for (const cow::Batch::Op& op : batch.ops()) {
-            if (op.value) {
-                (*rows)[op.key] = *op.value;
-            } else {
-                rows->erase(op.key);
+            const auto old = rows->find(op.key);
+            if (old != rows->end()) {
+                Count(old->first, old->second, false);
+                rows->erase(old);
             }
+            if (!op.value) continue;
+            Count(op.key, *op.value, true);
+            rows->emplace(op.key, *op.value);
         }
         media_.SetMetadata(std::move(rows));
+        const bool fits = !limited() || media_.metadata_bytes <= media_.metadata_capacity;
+        const bool short_journal =
+            media_.journal_max == 0 || media_.journal_weight <= media_.journal_max;
+        if (media_.broken.empty() && !fits) media_.broken = "a commit found no room";
+        if (media_.broken.empty() && !short_journal) media_.broken = "the journal is too long";
         if (indeterminate) return failed;
         return Status();
     }
 
+    cow::MetadataSpace Space() override {
+        if (!limited()) return {};
+        const uint64_t room = media_.metadata_capacity - media_.metadata_spare;
+        const uint64_t used = std::min(room, media_.metadata_bytes);
+        return {room, room - used, media_.metadata_spare};
+    }
+    bool full() const override { return Above(0); }
+    bool exhausted() const override { return Above(media_.metadata_spare / 2); }
+
   private:
+    bool limited() const { return media_.metadata_capacity != 0; }
+    bool Above(uint64_t more) const {
+        const uint64_t room = media_.metadata_capacity - media_.metadata_spare;
+        return limited() && media_.metadata_bytes >= room + more;
+    }
+    void Count(const std::string& key, const std::string& value, bool there) {
+        const auto add = [there](uint64_t& to, uint64_t count) {
+            there ? to += count : to -= count;
+        };
+        add(media_.metadata_bytes, key.size() + value.size());
+        if (key[0] != 'L') return;
+        std::vector<cow::MapChange> changes;
+        VARVE_CHECK(cow::DecodeChanges(value, &changes));
+        add(media_.journal_weight, changes.size() + cow::kJournalRowWeight);
+    }
+
     class RowsCursor : public cow::Cursor {
       public:
         RowsCursor(Media& media, std::shared_ptr<const Rows> rows, std::string_view lower,
@@ -304,6 +340,7 @@ class Machine {
     bool runs() const { return pool_ != nullptr; }
     cow::Pool& pool() { return *pool_; }
     Scheduler::Lane& home() { return home_; }
+    const cow::Environment& environment() const { return environment_; }
     Scheduler::Lane& committer() { return committer_; }
     Scheduler& scheduler() { return scheduler_; }
     cow::MetadataStore& metadata() { return metadata_; }

@@ -1,0 +1,144 @@
+// How the pool is, and what to do about it; whether its metadata may grow.
+// docs/design/metadata_space.md has the reasons.
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "base/log.h"
+#include "base/units.h"
+#include "cow/pool/pool_impl.h"
+
+namespace varve::cow {
+namespace {
+
+/// Of a capacity, free: with less, there is a warning.
+constexpr uint64_t kLowPart = 16;
+constexpr uint64_t kLowDataMax = 1 << 30;
+/// Bytes of data that a byte of metadata has room for, at least: single blocks, each a run in a row
+/// and a slot of a row of checksums, in one generation.
+constexpr uint64_t kDataForByte = 128;
+/// A full store is compacted again after so many commits, or what was swept.
+constexpr uint64_t kCommitsToCompact = 64;
+
+void Worsen(PoolStatus& status, Health health, std::string warning) {
+    status.health = std::max(status.health, health);
+    status.warnings.push_back(std::move(warning));
+}
+
+}  // namespace
+
+const char* NameOf(Health health) {
+    static constexpr const char* kNames[] = {"ok", "warning", "full", "failed"};
+    return kNames[static_cast<size_t>(health)];
+}
+
+/// Of a command that adds rows.
+Status PoolImpl::Growable() const {
+    if (!core_.environment.metadata->full()) return Status();
+    return MakeError(ErrorKind::kNoSpace,
+                     "the pool's metadata is full; delete snapshots or disks, or make room on its "
+                     "file system");
+}
+
+/// Fills in what is free, and how the pool is, from the other figures.
+void PoolImpl::Judge(PoolStatus& status) const {
+    const MetadataSpace space = core_.environment.metadata->Space();
+    status.metadata_capacity = space.capacity;
+    status.metadata_free = space.free;
+    status.metadata_used = space.capacity - space.free;
+    const uint64_t data = status.capacity - status.used;
+    const bool bounds = space.free < data / kDataForByte;
+    status.free = bounds ? space.free * kDataForByte : data;
+    if (core_.failed) {
+        Worsen(status, Health::kFailed,
+               fmt::format("writes are refused: {}; mend the device and restart the server",
+                           status.failure));
+    }
+    if (space.free == 0) {
+        Worsen(
+            status, Health::kFull,
+            "the metadata is full: new blocks, snapshots and disks are refused; delete snapshots "
+            "or disks, or make room on its file system");
+    } else if (space.free < space.capacity / kLowPart) {
+        Worsen(status, Health::kWarning,
+               fmt::format("the metadata has {} left; delete snapshots or disks, or make room on "
+                           "its file system",
+                           FormatSize(space.free)));
+    }
+    if (data == 0 || (full_ && full_at_release_ == committer_.released_blocks())) {
+        Worsen(status, Health::kFull,
+               "the data is full: writes that need new blocks are refused; delete snapshots or "
+               "disks, or enlarge it");
+    } else if (data < std::min(status.capacity / kLowPart, kLowDataMax)) {
+        Worsen(status, Health::kWarning,
+               fmt::format("the data has {} left; delete snapshots or disks, or enlarge it",
+                           FormatSize(data)));
+    }
+    if (status.damaged_bytes > 0) {
+        Worsen(status, Health::kWarning,
+               fmt::format("{} of frozen data are damaged; run: varve scrub",
+                           FormatSize(status.damaged_bytes)));
+    }
+    if (status.reclaim_set_aside > 0) {
+        Worsen(status, Health::kWarning,
+               fmt::format("{} chunks or deletions cannot be read, so their space is not given "
+                           "back; run: varve check",
+                           status.reclaim_set_aside));
+    }
+    if (!core_.failed && !status.failure.empty()) {
+        Worsen(status, Health::kWarning,
+               fmt::format("space cannot be given back: {}", status.failure));
+    }
+}
+
+Task<void> PoolImpl::CompactMetadata() {
+    compacting_ = true;
+    compacted_chunks_ = reclaimer_.swept_chunks();
+    compacted_commits_ = committer_.commits();
+    background_.Enter();
+    co_await Hop(core_.auditor());
+    core_.metadata().Compact(core_.closing);
+    co_await Hop(core_.home());
+    background_.Leave();
+    compacting_ = false;
+}
+
+Task<bool> PoolImpl::FindMetadataSpace(Executor& lane) {
+    MetadataStore& metadata = core_.metadata();
+    co_await Hop(core_.home());
+    background_.Enter();
+    {
+        const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
+        for (bool more = true; metadata.full() && more && !core_.closing;) {
+            more = co_await reclaimer_.WaitStep();
+            metadata.Space();
+        }
+    }
+    background_.Leave();
+    co_await Hop(lane);
+    co_return !metadata.full();
+}
+
+/// Once in a while: measures, and logs what has become worse.
+void PoolImpl::WatchHealth() {
+    PoolStatus status;
+    status.used = catalog_.pool().used_blocks * kBlockBytes;
+    status.capacity = std::max(allocator_.Capacity(), status.used);
+    Judge(status);
+    if (status.metadata_free > 0) checksummer_.Wake();
+    // What was deleted takes room until it is compacted, which a store that has little to write
+    // does not do by itself.
+    const bool due = reclaimer_.swept_chunks() != compacted_chunks_ ||
+                     committer_.commits() >= compacted_commits_ + kCommitsToCompact;
+    const bool compact = status.metadata_free == 0 && reclaimer_.idle() && due;
+    if (compact && !compacting_) Spawn(CompactMetadata());
+    // By kind, not by figure: a line that counts down would fill the log.
+    const std::string now = fmt::format("{} {}", NameOf(status.health), status.warnings.size());
+    if (now == health_logged_) return;
+    const bool first = health_logged_.empty();
+    health_logged_ = now;
+    for (const std::string& warning : status.warnings) Log(LogLevel::kWarning, warning);
+    if (status.warnings.empty() && !first) Log(LogLevel::kInfo, "there is room again");
+}
+
+}  // namespace varve::cow

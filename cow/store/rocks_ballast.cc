@@ -1,0 +1,151 @@
+#include "cow/store/rocks_ballast.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <rocksdb/file_system.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "base/log.h"
+
+namespace varve::cow {
+namespace {
+
+using rocksdb::FSWritableFile;
+using rocksdb::IODebugContext;
+using rocksdb::IOOptions;
+using rocksdb::IOStatus;
+using rocksdb::Slice;
+
+/// What is given up for one write at least: the file system rounds, and others take some.
+constexpr uint64_t kPieceBytes = 1 << 20;
+
+class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
+  public:
+    BallastFile(std::unique_ptr<FSWritableFile> file, Ballast& ballast)
+        : FSWritableFileOwnerWrapper(std::move(file)), ballast_(ballast) {}
+
+    IOStatus Append(const Slice& data, const IOOptions& options, IODebugContext* debug) override {
+        const uint64_t at = end_;
+        IOStatus status = positioned_ ? target()->PositionedAppend(data, at, options, debug)
+                                      : target()->Append(data, options, debug);
+        while (status.IsNoSpace() && Give(data.size())) {
+            // A part may have been written already, so from now on each place is named.
+            positioned_ = true;
+            status = target()->PositionedAppend(data, at, options, debug);
+        }
+        if (status.ok()) end_ = at + data.size();
+        return status;
+    }
+    IOStatus Append(const Slice& data, const IOOptions& options,
+                    const rocksdb::DataVerificationInfo&, IODebugContext* debug) override {
+        return Append(data, options, debug);
+    }
+    IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
+                              IODebugContext* debug) override {
+        IOStatus status = target()->PositionedAppend(data, offset, options, debug);
+        while (status.IsNoSpace() && Give(data.size())) {
+            status = target()->PositionedAppend(data, offset, options, debug);
+        }
+        if (status.ok()) end_ = std::max(end_, offset + data.size());
+        return status;
+    }
+    IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
+                              const rocksdb::DataVerificationInfo&,
+                              IODebugContext* debug) override {
+        return PositionedAppend(data, offset, options, debug);
+    }
+    IOStatus Truncate(uint64_t size, const IOOptions& options, IODebugContext* debug) override {
+        IOStatus status = target()->Truncate(size, options, debug);
+        if (status.ok()) end_ = std::min(end_, size);
+        return status;
+    }
+    void SetIOPriority(rocksdb::Env::IOPriority priority) override {
+        compaction_ = priority == rocksdb::Env::IO_LOW;
+        target()->SetIOPriority(priority);
+    }
+
+  private:
+    bool Give(uint64_t bytes) {
+        const uint64_t keep = compaction_ ? ballast_.bytes() / 2 : 0;
+        return ballast_.Give(std::max(kPieceBytes, bytes), keep);
+    }
+
+    Ballast& ballast_;
+    uint64_t end_ = 0;  // of what was written
+    bool positioned_ = false;
+    bool compaction_ = false;
+};
+
+class BallastFileSystem : public rocksdb::FileSystemWrapper {
+  public:
+    BallastFileSystem(const std::shared_ptr<rocksdb::FileSystem>& base, Ballast& ballast)
+        : FileSystemWrapper(base), ballast_(ballast) {}
+
+    const char* Name() const override { return "BallastFileSystem"; }
+
+    IOStatus NewWritableFile(const std::string& path, const rocksdb::FileOptions& options,
+                             std::unique_ptr<FSWritableFile>* result,
+                             IODebugContext* debug) override {
+        std::unique_ptr<FSWritableFile> file;
+        IOStatus status = target()->NewWritableFile(path, options, &file, debug);
+        while (status.IsNoSpace() && ballast_.Give(kPieceBytes, 0)) {
+            status = target()->NewWritableFile(path, options, &file, debug);
+        }
+        if (status.ok()) *result = std::make_unique<BallastFile>(std::move(file), ballast_);
+        return status;
+    }
+
+  private:
+    Ballast& ballast_;
+};
+
+}  // namespace
+
+Ballast::Ballast(std::string path, uint64_t bytes) : path_(std::move(path)), bytes_(bytes) {
+    if (bytes_ == 0) return;
+    file_ = OpenFile(path_, O_RDWR | O_CREAT);
+    struct stat about;
+    if (!file_.valid() || ::fstat(file_.fd(), &about) != 0) return;
+    // A copy of a pool may have brought it along as a hole.
+    const auto size = static_cast<uint64_t>(about.st_size);
+    const bool whole = uint64_t{512} * static_cast<uint64_t>(about.st_blocks) >= size;
+    held_ = whole ? std::min(size, bytes_) : 0;
+    if (held_ != size && ::ftruncate(file_.fd(), static_cast<off_t>(held())) != 0) held_ = 0;
+}
+
+bool Ballast::Give(uint64_t bytes, uint64_t keep) {
+    const std::lock_guard lock(mutex_);
+    if (held() <= keep) return false;
+    const uint64_t less = held() - std::min(bytes, held() - keep);
+    if (::ftruncate(file_.fd(), static_cast<off_t>(less)) != 0) return false;
+    if (held() == bytes_) {
+        Log(LogLevel::kWarning,
+            fmt::format("the file system of {} is full: going on from the reserve; make room there",
+                        path_));
+    }
+    held_ = less;
+    return true;
+}
+
+void Ballast::Refill(uint64_t free) {
+    const std::lock_guard lock(mutex_);
+    const uint64_t missing = bytes_ - held();
+    if (!file_.valid() || missing == 0 || free / 2 < missing) return;
+    const auto from = static_cast<off_t>(held());
+    if (::fallocate(file_.fd(), 0, from, static_cast<off_t>(missing)) == 0) {
+        held_ = bytes_;
+    } else if (::ftruncate(file_.fd(), from) != 0) {
+        // Then it ends with a hole, of which nothing is expected.
+    }
+}
+
+std::unique_ptr<rocksdb::Env> NewBallastEnv(rocksdb::Env& base, Ballast& ballast) {
+    return rocksdb::NewCompositeEnv(
+        std::make_shared<BallastFileSystem>(base.GetFileSystem(), ballast));
+}
+
+}  // namespace varve::cow

@@ -1,0 +1,45 @@
+// Ballast: a file that holds room for a RocksDB store on its file system, to be given up when
+// others have filled that. docs/design/metadata_space.md says how much of it is for what.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "cow/store/files.h"
+
+namespace rocksdb {
+class Env;
+}
+
+namespace varve::cow {
+
+/// Any thread. Calls block shortly.
+class Ballast {
+  public:
+    /// Of `bytes`, in the file `path`, which may be there from before. Without room or without
+    /// fallocate(2) it is smaller than that, or empty: see Refill(). 0: none, and no file.
+    Ballast(std::string path, uint64_t bytes);
+
+    /// Gives up `bytes`, or what there is above `keep`. False if that is nothing.
+    bool Give(uint64_t bytes, uint64_t keep);
+    /// Takes back what was given up, if `free`, the file system's free bytes, is twice as much.
+    void Refill(uint64_t free);
+
+    uint64_t bytes() const { return bytes_; }  // as wanted
+    uint64_t held() const { return held_.load(std::memory_order_relaxed); }
+
+  private:
+    const std::string path_;
+    const uint64_t bytes_;
+    std::mutex mutex_;
+    File file_;
+    std::atomic<uint64_t> held_ = 0;
+};
+
+/// An Env over `base` whose files grow at the cost of `ballast` where the file system is full.
+/// Compactions, which can wait, take the upper half only. Both arguments must outlive it.
+std::unique_ptr<rocksdb::Env> NewBallastEnv(rocksdb::Env& base, Ballast& ballast);
+
+}  // namespace varve::cow

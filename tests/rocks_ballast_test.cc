@@ -1,0 +1,165 @@
+// The file that holds room for RocksDB, on a file system that another process fills.
+#include "cow/store/rocks_ballast.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <rocksdb/db.h>
+#include <rocksdb/file_system.h>
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <string>
+
+namespace varve::cow {
+namespace {
+
+namespace fs = std::filesystem;
+using rocksdb::IODebugContext;
+using rocksdb::IOOptions;
+using rocksdb::IOStatus;
+using rocksdb::Slice;
+
+constexpr uint64_t kBallastBytes = 8 << 20;
+
+/// A file system with room for `room` bytes more, and for what a ballast has given up. A write that
+/// finds too little writes a part.
+class Full : public rocksdb::FileSystemWrapper {
+  public:
+    Full() : FileSystemWrapper(rocksdb::FileSystem::Default()) {}
+    const char* Name() const override { return "Full"; }
+    IOStatus NewWritableFile(const std::string& path, const rocksdb::FileOptions& options,
+                             std::unique_ptr<rocksdb::FSWritableFile>* result,
+                             IODebugContext* debug) override {
+        std::unique_ptr<rocksdb::FSWritableFile> file;
+        IOStatus status = target()->NewWritableFile(path, options, &file, debug);
+        if (status.ok()) *result = std::make_unique<File>(std::move(file), *this);
+        return status;
+    }
+
+    std::atomic<int64_t> room = int64_t{1} << 40;
+    Ballast* ballast = nullptr;
+
+  private:
+    struct File : rocksdb::FSWritableFileOwnerWrapper {
+        File(std::unique_ptr<rocksdb::FSWritableFile> file, Full& system)
+            : FSWritableFileOwnerWrapper(std::move(file)), full(system) {}
+        IOStatus Append(const Slice& data, const IOOptions& options,
+                        IODebugContext* debug) override {
+            if (Take(data.size())) return target()->Append(data, options, debug);
+            IOStatus status = target()->Append(Slice(data.data(), data.size() / 2), options, debug);
+            return status.ok() ? IOStatus::NoSpace("no room") : status;
+        }
+        IOStatus Append(const Slice& data, const IOOptions& options,
+                        const rocksdb::DataVerificationInfo&, IODebugContext* debug) override {
+            return Append(data, options, debug);
+        }
+        IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
+                                  IODebugContext* debug) override {
+            if (!Take(data.size())) return IOStatus::NoSpace("no room");
+            return target()->PositionedAppend(data, offset, options, debug);
+        }
+        bool Take(uint64_t bytes) {
+            const uint64_t given = full.ballast->bytes() - full.ballast->held();
+            if (full.room + static_cast<int64_t>(given) < static_cast<int64_t>(bytes)) return false;
+            full.room -= static_cast<int64_t>(bytes);
+            return true;
+        }
+        Full& full;
+    };
+};
+
+class BallastTest : public testing::Test {
+  protected:
+    uint64_t Size() { return fs::file_size(path_); }
+    const fs::path root_ = fs::path(testing::TempDir()) / "varve-ballast-test";
+    const std::string path_ = (root_ / "ballast").string();
+    void SetUp() override {
+        fs::remove_all(root_);
+        fs::create_directories(root_);
+    }
+    void TearDown() override { fs::remove_all(root_); }
+};
+
+TEST_F(BallastTest, IsGivenUpInPiecesAndTakenBackWhenThereIsTwiceTheRoom) {
+    Ballast ballast(path_, kBallastBytes);
+    EXPECT_EQ(0u, ballast.held());
+    ballast.Refill(2 * kBallastBytes - 1);
+    EXPECT_EQ(0u, ballast.held());
+    ballast.Refill(2 * kBallastBytes);
+    EXPECT_EQ(kBallastBytes, ballast.held());
+    struct stat about;
+    ASSERT_EQ(0, ::stat(path_.c_str(), &about));
+    EXPECT_LE(kBallastBytes, uint64_t{512} * static_cast<uint64_t>(about.st_blocks));
+    EXPECT_TRUE(ballast.Give(kBallastBytes - 100, kBallastBytes / 2));
+    EXPECT_EQ(kBallastBytes / 2, ballast.held());
+    EXPECT_FALSE(ballast.Give(1, kBallastBytes / 2));
+    EXPECT_TRUE(ballast.Give(kBallastBytes, 0));
+    EXPECT_FALSE(ballast.Give(1, 0));
+    EXPECT_EQ(0u, Size());
+    ballast.Refill(2 * kBallastBytes);
+    EXPECT_EQ(kBallastBytes, Size());
+}
+
+TEST_F(BallastTest, HoldsWhatItHeldBefore) {
+    { Ballast(path_, kBallastBytes).Refill(2 * kBallastBytes); }
+    EXPECT_EQ(kBallastBytes, Ballast(path_, kBallastBytes).held());
+    EXPECT_EQ(kBallastBytes / 2, Ballast(path_, kBallastBytes / 2).held());
+    EXPECT_EQ(kBallastBytes / 2, Size());
+    // A copy that became a hole holds nothing.
+    fs::remove(path_);
+    { const File hole = OpenFile(path_, O_RDWR | O_CREAT); }
+    fs::resize_file(path_, kBallastBytes);
+    EXPECT_EQ(0u, Ballast(path_, kBallastBytes).held());
+}
+
+/// Rows of 1000 bytes, one commit each, until one fails.
+int WriteRows(rocksdb::DB& db, int first, int count) {
+    rocksdb::WriteOptions options;
+    options.sync = true;
+    for (int i = first; i < first + count; ++i) {
+        const std::string key = "key" + std::to_string(i * 7919 % 100'000);
+        const std::string value(1000, static_cast<char>('a' + i % 26));
+        if (!db.Put(options, key, value).ok()) return i - first;
+    }
+    return count;
+}
+
+// Logs, tables and the list of files grow at its cost; nothing of what was committed is lost, and
+// the store opens again where there is no room but the ballast.
+TEST_F(BallastTest, RocksDbGoesOnWhereOthersFilledTheFileSystem) {
+    Ballast ballast(path_, kBallastBytes);
+    ballast.Refill(2 * kBallastBytes);
+    const auto full = std::make_shared<Full>();
+    full->ballast = &ballast;
+    const auto full_env = rocksdb::NewCompositeEnv(full);
+    const auto env = NewBallastEnv(*full_env, ballast);
+    rocksdb::Options options;
+    options.env = env.get();
+    options.create_if_missing = true;
+    options.write_buffer_size = 256 << 10;
+    options.compression = rocksdb::kNoCompression;
+    const std::string directory = (root_ / "db").string();
+    const auto open = [&] {
+        rocksdb::DB* db = nullptr;
+        const rocksdb::Status status = rocksdb::DB::Open(options, directory, &db);
+        EXPECT_TRUE(status.ok()) << status.ToString();
+        return std::unique_ptr<rocksdb::DB>(db);
+    };
+    auto db = open();
+    ASSERT_EQ(500, WriteRows(*db, 0, 500));
+    full->room = 0;  // now
+    ASSERT_EQ(1500, WriteRows(*db, 500, 1500));
+    EXPECT_GT(kBallastBytes, ballast.held());
+    db.reset();
+    full->room = -static_cast<int64_t>(ballast.bytes() - ballast.held());
+    db = open();
+    for (int i = 0; i < 2000; ++i) {
+        std::string value;
+        const std::string key = "key" + std::to_string(i * 7919 % 100'000);
+        ASSERT_TRUE(db->Get({}, key, &value).ok()) << i;
+        EXPECT_EQ(std::string(1000, static_cast<char>('a' + i % 26)), value);
+    }
+}
+
+}  // namespace
+}  // namespace varve::cow
