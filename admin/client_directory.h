@@ -17,6 +17,7 @@ struct ClientInfo {
     std::string address;      // "127.0.0.1:51234", "[::1]:51234", or "unix:uid=0,pid=12"
     std::string export_name;  // "disk" or "disk@snapshot", as of now if it was renamed
     int64_t since_ms = 0;     // wall clock, milliseconds since 1970
+    uint64_t idle_s = 0;      // since its last request was answered, or it came
     bool read_only = false;
     uint64_t requests = 0;  // answered
     uint64_t bytes_read = 0;

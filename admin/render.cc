@@ -191,12 +191,14 @@ std::string RenderSnapshot(const json::value& snapshot) {
 }
 
 std::string RenderClients(const json::value& result) {
-    Rows rows = {{">ID", "EXPORT", "ADDRESS", "ACCESS", "SINCE", ">REQUESTS", ">READ", ">WRITTEN"}};
+    Rows rows = {
+        {">ID", "EXPORT", "ADDRESS", "ACCESS", "SINCE", ">IDLE", ">REQUESTS", ">READ", ">WRITTEN"}};
     for (const json::value& client : Elements(result, "clients")) {
         rows.push_back({Count(client, "id"), Text(client, "export"), Text(client, "address"),
                         Flag(client, "read_only") ? "read-only" : "read-write",
-                        Text(client, "since"), Count(client, "requests"),
-                        Size(client, "bytes_read"), Size(client, "bytes_written")});
+                        Text(client, "since"), Count(client, "idle_s") + " s",
+                        Count(client, "requests"), Size(client, "bytes_read"),
+                        Size(client, "bytes_written")});
     }
     return RenderTable(rows);
 }

@@ -32,6 +32,7 @@ json::object ToJson(const ClientInfo& client) {
             {"export", client.export_name},
             {"read_only", client.read_only},
             {"since", FormatTime(client.since_ms)},
+            {"idle_s", client.idle_s},
             {"requests", client.requests},
             {"bytes_read", client.bytes_read},
             {"bytes_written", client.bytes_written}};

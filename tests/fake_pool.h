@@ -263,11 +263,11 @@ class FakePool : public cow::Pool {
         const bool valid = !name.empty() && name.size() <= 128 &&
                            std::isalnum(static_cast<unsigned char>(name[0]));
         const auto allowed = [](unsigned char c) {
-            return std::isalnum(c) || c == '.' || c == '_' || c == ':' || c == '-';
+            return std::isalnum(c) || c == '.' || c == '_' || c == ':' || c == '+' || c == '-';
         };
         if (valid && std::all_of(name.begin(), name.end(), allowed)) return Status();
         return MakeError(ErrorKind::kInvalid,
-                         fmt::format("'{}' is no name; use letters, digits and . _ : -", name));
+                         fmt::format("'{}' is no name; use letters, digits and . _ : + -", name));
     }
     static Error NoDisk(const std::string& name) {
         return MakeError(ErrorKind::kNotFound,

@@ -201,6 +201,19 @@ TEST_F(ServerTest, ServesOnTcpAndUnix) {
     EXPECT_EQ(nbd_get_errno(), ENOENT);
 }
 
+TEST_F(ServerTest, AllAddressesAreThoseOfIpv4Too) {
+    options_.listen = {{"::", 0}};
+    StartWithDisk();
+    for (const char* host : {"127.0.0.1", "[::1]"}) {
+        Nbd nbd(std::string("nbd://") + host + ":" + std::to_string(Port()) + "/disk0");
+        EXPECT_TRUE(nbd.connected()) << nbd.error();
+    }
+    Stop();
+    options_.listen = {{"::", 0}, {"0.0.0.0", 0}};  // side by side
+    Start();
+    EXPECT_EQ(daemon_->uris()[1].rfind("nbd://0.0.0.0:", 0), 0U);
+}
+
 TEST_F(ServerTest, EmptyNameIsTheOnlyDiskOrNone) {
     Start();
     EXPECT_FALSE(Nbd(Uri("")).connected());
@@ -311,6 +324,7 @@ TEST_F(ServerTest, ClientsAreListedUnderTheirPresentName) {
     Call("disk.rename", R"({"name":"disk0","to":"other"})");
     const std::string list = Call("client.list");
     EXPECT_NE(list.find("\"other\""), std::string::npos) << list;
+    EXPECT_NE(list.find("\"idle_s\":"), std::string::npos) << list;
     EXPECT_NE(list.find("unix:uid="), std::string::npos) << list;
     EXPECT_NE(list.find("4096"), std::string::npos) << list;
     EXPECT_EQ(list.find("disk0"), std::string::npos) << list;

@@ -35,7 +35,9 @@ bool IsValidName(std::string_view name) {
     };
     if (name.empty() || name.size() > 128 || !alphanumeric(name[0])) return false;
     for (const char c : name) {
-        if (!alphanumeric(c) && c != '.' && c != '_' && c != ':' && c != '-') return false;
+        if (!alphanumeric(c) && std::string_view("._:+-").find(c) == std::string_view::npos) {
+            return false;
+        }
     }
     return true;
 }
@@ -49,7 +51,7 @@ Result<SnapshotName> SplitSnapshotName(std::string_view name) {
     return MakeError(
         ErrorKind::kInvalid,
         fmt::format("'{}' is not a snapshot's name; write DISK@SNAPSHOT, each part of "
-                    "letters, digits and . _ : -, at most 128, a letter or digit first",
+                    "letters, digits and . _ : + -, at most 128, a letter or digit first",
                     name.substr(0, 300)));
 }
 

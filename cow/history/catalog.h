@@ -80,7 +80,7 @@ class Catalog {
     PoolRecord pool_;
 };
 
-/// Valid disk and snapshot names: [A-Za-z0-9][A-Za-z0-9._:-]{0,127}.
+/// Valid disk and snapshot names: [A-Za-z0-9][A-Za-z0-9._:+-]{0,127}.
 bool IsValidName(std::string_view name);
 
 /// "disk" and "snapshot" of "disk@snapshot"; kInvalid with the form if it is not one.

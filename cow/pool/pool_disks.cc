@@ -23,7 +23,7 @@ Head& PoolImpl::AddHead(DiskId id) {
 Status PoolImpl::CheckNewName(std::string_view name) const {
     if (!IsValidName(name)) {
         return MakeError(ErrorKind::kInvalid,
-                         fmt::format("'{}' cannot be a name; use letters, digits and . _ : -, at "
+                         fmt::format("'{}' cannot be a name; use letters, digits and . _ : + -, at "
                                      "most 128, a letter or digit first",
                                      name.substr(0, 300)));
     }

@@ -34,7 +34,7 @@ Status PoolImpl::CheckNewSnapshot(DiskId id, std::string_view name) const {
     if (!IsValidName(name)) {
         return MakeError(ErrorKind::kInvalid,
                          fmt::format("'{}' cannot be a snapshot's name; use letters, digits and "
-                                     ". _ : -, at most 128, a letter or digit first",
+                                     ". _ : + -, at most 128, a letter or digit first",
                                      name.substr(0, 300)));
     }
     if (disk.snapshots.contains(name)) {
@@ -309,7 +309,7 @@ Task<Status> PoolImpl::RenameSnapshot(std::string name, std::string to) {
     if (!IsValidName(to)) {
         co_return MakeError(ErrorKind::kInvalid,
                             fmt::format("'{}' cannot be a snapshot's name; give the new name "
-                                        "without the disk's: letters, digits and . _ : -",
+                                        "without the disk's: letters, digits and . _ : + -",
                                         to.substr(0, 300)));
     }
     if (disk.snapshots.contains(to)) {

@@ -23,6 +23,8 @@ class Client {
 
     // Changed by home only.
     bool serving = false;
+    uint64_t requests_seen = 0;
+    std::chrono::steady_clock::time_point active;  // when there were more of them, or it came
 
     // Changed by the reactor only.
     bool draining = false;
@@ -119,6 +121,7 @@ Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std
     client->description.name = pool_.ExportName(client->opened.id);
     client->address = std::move(address);
     client->since_ms = NowMs();
+    client->active = std::chrono::steady_clock::now();
     client->reactor = &volume.executor();
     clients_.emplace(client->opened.id, client);  // from now on it can be fenced
     co_await Hop(*client->reactor);
@@ -167,7 +170,17 @@ void Clients::End(std::shared_ptr<Client> client) {
     Spawn(EndOnReactor(std::move(client)));
 }
 
+void Clients::Observe() {
+    const auto now = std::chrono::steady_clock::now();
+    for (const auto& [id, client] : clients_) {
+        const uint64_t requests = client->counters->requests.load(std::memory_order_relaxed);
+        if (std::exchange(client->requests_seen, requests) != requests) client->active = now;
+    }
+}
+
 Task<std::vector<admin::ClientInfo>> Clients::List() {
+    Observe();
+    const auto now = std::chrono::steady_clock::now();
     std::vector<admin::ClientInfo> infos;
     for (const auto& [id, client] : clients_) {
         if (!client->serving) continue;
@@ -176,6 +189,8 @@ Task<std::vector<admin::ClientInfo>> Clients::List() {
         info.address = client->address;
         info.export_name = pool_.ExportName(id);
         info.since_ms = client->since_ms;
+        const auto idle = std::chrono::duration_cast<std::chrono::seconds>(now - client->active);
+        info.idle_s = static_cast<uint64_t>(idle.count());
         info.read_only = client->description.read_only;
         info.requests = client->counters->requests.load(std::memory_order_relaxed);
         info.bytes_read = client->counters->bytes_read.load(std::memory_order_relaxed);

@@ -46,6 +46,9 @@ class Clients : public admin::ClientDirectory {
     /// Closes the export of a client that will not be served.
     Task<void> Release(std::shared_ptr<Client> client);
 
+    /// Notes who has had a request answered since the last call. To be called every second or so.
+    void Observe();
+
     // ---- admin::ClientDirectory
     Task<std::vector<admin::ClientInfo>> List() override;
     Task<uint64_t> Disconnect(std::vector<uint64_t> ids) override;

@@ -54,7 +54,11 @@ Result<std::vector<Listener>> Listen(const Options& options) {
         addresses.push_back({"127.0.0.1", kNbdPort});
     }
     for (const TcpAddress& address : addresses) {
-        Result<std::vector<Listener>> more = ListenTcp(address);
+        // 0.0.0.0 beside [::], with the same port: each takes its own.
+        const bool both = std::none_of(addresses.begin(), addresses.end(), [&](const auto& other) {
+            return other.host == "0.0.0.0" && other.port == address.port;
+        });
+        Result<std::vector<Listener>> more = ListenTcp(address, both);
         if (!more.ok()) return more.error();
         std::move(more.value().begin(), more.value().end(), std::back_inserter(listeners.value()));
     }
@@ -175,6 +179,7 @@ Status Daemon::StartServing(const Options& options) {
     limits.negotiation = options.negotiation;
     limits.negotiation_ms_max = options.negotiation_timeout_s * 1000;
     limits.negotiating_max = options.negotiating_max;
+    limits.peer_timeout_s = options.peer_timeout_s;
     limits.connections_max = shares.value().connections;
     server_ = std::make_unique<Server>(*control_, *home_, *pool_, *clients_, limits);
     server_->Start(std::move(listeners.value()));
@@ -210,6 +215,7 @@ Task<void> Daemon::CommitNowAndThen(uint64_t interval_ms) {
         const bool expired = co_await waiting;
         if (!expired) break;
         co_await Hop(*home_);
+        clients_->Observe();
         Task<void> committing = pool_->CommitDirty();
         co_await committing;
         co_await Hop(*control_);

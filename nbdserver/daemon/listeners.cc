@@ -9,8 +9,11 @@
 #include <sys/un.h>
 #include <systemd/sd-daemon.h>
 
+#include <algorithm>
 #include <charconv>
 #include <memory>
+#include <optional>
+#include <set>
 
 namespace varve::nbdserver {
 namespace {
@@ -50,9 +53,22 @@ std::string ListeningUri(int fd) {
     return "nbd://" + FormatAddress(address);
 }
 
-Result<Listener> ListenOn(const addrinfo& info, const TcpAddress& address) {
+/// Whether nobody can listen there because this machine, or its kernel, lacks the address.
+bool IsAbsent(Errno error) {
+    return error == EADDRNOTAVAIL || error == EAFNOSUPPORT || error == EPROTONOSUPPORT;
+}
+
+bool IsWildcard6(const addrinfo& info) {
+    return info.ai_family == AF_INET6 &&
+           IN6_IS_ADDR_UNSPECIFIED(&reinterpret_cast<const sockaddr_in6*>(info.ai_addr)->sin6_addr);
+}
+
+/// `*absent`: the error is that there is no such address here.
+Result<Listener> ListenOn(const addrinfo& info, const TcpAddress& address, bool both,
+                          bool* absent) {
     const auto failed = [&](const char* what) {
         const Errno error = errno;
+        *absent = IsAbsent(error);
         const std::string text = fmt::format("cannot {} {}:{}", what, address.host, address.port);
         if (error != EADDRINUSE) return SystemError(error, text);
         return MakeError(ErrorKind::kBusy,
@@ -66,7 +82,10 @@ Result<Listener> ListenOn(const addrinfo& info, const TcpAddress& address) {
     const int on = 1;
     // A restarted server need not wait for connections of the last one to be forgotten.
     ::setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (info.ai_family == AF_INET6) ::setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+    const int only6 = !(both && IsWildcard6(info));
+    if (info.ai_family == AF_INET6) {
+        ::setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only6, sizeof only6);
+    }
     if (::bind(fd, info.ai_addr, info.ai_addrlen) != 0) return failed("bind to");
     if (::listen(fd, SOMAXCONN) != 0) return failed("listen on");
     listener.uri = ListeningUri(fd);
@@ -94,7 +113,7 @@ Result<TcpAddress> ParseTcpAddress(std::string_view text) {
     return address;
 }
 
-Result<std::vector<Listener>> ListenTcp(const TcpAddress& address) {
+Result<std::vector<Listener>> ListenTcp(const TcpAddress& address, bool both) {
     addrinfo hints{};
     hints.ai_socktype = SOCK_STREAM;
     hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
@@ -108,11 +127,23 @@ Result<std::vector<Listener>> ListenTcp(const TcpAddress& address) {
     }
     const std::unique_ptr<addrinfo, void (*)(addrinfo*)> release(found, ::freeaddrinfo);
     std::vector<Listener> listeners;
+    std::set<std::string> taken;  // a name may have the same address twice
+    std::optional<Error> missing;
     for (const addrinfo* info = found; info; info = info->ai_next) {
-        Result<Listener> listener = ListenOn(*info, address);
-        if (!listener.ok()) return listener.error();
-        listeners.push_back(std::move(listener.value()));
+        if (!taken.emplace(reinterpret_cast<const char*>(info->ai_addr), info->ai_addrlen).second) {
+            continue;
+        }
+        bool absent = false;
+        Result<Listener> listener = ListenOn(*info, address, both, &absent);
+        if (listener.ok()) {
+            listeners.push_back(std::move(listener.value()));
+        } else if (absent) {
+            missing = listener.error();
+        } else {
+            return listener.error();
+        }
     }
+    if (listeners.empty()) return *missing;
     return listeners;
 }
 
@@ -155,10 +186,18 @@ std::string PeerAddress(int fd) {
     return fmt::format("unix:uid={},pid={}", peer.uid, peer.pid);
 }
 
-void PrepareConnection(int fd) {
-    const int on = 1;
-    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);  // fails on unix sockets: no matter
-    ::setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+void PrepareConnection(int fd, uint64_t peer_timeout_s) {
+    const auto set = [fd](int level, int name, int value) {
+        ::setsockopt(fd, level, name, &value, sizeof value);  // fails on unix sockets: no matter
+    };
+    const int seconds = static_cast<int>(peer_timeout_s);
+    set(IPPROTO_TCP, TCP_NODELAY, 1);
+    set(SOL_SOCKET, SO_KEEPALIVE, 1);
+    // Three probes in the second half of the time.
+    set(IPPROTO_TCP, TCP_KEEPIDLE, seconds / 2);
+    set(IPPROTO_TCP, TCP_KEEPINTVL, std::max(1, seconds / 6));
+    set(IPPROTO_TCP, TCP_KEEPCNT, 3);
+    set(IPPROTO_TCP, TCP_USER_TIMEOUT, seconds * 1000);
 }
 
 }  // namespace varve::nbdserver

@@ -26,8 +26,9 @@ struct Listener {
     std::string uri;  // "nbd://127.0.0.1:10809" with the actual port, "nbd+unix:///?socket=PATH"
 };
 
-/// One for each address of the host's. kBusy if the port is taken, else kInvalid or kIo.
-Result<std::vector<Listener>> ListenTcp(const TcpAddress& address);
+/// One for each address of the host's, but for those that this machine does not have, if it has
+/// another. `both`: [::] takes IPv4 as well. kBusy if the port is taken, else kInvalid or kIo.
+Result<std::vector<Listener>> ListenTcp(const TcpAddress& address, bool both = true);
 /// Mode 0660. Replaces a socket file that nobody listens on. kBusy, kExists, kInvalid or kIo.
 Result<Listener> ListenNbdUnix(const std::string& path);
 /// Those of LISTEN_FDS; none if the server was not started by a socket unit. Once per process.
@@ -36,7 +37,9 @@ Result<std::vector<Listener>> TakeSystemdSockets();
 /// "127.0.0.1:51234", "[::1]:51234" or "unix:uid=0,pid=12" of the other end of `fd`.
 std::string PeerAddress(int fd);
 
-/// Sets what NBD needs on a connected socket: no delay of small packets, probes of dead peers.
-void PrepareConnection(int fd);
+/// Sets what NBD needs on a connected socket: no delay of small packets, and an end after
+/// `peer_timeout_s` seconds (3 or more) without an answer of the peer's machine: to probes while
+/// the connection is idle, to data otherwise; or without room there for data.
+void PrepareConnection(int fd, uint64_t peer_timeout_s);
 
 }  // namespace varve::nbdserver

@@ -190,6 +190,9 @@ const Setting kSettings[] = {
          return status;
      },
      "seconds that a client may hold memory others wait for, and do nothing (default 5)"},
+    {"peer-timeout", "S", Form::kOnce,
+     [](Options& o, Text t) { return SetCount(o.peer_timeout_s, t, 3, 86'400); },
+     "seconds until a TCP client is gone of whose machine nothing is heard (default 60)"},
     {"admin-connections-max", "N", Form::kOnce,
      [](Options& o, Text t) { return SetCount(o.admin_connections_max, t, 1, 10'000); },
      "connections to the admin socket (default 128)"},

@@ -39,6 +39,7 @@ struct Options {
     ConnectionLimits connection;
     uint64_t bytes_in_flight_max = 1 << 30;  // payloads, all connections together
     uint64_t admin_connections_max = 128;
+    uint64_t peer_timeout_s = 60;
 
     bool check_config = false;
     bool version = false;

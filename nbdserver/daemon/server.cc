@@ -138,7 +138,7 @@ bool Server::AcceptOne(const ControlSocket& socket, Errno* shortage) {
         }
         return true;
     }
-    PrepareConnection(fd);
+    PrepareConnection(fd, limits_.peer_timeout_s);
     auto handshake = std::make_shared<Handshake>(control_, fd, limits_.negotiation);
     handshake->address = PeerAddress(fd);
     handshakes_.insert(handshake);

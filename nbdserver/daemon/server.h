@@ -25,6 +25,7 @@ struct ServerLimits {
     NegotiationLimits negotiation;
     uint64_t negotiation_ms_max = 10'000;  // 1 s while all places are taken
     uint64_t negotiating_max = 100;        // more wait in the listeners' backlogs
+    uint64_t peer_timeout_s = 60;          // see PrepareConnection()
     uint64_t connections_max = 10'000;     // negotiating or attached; more are closed at once
 };
 
