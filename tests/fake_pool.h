@@ -236,6 +236,7 @@ class FakePool : public cow::Pool {
     Task<void> WaitForReclaim() override { co_return; }
     Task<void> CommitDirty() override { co_return; }
     std::vector<cow::ExportEntry> ListExports() override { return {}; }
+    Result<cow::ExportEntry> DescribeExport(std::string name) override { return NoDisk(name); }
     Task<Result<cow::Export>> OpenExport(std::string name) override { co_return NoDisk(name); }
     Task<void> CloseExport(uint64_t) override { co_return; }
     std::string ExportName(uint64_t) override { return {}; }

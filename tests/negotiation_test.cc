@@ -515,6 +515,26 @@ TEST(NegotiationTest, FloodOfOptionsEndsIt) {
     EXPECT_EQ(client.TakeReplies().size(), 32U);
 }
 
+// Clients that show all exports ask several options about each.
+TEST(NegotiationTest, WhoListsMayAskAboutEachExport) {
+    Client client;
+    client.Say(Flags() + kStructured);
+    EXPECT_EQ(client.Say(Option(wire::kOptList)), Step::kInput);
+    EXPECT_EQ(client.negotiator.options_for_list(), 0U);
+    for (int i = 2; i < 32 + 2 * 8; ++i) {
+        ASSERT_EQ(client.Say(Option(wire::kOptInfo, InfoData("disk0"))), Step::kInput) << i;
+    }
+    EXPECT_EQ(client.negotiator.options_for_list(), 2U * 8);
+    EXPECT_EQ(client.Say(Option(wire::kOptInfo, InfoData("disk0"))), Step::kHangUp);
+}
+
+TEST(NegotiationTest, ListsThemselvesAreNotMore) {
+    Client client;
+    client.Say(Flags());
+    for (int i = 0; i < 32; ++i) ASSERT_EQ(client.Say(Option(wire::kOptList)), Step::kInput);
+    EXPECT_EQ(client.Say(Option(wire::kOptList)), Step::kHangUp);
+}
+
 TEST(NegotiationTest, ShutdownIsAnsweredToEverythingButAbort) {
     Client client;
     client.Say(Flags());

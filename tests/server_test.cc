@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <libnbd.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -279,6 +280,17 @@ TEST_F(ServerTest, NegotiationsBeyondTheCapWait) {
     EXPECT_EQ(Receive(fourth.get(), 18).size(), 18U) << "an attached client frees its place";
 }
 
+// All places are taken, but nobody waits for one.
+TEST_F(ServerTest, ExactlyFullIsNotCrowded) {
+    options_.negotiating_max = 2;
+    StartWithDisk();
+    OwnedFd first = ConnectGreeted(), second = ConnectGreeted();
+    pollfd closed[2] = {{first.get(), POLLIN, 0}, {second.get(), POLLIN, 0}};
+    EXPECT_EQ(::poll(closed, 2, 1500), 0) << "closed before the deadline of 10 s";
+    SendAll(first.get(), kHello + ExportName("disk0"));
+    EXPECT_EQ(Receive(first.get(), 10).size(), 10U);
+}
+
 TEST_F(ServerTest, ConnectionsBeyondTheLimitAreClosed) {
     options_.connections_max = 2;
     StartWithDisk();
@@ -381,6 +393,30 @@ TEST_F(ServerTest, CommandsFenceClients) {
     char bytes[3];
     ASSERT_EQ(nbd_pread(nbd, bytes, 3, 0, 0), 0);
     EXPECT_EQ(std::string(bytes, 3), "old");
+}
+
+TEST_F(ServerTest, AskingAboutAnExportDoesNotAttach) {
+    StartWithDisk();
+    Call("snapshot.create", R"({"snapshots":["disk0@a"]})");
+    std::string name;
+    AppendBig(name, uint32_t{5});
+    const std::string info = Option(wire::kOptInfo, name + "disk0" + std::string(2, '\0'));
+    std::atomic<bool> done{false};
+    std::thread asking([&] {
+        while (!done) {
+            OwnedFd fd = ConnectGreeted();
+            std::string options = kHello;
+            for (int i = 0; i < 30; ++i) options += info;
+            SendAll(fd.get(), options);
+            Receive(fd.get(), 30 * (20 + 12 + 20));
+        }
+    });
+    for (int round = 0; round < 30; ++round) {
+        const std::string answer = Call("snapshot.restore", R"({"snapshot":"disk0@a"})");
+        EXPECT_EQ(answer.find("error"), std::string::npos) << answer;
+    }
+    done = true;
+    asking.join();
 }
 
 TEST_F(ServerTest, ClientThatDoesNotReadIsFencedToo) {

@@ -171,6 +171,9 @@ class Pool {
 
     // ---- exports
     virtual std::vector<ExportEntry> ListExports() = 0;
+    /// What OpenExport would open, without opening it. The same errors, but for a pool that has
+    /// failed.
+    virtual Result<ExportEntry> DescribeExport(std::string name) = 0;
     /// By export name; "" is the only disk when there is exactly one. kNotFound; kBusy while the
     /// disk is fenced.
     virtual Task<Result<Export>> OpenExport(std::string name) = 0;

@@ -19,12 +19,38 @@ std::vector<ExportEntry> PoolImpl::ListExports() {
     return entries;
 }
 
-Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
-    if (name.empty() && catalog_.disks().size() == 1) {
-        name = catalog_.disks().begin()->second.record.name;
+namespace {
+
+Error Fenced(const std::string& name) {
+    return MakeError(ErrorKind::kBusy, fmt::format("'{}' is in use by a command; try again", name));
+}
+
+}  // namespace
+
+/// "" stands for the only disk.
+std::string PoolImpl::ExportAsked(std::string name) const {
+    if (!name.empty() || catalog_.disks().size() != 1) return name;
+    return catalog_.disks().begin()->second.record.name;
+}
+
+Result<ExportEntry> PoolImpl::DescribeExport(std::string name) {
+    name = ExportAsked(std::move(name));
+    if (name.find('@') == std::string::npos) {
+        const Result<DiskId> id = catalog_.FindDisk(name);
+        if (!id.ok()) return id.error();
+        if (disks_.at(id.value()).fenced) return Fenced(name);
+        return ExportEntry{name, catalog_.disk(id.value()).record.size, false};
     }
-    const Error fenced =
-        MakeError(ErrorKind::kBusy, fmt::format("'{}' is in use by a command; try again", name));
+    const Result<SnapshotId> id = catalog_.FindSnapshot(name);
+    if (!id.ok()) return id.error();
+    const auto open = snapshots_.find(id.value());
+    if (open != snapshots_.end() && open->second.fenced) return Fenced(name);
+    return ExportEntry{name, catalog_.snapshot(id.value()).size, true};
+}
+
+Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
+    name = ExportAsked(std::move(name));
+    const Error fenced = Fenced(name);
     Export result{nullptr, next_export_++};
     if (name.find('@') == std::string::npos) {
         const Result<DiskId> id = catalog_.FindDisk(name);

@@ -54,6 +54,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<void> CommitDirty() override;
 
     std::vector<ExportEntry> ListExports() override;
+    Result<ExportEntry> DescribeExport(std::string name) override;
     Task<Result<Export>> OpenExport(std::string name) override;
     Task<void> CloseExport(uint64_t id) override;
     std::string ExportName(uint64_t id) override;
@@ -140,6 +141,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Result<uint64_t>> UniqueBytes(SnapshotId id);
 
     // pool_exports.cc
+    std::string ExportAsked(std::string name) const;
     Task<Status> FenceDisk(DiskId id, bool disconnect);
     Task<Status> FenceSnapshot(SnapshotId id, bool disconnect);
     void Disconnect(DiskId disk, SnapshotId snapshot);

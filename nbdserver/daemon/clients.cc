@@ -94,15 +94,11 @@ Clients::~Clients() {
     VARVE_CHECK(clients_.empty());
 }
 
-Task<Result<ExportDescription>> Clients::Describe(std::string export_name) {
-    std::string nobody;
-    Task<Result<std::shared_ptr<Client>>> opening = Open(std::move(export_name), std::move(nobody));
-    Result<std::shared_ptr<Client>> client = co_await opening;
-    if (!client.ok()) co_return client.error();
-    ExportDescription description = client.value()->description;
-    Task<void> closing = Close(std::move(client.value()));
-    co_await closing;
-    co_return description;
+Result<ExportDescription> Clients::Describe(std::string export_name) {
+    Result<cow::ExportEntry> found = pool_.DescribeExport(std::move(export_name));
+    if (!found.ok()) return found.error();
+    cow::ExportEntry& entry = found.value();
+    return ExportDescription{std::move(entry.name), entry.size, entry.read_only};
 }
 
 Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std::string address) {

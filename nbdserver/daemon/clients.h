@@ -33,8 +33,8 @@ class Clients : public admin::ClientDirectory {
     /// REQUIRES: no client is left. The pool must not fence any more.
     ~Clients() override;
 
-    /// Says what an export is, without attaching to it. Errors as of Pool::OpenExport.
-    Task<Result<ExportDescription>> Describe(std::string export_name);
+    /// Says what an export is, without attaching to it. Errors as of Pool::DescribeExport.
+    Result<ExportDescription> Describe(std::string export_name);
 
     /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport; kFailed after
     /// Close(). The client owes Serve() or Release(), soon and without waiting for its peer.

@@ -1,11 +1,14 @@
 #include "nbdserver/daemon/server.h"
 
 #include <fmt/format.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <chrono>
+#include <optional>
 #include <utility>
 
 #include "base/log.h"
@@ -17,6 +20,10 @@ constexpr uint64_t kShortagePauseMs = 100;
 // Who negotiates longer than this goes when others wait to begin: those who stall must not keep
 // everybody out for the whole time that a slow but honest client is given.
 constexpr uint64_t kPatienceMs = 1000;
+// An option that asks about a listed export may take as long as a slow network, on top of the rest.
+constexpr uint64_t kListedOptionMs = 250;
+constexpr uint64_t kLookAgainMs = 20;
+constexpr int kAcceptsPerTurn = 16;
 constexpr size_t kReadBytes = 4096;
 
 LookupError ToLookupError(const Error& error) {
@@ -29,6 +36,32 @@ LookupError ToLookupError(const Error& error) {
         default:
             return LookupError::kFailed;
     }
+}
+
+/// Time in pieces.
+class Stopwatch {
+  public:
+    void Go() { began_ = Clock::now(); }
+    void Halt() {
+        passed_ += Clock::now() - *began_;
+        began_.reset();
+    }
+    bool running() const { return began_.has_value(); }
+    uint64_t ms() const {
+        const Clock::duration now = began_ ? Clock::now() - *began_ : Clock::duration::zero();
+        const auto all = std::chrono::duration_cast<std::chrono::milliseconds>(passed_ + now);
+        return static_cast<uint64_t>(all.count());
+    }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    Clock::duration passed_{};
+    std::optional<Clock::time_point> began_;
+};
+
+bool Readable(int fd) {
+    pollfd readable{fd, POLLIN, 0};
+    return ::poll(&readable, 1, 0) > 0;
 }
 
 }  // namespace
@@ -52,6 +85,9 @@ struct Server::Handshake {
     ControlSocket socket;
     Timer deadline;
     Negotiator negotiator;
+    Stopwatch waited;                // for this client to send or to read
+    bool reading = false;            // it waits for input
+    bool leaving = false;            // it waited too long
     std::shared_ptr<Client> client;  // once it has asked for an export to be opened
     std::array<char, kReadBytes> buffer;
 };
@@ -98,18 +134,14 @@ Task<void> Server::Closed() {
 
 Task<void> Server::Accept(std::shared_ptr<Acceptor> acceptor) {
     while (!closing_) {
-        while (!closing_ && handshakes_.size() >= limits_.negotiating_max) {
-            crowded_ = true;
-            co_await room_.Wait();
-        }
+        while (!closing_ && Full()) co_await room_.Wait();
         Task<bool> waiting = acceptor->socket.WaitReadable();
         const bool readable = co_await waiting;
         if (!readable) break;
         Errno shortage = 0;
-        while (!closing_ && handshakes_.size() < limits_.negotiating_max &&
-               AcceptOne(acceptor->socket, &shortage)) {
+        for (int n = 0; n < kAcceptsPerTurn && !closing_ && !Full(); ++n) {
+            if (!AcceptOne(acceptor->socket, &shortage)) break;
         }
-        if (handshakes_.size() < limits_.negotiating_max) crowded_ = false;
         if (shortage == 0) continue;
         const std::string what = fmt::format("cannot accept on {}", acceptor->listener.uri);
         Log(LogLevel::kWarning,
@@ -150,18 +182,42 @@ bool Server::AcceptOne(const ControlSocket& socket, Errno* shortage) {
     return true;
 }
 
+/// Whether others wait for a place now, and no place is about to come free.
+bool Server::Crowded() const {
+    if (!Full() || leaving_ > 0) return false;
+    return std::any_of(acceptors_.begin(), acceptors_.end(),
+                       [](const auto& acceptor) { return Readable(acceptor->socket.fd()); });
+}
+
+uint64_t Server::PatienceMs(const Handshake& handshake) const {
+    if (Crowded()) return std::min(limits_.negotiation_ms_max, kPatienceMs);
+    return limits_.negotiation_ms_max + handshake.negotiator.options_for_list() * kListedOptionMs;
+}
+
+/// Whether it is the client that is waited for now, not this thread that has not come to it.
+bool Server::IsLate(const Handshake& handshake) {
+    if (!handshake.waited.running()) return false;
+    return !handshake.reading || !Readable(handshake.socket.fd());
+}
+
 Task<void> Server::WatchDeadline(std::shared_ptr<Handshake> handshake) {
-    uint64_t left_ms = limits_.negotiation_ms_max;
-    bool expired = true;
-    while (expired && left_ms > 0) {
-        const uint64_t step_ms = std::min(left_ms, kPatienceMs);
+    for (;;) {
+        const uint64_t waited_ms = handshake->waited.ms();
+        const uint64_t patience_ms = PatienceMs(*handshake);
+        uint64_t step_ms = kLookAgainMs;
+        if (waited_ms < patience_ms) {
+            step_ms = std::min(patience_ms - waited_ms, kPatienceMs);
+        } else if (IsLate(*handshake)) {
+            break;
+        }
         Task<bool> wait = handshake->deadline.Wait(step_ms);
-        expired = co_await wait;
-        left_ms -= step_ms;
-        if (crowded_) break;
+        const bool expired = co_await wait;
+        if (!expired) break;
     }
-    if (expired) {
+    if (!handshake->deadline.cancelled()) {
         Log(LogLevel::kDebug, fmt::format("{} took too long to negotiate", handshake->address));
+        handshake->leaving = true;
+        ++leaving_;
         handshake->socket.Cancel();
     }
     gate_.Leave();
@@ -170,6 +226,7 @@ Task<void> Server::WatchDeadline(std::shared_ptr<Handshake> handshake) {
 void Server::NegotiationEnded(const std::shared_ptr<Handshake>& handshake) {
     handshake->deadline.Cancel();
     handshakes_.erase(handshake);
+    leaving_ -= handshake->leaving;
     room_.WakeAll();
 }
 
@@ -230,12 +287,18 @@ Task<void> Server::Converse(std::shared_ptr<Handshake> handshake) {
     using Step = Negotiator::Step;
     while (negotiator.step() != Step::kDone) {
         const std::string output = negotiator.TakeOutput();
+        handshake->waited.Go();
         Task<bool> writing = handshake->socket.WriteAll(output);
         const bool written = co_await writing;
+        handshake->waited.Halt();
         if (!written || negotiator.step() == Step::kHangUp) break;
         if (negotiator.step() == Step::kInput) {
+            handshake->waited.Go();
+            handshake->reading = true;
             Task<size_t> reading = handshake->socket.Read(handshake->buffer);
             const size_t bytes = co_await reading;
+            handshake->reading = false;
+            handshake->waited.Halt();
             if (bytes == 0) break;
             negotiator.Feed(std::string_view(handshake->buffer.data(), bytes));
             continue;
@@ -280,8 +343,7 @@ Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
             error = client.error();
         }
     } else {
-        Task<Result<ExportDescription>> describing = clients_.Describe(std::move(name));
-        Result<ExportDescription> described = co_await describing;
+        Result<ExportDescription> described = clients_.Describe(std::move(name));
         found = described.ok();
         if (found) {
             description = std::move(described.value());

@@ -23,10 +23,12 @@ namespace varve::nbdserver {
 
 struct ServerLimits {
     NegotiationLimits negotiation;
-    uint64_t negotiation_ms_max = 10'000;  // 1 s while all places are taken
-    uint64_t negotiating_max = 100;        // more wait in the listeners' backlogs
-    uint64_t peer_timeout_s = 60;          // see PrepareConnection()
-    uint64_t connections_max = 10'000;     // negotiating or attached; more are closed at once
+    /// How long the server waits for one client, in all; its own time does not count. 1 s is
+    /// enough to make room for others that wait for a place.
+    uint64_t negotiation_ms_max = 10'000;
+    uint64_t negotiating_max = 100;     // more wait in the listeners' backlogs
+    uint64_t peer_timeout_s = 60;       // see PrepareConnection()
+    uint64_t connections_max = 10'000;  // negotiating or attached; more are closed at once
 };
 
 /// Lives on the control thread: all methods are called there.
@@ -54,6 +56,10 @@ class Server {
 
     Task<void> Accept(std::shared_ptr<Acceptor> acceptor);
     bool AcceptOne(const ControlSocket& socket, Errno* shortage);
+    bool Full() const { return handshakes_.size() >= limits_.negotiating_max; }
+    bool Crowded() const;
+    uint64_t PatienceMs(const Handshake& handshake) const;
+    static bool IsLate(const Handshake& handshake);
     Task<void> WatchDeadline(std::shared_ptr<Handshake> handshake);
     Task<void> Negotiate(std::shared_ptr<Handshake> handshake);
     Task<void> Converse(std::shared_ptr<Handshake> handshake);
@@ -73,8 +79,8 @@ class Server {
     std::set<std::shared_ptr<Handshake>> handshakes_;
     uint64_t connections_ = 0;
     bool closing_ = false;
+    uint64_t leaving_ = 0;  // of handshakes_: closed already
     bool full_ = false;     // reported already
-    bool crowded_ = false;  // all places to negotiate are taken, and others may wait for them
     WaitList room_;         // a negotiation ended
     Gate gate_;             // accept loops, connections and their deadlines
 };

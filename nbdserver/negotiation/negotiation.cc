@@ -115,8 +115,10 @@ bool Negotiator::TakeOptionHeader() {
     input_.erase(0, sizeof header);
     option_ = header.option;
     length_ = header.length;
-    const bool hopeless = header.magic != wire::kOptionMagic || ++options_ > limits_.options_max ||
-                          length_ > limits_.option_skip_max;
+    const uint64_t options_max = limits_.options_max + listed_ * limits_.options_per_listed;
+    lists_ += option_ == wire::kOptList;
+    const bool hopeless = header.magic != wire::kOptionMagic || ++options_ > options_max ||
+                          lists_ > limits_.options_max || length_ > limits_.option_skip_max;
     // Without the fixed newstyle, a client cannot understand an error reply.
     const bool mute = !fixed_newstyle_ && option_ != wire::kOptExportName;
     const bool too_long = length_ > limits_.option_bytes_max;
@@ -340,6 +342,7 @@ Negotiator::Step Negotiator::AnswerList(const std::vector<std::string>& names) {
         ReplyError(wire::kRepErrTooBig, "there are too many exports to list them here");
         return Continue();
     }
+    listed_ = std::max<uint64_t>(listed_, names.size());
     Reply(wire::kRepAck);
     return Continue();
 }
@@ -356,6 +359,10 @@ void Negotiator::Reply(uint32_t type, std::string_view data) {
 void Negotiator::ReplyError(uint32_t type, std::string_view message) {
     // nbd-client overwrites the last byte of a message: let it be one that does not matter.
     Reply(type, std::string(message) + ".");
+}
+
+uint64_t Negotiator::options_for_list() const {
+    return options_ - std::min(options_, limits_.options_max);
 }
 
 NegotiationResult Negotiator::TakeResult() {

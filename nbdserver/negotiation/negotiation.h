@@ -15,6 +15,7 @@ namespace varve::nbdserver {
 
 struct NegotiationLimits {
     uint32_t options_max = 32;            // then the connection is closed
+    uint32_t options_per_listed = 8;      // more but LIST, for each export that a LIST has named
     uint32_t option_bytes_max = 8 << 10;  // data of one option; more: an error, not stored
     uint32_t option_skip_max = 1 << 20;   // data of one option; more: the connection is closed
     uint32_t list_bytes_max = 4 << 20;    // the answer to LIST; more: an error instead
@@ -81,6 +82,10 @@ class Negotiator {
     /// Bytes to send, in one write. The greeting is the first.
     std::string TakeOutput();
 
+    /// Options that only the answer to a LIST gave room for: whoever asks about each export needs
+    /// time for it, too.
+    uint64_t options_for_list() const;
+
     /// REQUIRES: step() is kDone.
     NegotiationResult TakeResult();
 
@@ -118,6 +123,8 @@ class Negotiator {
     bool structured_replies_ = false;
     std::optional<std::string> context_export_;  // base:allocation is selected for this name
     uint32_t options_ = 0;
+    uint32_t lists_ = 0;   // of them LIST
+    uint64_t listed_ = 0;  // exports in the longest answer to a LIST
 
     // The option at hand.
     uint32_t option_ = 0;
