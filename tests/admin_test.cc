@@ -368,9 +368,9 @@ TEST(Service, ListsAndDisconnectsClientsOfADiskAndItsSnapshots) {
     client.Ask(Call("disk.create", R"({"name":"dd","size":4096})"));
     client.Ask(Call("snapshot.create", R"({"snapshots":["d@s"]})"));
     server.OnClients([](FakeClients& clients) {
-        clients.clients = {{3, "127.0.0.1:5", "dd", 0, false, 1, 2, 3},
-                           {2, "unix:", "d@s", 0, true, 1, 2, 3},
-                           {1, "127.0.0.1:4", "d", 0, false, 1, 2, 3}};
+        clients.clients = {{3, "127.0.0.1:5", "dd", 0, 9, false, 1, 2, 3},
+                           {2, "unix:", "d@s", 0, 9, true, 1, 2, 3},
+                           {1, "127.0.0.1:4", "d", 0, 9, false, 1, 2, 3}};
     });
     EXPECT_EQ(client.Ask(Call("client.list")).at("result").at("clients").as_array().size(), 3u);
     const json::value of_disk = client.Ask(Call("client.list", R"({"disk":"d"})"));
@@ -381,6 +381,7 @@ TEST(Service, ListsAndDisconnectsClientsOfADiskAndItsSnapshots) {
                            {"export", "d"},
                            {"read_only", false},
                            {"since", "1970-01-01T00:00:00.000Z"},
+                           {"idle_s", 9},
                            {"requests", 1},
                            {"bytes_read", 2},
                            {"bytes_written", 3}}));
