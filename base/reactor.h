@@ -142,6 +142,10 @@ class Reactor : public Executor {
     /// what it points to stay valid until completion. A closed peer gives EPIPE, no signal.
     void SendSome(Op& op, int fd, const msghdr& message);
 
+    /// Completes when the peer of the stream socket `fd` has sent its last byte or is gone; with
+    /// what poll(2) tells. At once if that is so already.
+    void WaitForHangUp(Op& op, int fd);
+
     /// Whether an operation that nobody cancelled was never begun, for want of a thread to do it:
     /// to be done again, or in another way. Says nothing about the file or the peer.
     static bool WasNotIssued(int32_t result) { return result == -ECANCELED || result == -EAGAIN; }

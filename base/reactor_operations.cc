@@ -1,4 +1,6 @@
 // Reactor: its operations, and the memory that it lends to receives.
+#include <poll.h>
+
 #include <algorithm>
 
 #include "base/reactor_state.h"
@@ -107,6 +109,12 @@ void Reactor::ReceiveSome(Op& op, int fd, std::span<std::byte> memory) {
 void Reactor::SendSome(Op& op, int fd, const msghdr& message) {
     io_uring_sqe* sqe = state_->Begin(op, Op::Kind::kPlain);
     io_uring_prep_sendmsg(sqe, fd, &message, MSG_NOSIGNAL);
+    io_uring_sqe_set_data(sqe, &op);
+}
+
+void Reactor::WaitForHangUp(Op& op, int fd) {
+    io_uring_sqe* sqe = state_->Begin(op, Op::Kind::kPlain);
+    io_uring_prep_poll_add(sqe, fd, POLLRDHUP);
     io_uring_sqe_set_data(sqe, &op);
 }
 

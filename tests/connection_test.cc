@@ -272,6 +272,20 @@ class ConnectionTest : public testing::Test {
         while (!On(condition)) std::this_thread::yield();
     }
 
+    static Task<void> Await(ConnectionHost* host, FakeVolume* volume,
+                            std::shared_ptr<std::promise<void>> over) {
+        co_await Hop(volume->executor());
+        co_await host->AwaitLeavers(*volume);
+        over->set_value();
+    }
+    /// Ready when nothing of clients that have left the volume can land any more.
+    std::future<void> AwaitLeavers() {
+        auto over = std::make_shared<std::promise<void>>();
+        std::future<void> result = over->get_future();
+        Spawn(Await(host_.get(), volume_.get(), std::move(over)));
+        return result;
+    }
+
     std::unique_ptr<Reactor> reactor_;
     std::unique_ptr<FakeVolume> volume_;
     std::unique_ptr<ConnectionHost> host_;
@@ -730,6 +744,115 @@ TEST_F(ConnectionTest, AVanishedClientsRequestsAreFinishedFirst) {
     On([&] { volume_->Release(); });
     WaitUntilEnded(0);
     EXPECT_EQ(On([&] { return volume_->running(); }), 0u);
+}
+
+TEST_F(ConnectionTest, WhoComesNextWaitsUntilNothingOfAVanishedClientCanLand) {
+    for (const bool disconnects : {false, true}) {
+        Client& client = Connect();
+        const size_t index = served_.size() - 1;
+        On([&] { volume_->hold = true; });
+        client.SendBytes(Client::Header(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 1));
+        Until([&] { return volume_->running() == 1; });
+        if (disconnects) client.SendBytes(Client::Header(wire::kCmdDisconnect, 0, 0, 2));
+        client.Close();
+        std::future<void> nothing_lands = AwaitLeavers();
+        Until([&] { return true; });
+        EXPECT_FALSE(served_[index].over);
+        EXPECT_NE(nothing_lands.wait_for(std::chrono::seconds(0)), std::future_status::ready);
+        On([&] { volume_->Release(); });
+        nothing_lands.wait();
+        EXPECT_TRUE(served_[index].over);
+        // Without DISC nobody had a right to it any more.
+        EXPECT_EQ(served_[index].counters->given_up, disconnects ? 0u : 1u);
+        WaitUntilEnded(index);
+    }
+    EXPECT_EQ(std::memcmp(volume_->data(), Pattern(4096, 1).data(), 4096), 0);
+}
+
+TEST_F(ConnectionTest, WhoComesNextDoesNotWaitForClientsThatAreThere) {
+    Client& client = Connect();
+    Connect();
+    On([&] { volume_->hold = true; });
+    client.SendBytes(client.Prepare(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 1));
+    Until([&] { return volume_->running() == 1; });
+    AwaitLeavers().wait();
+    EXPECT_FALSE(served_[0].over);
+    On([&] { volume_->Release(); });
+    EXPECT_EQ(client.Next().error, 0u);
+}
+
+TEST_F(ConnectionTest, WhatALeaverHasNotFinishedInTimeIsGivenUp) {
+    ConnectionLimits limits;
+    limits.leave_ms_max = 50;
+    Start(limits);
+    Client& client = Connect();
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    for (uint64_t i = 0; i < 20; ++i) stream += Client::Header(wire::kCmdTrim, 0, 32 * kMiB, i);
+    stream += Client::Header(wire::kCmdDisconnect, 0, 0, 20);
+    client.SendBytes(stream);
+    client.HalfClose();
+    Until([&] { return volume_->running() == 2; });
+    std::future<void> nothing_lands = AwaitLeavers();
+    // Those that have not begun go at once; the others end at the volume.
+    Until([&] { return served_[0].counters->given_up == 18u; });
+    On([&] { volume_->Release(); });
+    nothing_lands.wait();
+    WaitUntilEnded(0);
+    EXPECT_EQ(served_[0].counters->given_up, 20u);
+    EXPECT_EQ(On([&] { return volume_->calls["trim"]; }), 2u);
+}
+
+TEST_F(ConnectionTest, RequestsThatWorkOnMuchRunFewAtATimeAndInOrder) {
+    ConnectionLimits limits;
+    limits.work_bytes_max = 2 * kMiB;
+    Start(limits);
+    Client& client = Connect();
+    Client& other = Connect();
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    for (uint64_t i = 0; i < 300; ++i) {
+        stream += client.Prepare(wire::kCmdWriteZeroes, 0, 3 * kMiB, i, wire::kFlagNoHole);
+    }
+    stream += client.Prepare(wire::kCmdRead, 0, 512, 300);
+    client.SendBytes(stream);
+    Until([&] { return volume_->calls["read"] == 1; });
+    EXPECT_EQ(On([&] { return volume_->calls["zero"]; }), 1u);
+    other.SendBytes(other.Prepare(wire::kCmdTrim, 0, 4096, 1));
+    Until([&] { return volume_->calls["trim"] == 1; });
+    On([&] { volume_->Release(); });
+    EXPECT_EQ(other.Next().error, 0u);
+    uint64_t next = 0;
+    for (int i = 0; i < 301; ++i) {
+        const Answer answer = client.Next();
+        EXPECT_EQ(answer.error, 0u);
+        if (answer.cookie == 300) continue;
+        EXPECT_EQ(answer.cookie, next);
+        ++next;
+    }
+}
+
+TEST_F(ConnectionTest, AClientThatBreaksOffIsNoticedWhileNothingIsReceived) {
+    ConnectionLimits limits;
+    limits.requests_max = 4;
+    Start(limits);
+    Client& client = Connect();
+    // A reply that the client does not read makes its close a reset.
+    client.SendBytes(client.Prepare(wire::kCmdRead, 0, 4096, 0));
+    int there = 0;
+    while (ioctl(client.fd(), FIONREAD, &there) == 0 && there < 4096) std::this_thread::yield();
+    On([&] { volume_->hold = true; });
+    std::string stream;
+    for (uint64_t i = 1; i < 10; ++i) stream += Client::Header(wire::kCmdTrim, 0, 4096, i);
+    client.SendBytes(stream);
+    Until([&] { return volume_->running() == 4 && host_->bytes_received() > 0; });
+    client.Close();
+    EXPECT_FALSE(served_[0].over);
+    Until([&] { return host_->bytes_received() == 0; });  // it gave up what it had not begun
+    On([&] { volume_->Release(); });
+    WaitUntilEnded(0);
+    EXPECT_EQ(served_[0].counters->given_up, 4u);
+    EXPECT_EQ(On([&] { return volume_->calls["trim"]; }), 4u);
 }
 
 TEST_F(ConnectionTest, EndFinishesRunningRequestsAndDropsTheRest) {

@@ -18,7 +18,11 @@
 //   kOpen       yes        yes             yes             DISC or end of stream -> kDraining,
 //                                                          failure or End() -> kDropped
 //   kDraining   no         yes             yes             failure or End() -> kDropped
-//   kDropped    no         yes             no
+//   kDropped    no         after DISC      no
+//
+// Who is gone needs no work any more: when a connection is dropped, its requests are given up
+// between pieces (cow::Requester). Not after DISC, which promises that they are finished, unless
+// it is End() that drops it.
 //
 // Not open, no request left, no operation in flight: the socket is closed and the connection gone.
 // The socket is only shut down before that, since close() would cancel nothing.
@@ -26,6 +30,7 @@
 //   connection.cc           beginning and end           connection_receive.cc   receiving
 //   connection_host.cc      what connections share      connection_requests.cc  running, replying
 //   connection_stall.cc     who keeps others waiting    connection_large_read.cc
+//   connection_leaving.cc   whose client has left
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -88,6 +93,7 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
     : shared_(*host.shared_),
       fd_(fd),
       local_(IsUnixSocket(fd)),
+      number_(shared_.connections_started++),
       volume_(volume),
       counters_(std::move(options.counters)),
       ended_(std::move(ended)),
@@ -100,7 +106,7 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
     if (!counters_) counters_ = std::make_shared<ConnectionCounters>();
 
     hook_.connection = receive_op_.connection = payload_op_.connection = send_op_.connection = this;
-    rest_op_.connection = this;
+    rest_op_.connection = hang_up_op_.connection = this;
     rest_op_.done = [](Op* op, int32_t) { static_cast<Resting*>(op)->connection->Wake(); };
     share_.connection = this;
     share_.wake = [](MemoryBudget::Share* s) { static_cast<Share*>(s)->connection->Wake(); };
@@ -110,6 +116,9 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
     };
     payload_op_.done = [](Op* op, int32_t result) {
         static_cast<Other*>(op)->connection->OnPayload(result);
+    };
+    hang_up_op_.done = [](Op* op, int32_t result) {
+        static_cast<Other*>(op)->connection->OnHangUp(result);
     };
     send_op_.done = [](Op* op, int32_t result) {
         static_cast<Other*>(op)->connection->OnSent(result);
@@ -128,8 +137,15 @@ Connection::~Connection() {
     close(fd_);
 }
 
-/// Nothing more is received or sent; what runs in the volume is waited for.
+/// Nothing more is received or sent; what runs in the volume is given up, and waited for.
 void Connection::Drop() {
+    disconnecting_ = false;
+    Lose();
+}
+
+/// The client is gone, or what it says makes no sense.
+void Connection::Lose() {
+    if (!disconnecting_ && !requester_.gone()) requester_.Leave();
     if (state_ == State::kDropped) return;
     state_ = State::kDropped;
     shutdown(fd_, SHUT_RDWR);
@@ -139,8 +155,10 @@ void Connection::Drop() {
 void Connection::OnBatchEnd() {
     if (paused_) Resume();
     DropUnwanted();
+    RunWaiting();
     SendReplies();
     Receive();
+    WatchPeer();
     if (IsNextSoon()) shared_.reactor.ExpectSoon();
     if (Finished()) Finish();
 }
@@ -148,7 +166,7 @@ void Connection::OnBatchEnd() {
 bool Connection::Finished() const {
     return state_ != State::kOpen && requests_ == 0 && !hook_.queued() &&
            !receive_op_.in_flight() && !payload_op_.in_flight() && !send_op_.in_flight() &&
-           !rest_op_.in_flight();
+           !rest_op_.in_flight() && !hang_up_op_.in_flight();
 }
 
 void Connection::Finish() {
@@ -158,6 +176,7 @@ void Connection::Finish() {
     const std::function<void()> ended = std::move(ended_);
     delete this;
     if (shared.all.empty()) shared.CheckNothingHeld();
+    shared.left.WakeAll();
     if (ended) ended();
 }
 

@@ -18,6 +18,7 @@
 
 #include "base/reactor.h"
 #include "base/result.h"
+#include "base/task.h"
 #include "cow/volume/volume.h"
 
 namespace varve::nbdserver {
@@ -32,9 +33,12 @@ struct ConnectionLimits {
     uint32_t payload_max = 32 << 20;       // bytes of one READ or WRITE; over it: EINVAL
     uint32_t requests_max = 1024;          // in flight, for each connection
     uint64_t bytes_max = 64 << 20;         // payloads in flight, for each connection
+    uint64_t work_bytes_max = 64 << 20;    // that requests without payload work on, likewise: one
+                                           // that is larger alone, the others wait
     uint64_t host_bytes_max = 512 << 20;   // memory in flight, all connections of a reactor
     uint64_t unused_bytes_max = 64 << 20;  // pooled memory kept for later, for each reactor
     uint64_t stall_ms_max = 5000;          // without progress, while others wait for its memory
+    uint64_t leave_ms_max = 2000;          // to finish what is outstanding when others come
 };
 
 /// What `client.list` shows. Written by the connection's reactor, readable from every thread.
@@ -43,6 +47,7 @@ struct ConnectionCounters {
     std::atomic<uint64_t> bytes_read{0};     // payload sent
     std::atomic<uint64_t> bytes_written{0};  // payload received and written without error
     std::atomic<uint64_t> errors{0};         // requests answered with an error
+    std::atomic<uint64_t> given_up{0};       // requests of a client that has gone
 };
 
 /// What was agreed on in negotiation.
@@ -76,6 +81,11 @@ class ConnectionHost {
     Connection* Start(int fd, TransmissionOptions options, cow::Volume& volume,
                       std::function<void()> ended);
 
+    /// Waits until nothing can land on `volume` any more of clients that have left it: their
+    /// connections have ended. They are given ConnectionLimits::leave_ms_max to finish what is
+    /// outstanding, then that is given up. Clients that are there are not waited for.
+    Task<void> AwaitLeavers(cow::Volume& volume);
+
     /// End() for all of them.
     void EndAll();
 
@@ -93,7 +103,7 @@ class ConnectionHost {
     std::unique_ptr<Shared> shared_;
 };
 
-/// Ends `connection` now: its socket is shut down, requests running in the volume are finished and
+/// Ends `connection` now: its socket is shut down, requests running in the volume are given up and
 /// their replies dropped, then `ended` is called. On the reactor's thread, before `ended`; more
 /// than once is allowed.
 void End(Connection* connection);

@@ -20,7 +20,8 @@ ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l)
     : reactor(r),
       limits(l),
       pool(l.unused_bytes_max),
-      budget(l.host_bytes_max, kSmallRequestBytes) {
+      budget(l.host_bytes_max, kSmallRequestBytes),
+      left(r) {
     slice_timer.shared = this;
     slice_timer.done = [](Op* op, int32_t) {
         static_cast<SliceTimer*>(op)->shared->OnSliceTimer();

@@ -18,6 +18,7 @@
 #include "base/buffers.h"
 #include "base/check.h"
 #include "base/reactor.h"
+#include "base/sync.h"
 #include "base/task.h"
 #include "base/trial.h"
 #include "nbdserver/connection/connection.h"
@@ -108,13 +109,20 @@ struct ConnectionHost::Shared {
     SendBatch* unused_batches = nullptr;
     unsigned unused_batch_count = 0;
     std::vector<Connection*> all;
+    uint64_t connections_started = 0;
+    WaitList left;  // a connection ended
+
+    /// Whether any of the first `count` connections is of `volume` and its client has left.
+    /// `end`: ends them.
+    bool AnyLeaver(cow::Volume& volume, uint64_t count, bool end);
+    struct LeaveDeadline;
 
     struct Watch : TimerOp {
         Shared* shared = nullptr;
     };
     Watch watch;
 
-    // Large reads that wait for a turn of the loop.
+    // Large reads and other requests that work on much wait for a turn of the loop.
     class SliceTurn;
     struct SliceTimer : TimerOp {
         Shared* shared = nullptr;
@@ -129,12 +137,17 @@ struct ConnectionHost::Shared {
 };
 
 class Connection {
+    friend struct ConnectionHost::Shared;
+
   public:
     Connection(ConnectionHost& host, int fd, TransmissionOptions options, cow::Volume& volume,
                std::function<void()> ended);
     ~Connection();
 
     void Drop();
+    /// Whether its client will send no more, as far as the system knows; `revents` is what poll(2)
+    /// tells of the socket. Ends it if nobody is there to be answered.
+    bool Leaving(int revents);
     void Wake() { shared_.reactor.AtBatchEnd(hook_); }
     /// Looks whether it holds what others wait for while its client neither takes nor sends: true
     /// if that was so long enough. `first`: begins to count.
@@ -165,8 +178,12 @@ class Connection {
 
     // Running.
     void Run(Request* request);
+    bool BeginWork(Request* request);
+    void EndWork(const Request& request);
+    void RunWaiting();
     Task<void> Serve(Request* request);
     Task<Errno> Execute(Request* request);
+    Task<Errno> ExecuteInTurn(Request* request);
     Task<Errno> ReadInSlices(Request* request, std::vector<cow::Allocation>* map);
 
     // Replying.
@@ -181,6 +198,10 @@ class Connection {
     void Release(Request* request);
 
     void OnBatchEnd();
+    void Lose();
+    int Poll() const;
+    void WatchPeer();
+    void OnHangUp(int32_t result);
     bool Finished() const;
     void Finish();
 
@@ -214,19 +235,26 @@ class Connection {
     // Fixed from the start.
     Shared& shared_;
     const int fd_;
-    const bool local_;  // a unix socket
+    const bool local_;       // a unix socket
+    const uint64_t number_;  // of the reactor's connections so far
     cow::Volume& volume_;
+    cow::Requester requester_;
     RequestRules rules_;
     std::shared_ptr<ConnectionCounters> counters_;
     std::function<void()> ended_;
 
     State state_ = State::kOpen;
-    bool paused_ = false;        // a limit was met, or there is a stash to begin with
-    bool expect_large_ = false;  // the last payload was received directly
-    bool rested_ = false;        // just now
-    uint32_t requests_ = 0;      // in flight
-    uint64_t bytes_ = 0;         // of payloads in flight
-    Share share_;                // of the budget
+    bool disconnecting_ = false;  // the client asked for it: what is outstanding is finished
+    bool hung_up_ = false;        // seen while nothing was received
+    bool paused_ = false;         // a limit was met, or there is a stash to begin with
+    bool expect_large_ = false;   // the last payload was received directly
+    bool rested_ = false;         // just now
+    uint32_t requests_ = 0;       // in flight
+    uint64_t bytes_ = 0;          // of payloads in flight
+    uint64_t work_bytes_ = 0;     // of requests that run
+    Request* waiting_ = nullptr;  // until there is less work
+    Request** waiting_tail_ = &waiting_;
+    Share share_;  // of the budget
 
     // When to rest, and when to expect more.
     uint64_t arrived_ = 0;        // requests
@@ -261,6 +289,7 @@ class Connection {
     Resting rest_op_;
     Other payload_op_;
     Other send_op_;
+    Other hang_up_op_;
 };
 
 }  // namespace varve::nbdserver

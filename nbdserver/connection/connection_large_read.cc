@@ -1,6 +1,7 @@
 // Connection: large reads, in slices. Zeros for holes, and the pages of new memory, cost time on
 // the reactor's thread; so one slice begins in each turn of its loop, whoever reads, and requests
 // of others come between. It also bounds what an unaligned read takes besides its payload.
+// Other requests that work on much begin in the same way; they yield by themselves.
 #include <algorithm>
 #include <coroutine>
 #include <utility>
@@ -51,15 +52,23 @@ void ConnectionHost::Shared::OnSliceTimer() {
     first->handle_.resume();
 }
 
+Task<Errno> Connection::ExecuteInTurn(Request* request) {
+    Shared::SliceTurn turn(shared_);
+    co_await turn;
+    if (requester_.gone()) co_return ECANCELED;
+    Task<Errno> executing = Execute(request);
+    co_return co_await executing;
+}
+
 Task<Errno> Connection::ReadInSlices(Request* request, std::vector<cow::Allocation>* map) {
     const std::span<std::byte> payload = request->payload.span();
     for (size_t done = 0; done < payload.size();) {
         Shared::SliceTurn turn(shared_);
         co_await turn;
-        if (state_ == State::kDropped) co_return ESHUTDOWN;
+        if (state_ == State::kDropped) co_return ECANCELED;
         const size_t length = std::min<size_t>(kReadSliceBytes, payload.size() - done);
         Task<Errno> reading =
-            volume_.Read(request->offset + done, payload.subspan(done, length), map);
+            volume_.Read(request->offset + done, payload.subspan(done, length), map, &requester_);
         const Errno error = co_await reading;
         if (error) co_return error;
         done += length;

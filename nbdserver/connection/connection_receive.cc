@@ -132,8 +132,10 @@ void Connection::OnPayload(int32_t result) {
 
 /// The client will send no more. Answers may still be wanted, unless the stream broke.
 void Connection::OnStreamEnd(int32_t result) {
-    if (result < 0) return Drop();
-    if (state_ == State::kOpen) state_ = State::kDraining;
+    if (result < 0) return Lose();
+    if (state_ != State::kOpen) return;
+    state_ = State::kDraining;
+    Leaving(Poll());
 }
 
 /// Keeps what was received but finds no room now, so that the lent buffer can go back.
@@ -205,9 +207,11 @@ bool Connection::Accept(const std::byte* header) {
     if (request->type == wire::kCmdDisconnect) {
         shared_.ReturnRequest(request);
         state_ = State::kDraining;
+        disconnecting_ = true;
         return true;
     }
     request->error = Validate(*request, rules_, volume_.size(), volume_.read_only());
+    request->work = request->error ? 0 : WorkNeeded(*request);
     request->charge = request->error ? 0 : MemoryNeeded(*request, rules_.structured_replies);
     if (!TakeMemory(*request)) {
         shared_.ReturnRequest(request);

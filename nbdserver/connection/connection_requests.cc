@@ -26,15 +26,52 @@ void Connection::Run(Request* request) {
     if (request->error || (request->length == 0 && request->type != wire::kCmdFlush)) {
         return Reply(request);
     }
+    if (!BeginWork(request)) return;
     Spawn(Serve(request));
 }
 
+/// Counts what `request` works on. False: it waits, in order, until others have been done.
+bool Connection::BeginWork(Request* request) {
+    if (request->work == 0) return true;
+    const bool over = work_bytes_ + request->work > shared_.limits.work_bytes_max;
+    if (waiting_ || (over && work_bytes_ > 0)) {
+        request->next = nullptr;
+        *waiting_tail_ = request;
+        waiting_tail_ = &request->next;
+        return false;
+    }
+    work_bytes_ += request->work;
+    return true;
+}
+
+/// At the end of the turn those that wait may begin.
+void Connection::EndWork(const Request& request) {
+    if (request.work == 0) return;
+    work_bytes_ -= request.work;
+    Wake();
+}
+
+void Connection::RunWaiting() {
+    while (waiting_) {
+        Request* const request = waiting_;
+        const bool over = work_bytes_ + request->work > shared_.limits.work_bytes_max;
+        if (over && work_bytes_ > 0) return;
+        waiting_ = request->next;
+        if (!waiting_) waiting_tail_ = &waiting_;
+        work_bytes_ += request->work;
+        Spawn(Serve(request));
+    }
+}
+
 Task<void> Connection::Serve(Request* request) {
-    request->error = co_await Execute(request);
+    const bool in_turn = request->work > kReadSliceBytes;
+    Task<Errno> executing = in_turn ? ExecuteInTurn(request) : Execute(request);
+    request->error = co_await executing;
+    EndWork(*request);
     const bool durable = (request->flags & wire::kFlagFua) &&
                          (request->type == wire::kCmdWrite || request->type == wire::kCmdTrim ||
                           request->type == wire::kCmdWriteZeroes);
-    if (durable && !request->error) request->error = co_await volume_.Flush();
+    if (durable && !request->error && !requester_.gone()) request->error = co_await volume_.Flush();
     Reply(request);
 }
 
@@ -47,21 +84,22 @@ Task<Errno> Connection::Execute(Request* request) {
             std::vector<cow::Allocation>* map = nullptr;
             if (rules_.structured_replies) map = &request->map;
             if (length > kReadSliceBytes) return ReadInSlices(request, map);
-            return volume_.Read(offset, request->payload.span(), map);
+            return volume_.Read(offset, request->payload.span(), map, &requester_);
         }
         case wire::kCmdWrite:
-            return volume_.Write(offset, request->payload.span());
+            return volume_.Write(offset, request->payload.span(), &requester_);
         case wire::kCmdFlush:
             return volume_.Flush();
         case wire::kCmdTrim:
-            return volume_.Trim(offset, length);
+            return volume_.Trim(offset, length, &requester_);
         case wire::kCmdWriteZeroes: {
             const bool allocate = (request->flags & wire::kFlagNoHole) != 0;
-            return volume_.WriteZeroes(offset, length, allocate);
+            return volume_.WriteZeroes(offset, length, allocate, &requester_);
         }
         case wire::kCmdBlockStatus: {
             const bool one = (request->flags & wire::kFlagReqOne) != 0;
-            return volume_.Status(offset, length, one ? 1 : kStatusExtentsMax, &request->map);
+            return volume_.Status(offset, length, one ? 1 : kStatusExtentsMax, &request->map,
+                                  &requester_);
         }
         default:
             return Succeed();  // CACHE is a hint
@@ -84,6 +122,7 @@ void Connection::CountReply(const Request& request) {
 
 void Connection::Reply(Request* request) {
     Wake();
+    if (request->error == ECANCELED) Count(counters_->given_up, 1);
     if (state_ == State::kDropped) return Release(request);
     BuildReply(*request, rules_, shared_.pool);
     CountReply(*request);
@@ -149,7 +188,7 @@ void Connection::OnSent(int32_t result) {
     if (result >= 0) {
         sent = static_cast<uint32_t>(result);
     } else if (!Reactor::WasNotIssued(result)) {
-        Drop();
+        Lose();
     }
     sent_bytes_ += sent;
     if (SkipSent(sent) && state_ != State::kDropped) return SendPieces();
@@ -167,6 +206,11 @@ void Connection::DropUnwanted() {
     shared_.budget.Leave(share_);
     if (filling_ && !payload_op_.in_flight()) Release(std::exchange(filling_, nullptr));
     if (state_ == State::kDraining) return;
+    while (waiting_ && requester_.gone()) {
+        Count(counters_->given_up, 1);
+        Release(std::exchange(waiting_, waiting_->next));
+    }
+    if (!waiting_) waiting_tail_ = &waiting_;
     while (replies_) Release(std::exchange(replies_, replies_->next));
     replies_tail_ = &replies_;
 }

@@ -256,6 +256,17 @@ uint64_t MemoryNeeded(const Request& request, bool structured_replies) {
     }
 }
 
+uint64_t WorkNeeded(const Request& request) {
+    switch (request.type) {
+        case wire::kCmdTrim:
+        case wire::kCmdWriteZeroes:
+        case wire::kCmdBlockStatus:
+            return request.length;
+        default:
+            return 0;
+    }
+}
+
 wire::Error WireError(Errno error) {
     switch (error) {
         case 0:

@@ -50,6 +50,7 @@ struct Request {
 
     Errno error = 0;
     uint64_t charge = 0;  // bytes of memory it counts for, besides itself
+    uint64_t work = 0;    // bytes it touches, if it has no payload
     MemoryBudget::Fund fund = MemoryBudget::Fund::kNone;  // which pays for them
     Buffer payload;                                       // of a WRITE, or what a READ answers
     std::vector<cow::Allocation> map;
@@ -70,6 +71,10 @@ Errno Validate(const Request& request, const RequestRules& rules, uint64_t size,
 
 /// Bytes of memory that running and answering a valid `request` takes.
 uint64_t MemoryNeeded(const Request& request, bool structured_replies);
+
+/// Bytes of the export that a valid `request` without payload works on: it costs time by these,
+/// however little is sent. 0 for one with a payload, whose memory bounds it.
+uint64_t WorkNeeded(const Request& request);
 
 /// An errno value as one of the protocol's errors; what it does not have becomes kErrorIo.
 wire::Error WireError(Errno error);

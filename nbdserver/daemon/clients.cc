@@ -127,6 +127,20 @@ Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std
     co_return client;
 }
 
+Task<Result<std::shared_ptr<Client>>> Clients::Attach(std::string export_name,
+                                                      std::string address) {
+    Task<Result<std::shared_ptr<Client>>> opening =
+        Open(std::move(export_name), std::move(address));
+    Result<std::shared_ptr<Client>> client = co_await opening;
+    if (!client.ok() || client.value()->description.read_only) co_return client;
+    Executor& reactor = *client.value()->reactor;
+    co_await Hop(reactor);
+    Task<void> waiting = host_of_(reactor).AwaitLeavers(*client.value()->opened.volume);
+    co_await waiting;
+    co_await Hop(home_);
+    co_return client;
+}
+
 Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {
     client->serving = true;
     options.counters = client->counters;
@@ -144,7 +158,10 @@ Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOp
         co_await ended;
     }
     co_await Hop(home_);
-    Log(LogLevel::kDebug, fmt::format("{} left '{}'", client->address, client->description.name));
+    const uint64_t given_up = client->counters->given_up.load(std::memory_order_relaxed);
+    Log(given_up ? LogLevel::kInfo : LogLevel::kDebug,
+        fmt::format("{} left '{}', {} of its requests were given up", client->address,
+                    client->description.name, given_up));
     Task<void> closing = Close(std::move(client));
     co_await closing;
 }

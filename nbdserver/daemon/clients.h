@@ -1,8 +1,8 @@
 // Clients: who is attached, from the export being opened to it being closed.
 // Not the connections themselves: connection.h serves them; not the sockets' negotiation.
 //
-//   Open (home) -> [GO is answered] -> Serve (home -> the volume's reactor -> home) -> closed
-//                        '-----------> Release (home)
+//   Attach (home) -> [GO is answered] -> Serve (home -> the volume's reactor -> home) -> closed
+//                          '-----------> Release (home)
 #pragma once
 
 #include <atomic>
@@ -37,8 +37,9 @@ class Clients : public admin::ClientDirectory {
     Result<ExportDescription> Describe(std::string export_name);
 
     /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport; kFailed after
-    /// Close(). The client owes Serve() or Release(), soon and without waiting for its peer.
-    Task<Result<std::shared_ptr<Client>>> Open(std::string export_name, std::string address);
+    /// Drain(). The client owes Serve() or Release(), soon and without waiting for its peer.
+    /// Nothing of clients that have left the disk lands after it: a moment is waited for that.
+    Task<Result<std::shared_ptr<Client>>> Attach(std::string export_name, std::string address);
 
     /// Serves the client on the socket `fd`, which is owned from now on, until it is gone.
     Task<void> Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options);
@@ -61,6 +62,7 @@ class Clients : public admin::ClientDirectory {
     Task<void> Gone();
 
   private:
+    Task<Result<std::shared_ptr<Client>>> Open(std::string export_name, std::string address);
     void End(std::shared_ptr<Client> client);
     Task<void> Close(std::shared_ptr<Client> client);
 

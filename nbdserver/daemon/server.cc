@@ -333,7 +333,7 @@ Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
     if (opens) {
         std::string address = handshake->address;
         Task<Result<std::shared_ptr<Client>>> opening =
-            clients_.Open(std::move(name), std::move(address));
+            clients_.Attach(std::move(name), std::move(address));
         Result<std::shared_ptr<Client>> client = co_await opening;
         found = client.ok();
         if (found) {
