@@ -152,6 +152,7 @@ Result<Call> MakeCall(const Arguments& a) {
     if (verb == "clone") {
         return Call{"disk.clone", {{"snapshot", operands[0]}, {"name", operands[1]}}, nullptr, ""};
     }
+    if (verb == "flatten") return Call{"disk.flatten", {{"name", operands[0]}}, nullptr, ""};
     if (verb == "rename") return RenameCall(a);
     if (verb == "resize") return ResizeCall(a);
     if (verb == "delete") return DeleteCall(a);

@@ -55,6 +55,10 @@ Task<Result<Reply>> DiskClone(CommandTarget target, Command command) {
         co_await target.pool->CloneSnapshot(std::move(command.snapshot), std::move(command.name)));
 }
 
+Task<Result<Reply>> DiskFlatten(CommandTarget target, Command command) {
+    co_return DoneOr(co_await target.pool->FlattenDisk(std::move(command.name)));
+}
+
 Task<Result<Reply>> DiskDelete(CommandTarget target, Command command) {
     co_return DoneOr(co_await target.pool->DeleteDisk(
         std::move(command.name), command.delete_snapshots, command.disconnect));
@@ -187,6 +191,7 @@ const std::vector<Method>& Methods() {
           {"disconnect", &C::disconnect}}},
         {"disk.rename", true, DiskRename, {{"name", &C::name}, {"to", &C::to}}},
         {"disk.clone", true, DiskClone, {{"snapshot", &C::snapshot}, {"name", &C::name}}},
+        {"disk.flatten", true, DiskFlatten, {{"name", &C::name}}},
         {"disk.delete",
          true,
          DiskDelete,

@@ -65,6 +65,10 @@ enum class Mutant {
     kNoteForgotten,
     kDeletionNotResumed,
     kNotesSkipped,
+    kFlattenedEarly,
+    kFlattenNotResumed,
+    kFlattenLeavesRows,
+    kFlattenUnnoted,
     // Damage is noticed, and nothing else is taken for it
     kSumOfAnotherBirth,
     kSumOfUnsealed,

@@ -104,6 +104,11 @@ class FakePool : public cow::Pool {
         co_return Status();
     }
 
+    Task<Status> FlattenDisk(std::string name) override {
+        co_await Enter();
+        if (!disks_.count(name)) co_return NoDisk(name);
+        co_return Status();
+    }
     Task<Status> CloneSnapshot(std::string snapshot, std::string name) override {
         co_await Enter();
         Result<cow::SnapshotInfo*> found = Find(snapshot);

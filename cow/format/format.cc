@@ -154,6 +154,9 @@ std::string Encode(const BranchRecord& record) {
     std::string out = Start();
     AppendVarint(out, record.parent.value);
     AppendVarint(out, record.fork.value);
+    if (record.flattening != Flattening::kNone) {
+        out.push_back(static_cast<char>(record.flattening));
+    }
     return out;
 }
 
@@ -162,6 +165,12 @@ bool Decode(std::string_view value, BranchRecord* record) {
     const uint8_t version = in.Byte();
     record->parent.value = in.Varint();
     record->fork.value = in.Varint();
+    record->flattening = Flattening::kNone;
+    if (in.ok() && !in.rest().empty()) {
+        const uint8_t flattening = in.Byte();
+        if (flattening != 1 && flattening != 2) return false;
+        record->flattening = Flattening{flattening};
+    }
     return version == kFormatVersion && in.Finished();
 }
 

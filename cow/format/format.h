@@ -76,10 +76,24 @@ struct SnapshotRecord {
     int64_t created_ms = 0;
 };
 
+/// Whether a branch has rows for all that it inherited: docs/design/flatten.md.
+enum class Flattening : uint8_t {
+    kNone,
+    kUnderWay,
+    kDone,
+};
+
 struct BranchRecord {
     BranchId parent;  // 0: none
     Generation fork;  // the parent's state at the end of this generation is where it starts
+    Flattening flattening = Flattening::kNone;
 };
+
+/// The generation of the rows that a branch has of what it inherited: above its fork, below all
+/// that was written in it. Ids and generations come from one sequence.
+inline Generation InheritedAt(BranchId branch) {
+    return Generation{branch.value};
+}
 
 /// A view at (branch, generation) was deleted. Heads count as at their last generation.
 struct JobRecord {

@@ -9,6 +9,18 @@ Extent ExtentOf(const Run& run) {
     return {run.place, run.count};
 }
 
+/// Whether a row of what was inherited, which the head does not know of, may be what `row` really
+/// replaces: docs/design/flatten.md.
+bool InheritedRow(const Catalog& catalog, const HeadCommit::Row& row, BranchId id,
+                  Generation snapshot_below) {
+    if (!row.previous || Mutated(Mutant::kFlattenUnnoted)) return false;
+    while (id.value != 0 && id != row.previous->branch && InheritedAt(id) > snapshot_below) {
+        if (catalog.IsFlattened(id)) return true;
+        id = catalog.history().Get(id).parent;
+    }
+    return false;
+}
+
 Status BuildRow(CommitContext& context, const HeadCommit& commit, const HeadCommit::Row& row,
                 Generation snapshot_below) {
     const RowAt at{commit.branch, commit.generation};
@@ -19,6 +31,7 @@ Status BuildRow(CommitContext& context, const HeadCommit& commit, const HeadComm
     if (row.previous != at) {
         context.batch.Put(TouchedKey(at.branch, at.generation, row.chunk), "");
         note = row.previous && row.previous->generation > snapshot_below;
+        note = note || InheritedRow(context.catalog, row, at.branch, snapshot_below);
     }
     for (const Run& run : row.added) {
         if (Status s = context.allocator.MarkUsed(ExtentOf(run)); !s.ok()) return s;

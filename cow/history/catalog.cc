@@ -4,6 +4,8 @@
 
 #include <functional>
 
+#include "cow/mutants.h"
+
 namespace varve::cow {
 namespace {
 
@@ -87,6 +89,11 @@ Status Catalog::LoadBranches(MetadataView& view) {
             return Damaged(fmt::format("branch {} has no parent", id));
         }
         history_.AddBranch(BranchId{id}, record.parent, record.fork);
+        const bool done =
+            record.flattening == Flattening::kDone ||
+            (record.flattening == Flattening::kUnderWay && Mutated(Mutant::kFlattenNotResumed));
+        if (done) history_.SetWhole(BranchId{id});
+        if (!done && record.flattening == Flattening::kUnderWay) flattening_.insert(BranchId{id});
         return Status();
     });
 }
@@ -240,17 +247,31 @@ void Catalog::RemoveSnapshot(SnapshotId id, Batch& batch) {
 BranchId Catalog::AddBranch(BranchId parent, Generation fork, Batch& batch) {
     const BranchId id{NextId()};
     history_.AddBranch(id, parent, fork);
-    batch.Put(BranchKey(id), Encode(BranchRecord{parent, fork}));
+    PutBranch(id, batch);
     return id;
+}
+
+void Catalog::PutBranch(BranchId id, Batch& batch) const {
+    const History::Branch& branch = history_.Get(id);
+    BranchRecord record{branch.parent, branch.fork, Flattening::kNone};
+    if (flattening_.contains(id)) record.flattening = Flattening::kUnderWay;
+    if (branch.whole) record.flattening = Flattening::kDone;
+    batch.Put(BranchKey(id), Encode(record));
+}
+
+void Catalog::SetFlattening(BranchId id, Flattening flattening, Batch& batch) {
+    flattening_.erase(id);
+    if (flattening == Flattening::kUnderWay) flattening_.insert(id);
+    if (flattening == Flattening::kDone) history_.SetWhole(id);
+    PutBranch(id, batch);
 }
 
 void Catalog::RemoveBranch(BranchId id, Batch& batch) {
     const History::Branch branch = history_.Get(id);
     history_.RemoveBranch(id);
+    flattening_.erase(id);
     batch.Delete(BranchKey(id));
-    for (const auto& [fork, child] : branch.children) {
-        batch.Put(BranchKey(child), Encode(BranchRecord{branch.parent, branch.fork}));
-    }
+    for (const auto& [fork, child] : branch.children) PutBranch(child, batch);
 }
 
 void Catalog::AddJob(JobRecord job, Batch& batch) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <map>
+#include <set>
 #include <string>
 #include <string_view>
 
@@ -31,6 +32,11 @@ class Catalog {
     const std::map<SnapshotId, SnapshotRecord>& snapshots() const { return snapshots_; }
     const std::map<uint64_t, JobRecord>& jobs() const { return jobs_; }
     const History& history() const { return history_; }
+    /// Branches that are being flattened.
+    const std::set<BranchId>& flattening() const { return flattening_; }
+    bool IsFlattened(BranchId id) const {
+        return flattening_.contains(id) || history_.Get(id).whole;
+    }
     const PoolRecord& pool() const { return pool_; }
     PoolRecord& mutable_pool() { return pool_; }
     /// kNotFound with a message.
@@ -61,7 +67,9 @@ class Catalog {
     void AddMapped(SnapshotId id, int64_t change, Batch& batch);
     void RemoveSnapshot(SnapshotId id, Batch& batch);
     BranchId AddBranch(BranchId parent, Generation fork, Batch& batch);
+    /// A child takes its place: see History.
     void RemoveBranch(BranchId id, Batch& batch);
+    void SetFlattening(BranchId id, Flattening flattening, Batch& batch);
     void AddJob(JobRecord job, Batch& batch);
     void RemoveJob(uint64_t number, Batch& batch);
     void PutPool(Batch& batch) const { batch.Put(PoolKey(), Encode(pool_)); }
@@ -71,12 +79,14 @@ class Catalog {
     Status LoadDisks(MetadataView& view);
     Status LoadSnapshots(MetadataView& view);
     Status LoadJobs(MetadataView& view);
+    void PutBranch(BranchId id, Batch& batch) const;
 
     std::map<DiskId, Disk> disks_;
     std::map<std::string, DiskId, std::less<>> disk_names_;
     std::map<SnapshotId, SnapshotRecord> snapshots_;
     std::map<uint64_t, JobRecord> jobs_;
     History history_;
+    std::set<BranchId> flattening_;
     PoolRecord pool_;
 };
 

@@ -58,6 +58,7 @@ Line History::LineOf(BranchId id, Generation generation) const {
     while (id.value != 0) {
         const Branch& branch = Get(id);
         line.push_back({id, branch.fork, generation});
+        if (branch.whole) break;
         generation = Mutated(Mutant::kWrongVersionAtFork) ? kHead : branch.fork;
         id = branch.parent;
     }

@@ -60,6 +60,9 @@ class History {
         std::set<Generation> snapshots;
         std::multimap<Generation, BranchId> children;  // by fork
         bool head = false;
+        /// Its rows alone say what its views see (docs/design/flatten.md): a line ends here. But
+        /// its blocks may still be the parent's, so regions go on.
+        bool whole = false;
     };
 
     // ---- changes
@@ -69,13 +72,15 @@ class History {
     void AddSnapshot(BranchId id, Generation generation);
     void RemoveSnapshot(BranchId id, Generation generation);
     void SetHead(BranchId id, bool head);
+    void SetWhole(BranchId id) { branches_.at(id).whole = true; }
 
     // ---- questions
     bool Contains(BranchId id) const { return branches_.contains(id); }
     const Branch& Get(BranchId id) const;
     const std::map<BranchId, Branch>& branches() const { return branches_; }
     BranchId Root(BranchId id) const;
-    /// The line of a view at (`id`, `generation`); kHead for a head.
+    /// The line of a view at (`id`, `generation`); kHead for a head. Down to the root, or to the
+    /// first branch that is whole.
     Line LineOf(BranchId id, Generation generation) const;
     /// The newest live snapshot on the line strictly below (`id`, `generation`); 0 if none.
     Generation SnapshotBelow(BranchId id, Generation generation) const;

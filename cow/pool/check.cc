@@ -64,6 +64,7 @@ class Checker {
     Status ReadChunk(BranchWalk& walk, uint64_t chunk, std::vector<Runs>& dead);
     void FindVisible(std::vector<BranchWalk>& walks, std::vector<Runs>& live,
                      std::vector<Runs>& dead);
+    void CheckWhole(const std::vector<BranchWalk>& walks, uint64_t chunk);
     void CountMapped(std::vector<BranchWalk>& walks);
     uint64_t MappedAt(const std::vector<BranchWalk>& walks, BranchId id, Generation at) const;
     void Own(uint64_t chunk, const std::vector<Runs>& states, std::vector<Runs>& seen,
@@ -165,6 +166,16 @@ void Checker::FindVisible(std::vector<BranchWalk>& walks, std::vector<Runs>& liv
     }
 }
 
+/// Of a whole branch nobody reads its parent's state.
+void Checker::CheckWhole(const std::vector<BranchWalk>& walks, uint64_t chunk) {
+    for (const BranchWalk& walk : walks) {
+        const History::Branch& branch = catalog_.history().Get(walk.id);
+        if (!branch.whole || !walk.falls_through) continue;
+        if (MappedAt(walks, branch.parent, branch.fork) == 0) continue;
+        Fault(fmt::format("branch {} is flattened, but lacks chunk {}", walk.id.value, chunk));
+    }
+}
+
 uint64_t Checker::MappedAt(const std::vector<BranchWalk>& walks, BranchId id, Generation at) const {
     while (id.value != 0) {
         const auto walk = std::find_if(walks.begin(), walks.end(),
@@ -239,6 +250,7 @@ Status Checker::CheckFamily(const std::vector<BranchId>& branches) {
             if (Status s = ReadChunk(walk, chunk, dead); !s.ok()) return s;
         }
         FindVisible(walks, live, dead);
+        CheckWhole(walks, chunk);
         CountMapped(walks);
         Own(chunk, live, seen, live_);
         Own(chunk, dead, seen, dying_);
@@ -429,7 +441,8 @@ Result<CheckReport> Checker::Verify() {
     if (Status s = CheckRegions(); !s.ok()) return s.error();
     if (Status s = CheckSums(); !s.ok()) return s.error();
     CheckCounts();
-    if (dead_rows_ > 0 && catalog_.jobs().empty() && notes_ == 0) {
+    const bool pending = !catalog_.jobs().empty() || notes_ > 0 || !catalog_.flattening().empty();
+    if (dead_rows_ > 0 && !pending) {
         Fault(fmt::format("{} map rows are dead and no deletion is pending", dead_rows_));
     }
     if (faults_ > report_.errors.size()) {

@@ -126,6 +126,7 @@ void PoolImpl::WatchHealth() {
     status.capacity = std::max(allocator_.Capacity(), status.used);
     Judge(status);
     if (status.metadata_free > 0) checksummer_.Wake();
+    if (status.metadata_free > 0 && !catalog_.flattening().empty()) reclaimer_.Wake({});
     // What was deleted takes room until it is compacted, which a store that has little to write
     // does not do by itself.
     const bool due = reclaimer_.swept_chunks() != compacted_chunks_ ||

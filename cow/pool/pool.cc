@@ -30,7 +30,8 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
                  options.capacity_max),
       leases_(core_, allocator_),
       reclaimer_(
-          core_, catalog_, committer_, [this] { return Scarce(); }, options.reclaim_step_chunks),
+          core_, catalog_, committer_, [this] { return Scarce(); }, [this] { RefreshLines(); },
+          options.reclaim_step_chunks),
       committer_(core_, lanes_, catalog_, allocator_, leases_,
                  [this](const std::vector<NotePlace>& notes) { reclaimer_.Wake(notes); }),
       checksummer_(core_, lanes_, catalog_, committer_,

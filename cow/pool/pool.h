@@ -25,6 +25,7 @@ struct PoolOptions {
     uint64_t disk_bytes_max = kDiskBytesMax;  // size of one disk
     uint64_t capacity_max = 0;                // bytes of the data file; 0: what the device holds
     uint64_t lease_blocks_min = 0;            // handed to a disk at once at the least
+    uint64_t flatten_depth = 64;              // branches; a longer line is flattened by itself
     uint64_t reclaim_step_chunks = 128;       // swept between two commits of the reclaimer
     uint64_t commit_interval_ms = 1000;       // (server) how long a write may wait for its commit
 };
@@ -138,6 +139,9 @@ class Pool {
     /// A disk that has snapshots needs `snapshots`, which deletes them too. Clones stay.
     virtual Task<Status> DeleteDisk(std::string name, bool snapshots, bool disconnect) = 0;
     virtual Task<Status> CloneSnapshot(std::string snapshot, std::string name) = 0;
+    /// Brings the disk's depth back to 1, while it is in use. Goes on in the background, through
+    /// restarts too, whether somebody waits for it or not.
+    virtual Task<Status> FlattenDisk(std::string name) = 0;
 
     // ---- snapshots, named "disk@snapshot"
     /// One crash-consistent cut across all of them. Returns once it is durable.

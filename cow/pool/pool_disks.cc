@@ -14,8 +14,14 @@ Head::Place PoolImpl::PlaceOf(DiskId id) const {
     return {catalog_.history().LineOf(record.branch, kHead), record.generation, record.size};
 }
 
+/// Branches that a lookup of the disk may have to visit.
+size_t PoolImpl::DepthOf(DiskId id) const {
+    return catalog_.history().LineOf(catalog_.disk(id).record.branch, kHead).size();
+}
+
 Head& PoolImpl::AddHead(DiskId id) {
     Disk& disk = disks_[id];
+    disk.depth = DepthOf(id);
     disk.head = std::make_unique<Head>(core_, lanes_.Add(id), *this, id, PlaceOf(id));
     return *disk.head;
 }
@@ -99,7 +105,7 @@ DiskInfo PoolImpl::InfoOf(DiskId id) const {
     info.clients = disks_.at(id).clients;
     info.created_ms = disk.record.created_ms;
     info.generation = disk.record.generation.value;
-    info.depth = catalog_.history().LineOf(disk.record.branch, kHead).size();
+    info.depth = DepthOf(id);
     return info;
 }
 
@@ -157,9 +163,99 @@ Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
         if (Mutated(Mutant::kCloneKeepsGeneration)) record.generation = source.generation;
         record.created_ms = core_.environment.now_ms();
         AddHead(context.catalog.AddDisk(std::move(record), context.batch));
+        FlattenIfDeep(source, context);
         return Status();
     };
     co_return co_await Commit(std::move(change));
+}
+
+// ---- depth
+
+/// Before its line gets long: the branch of the view that somebody starts from, so that all who do
+/// profit. Once at a time on a line.
+void PoolImpl::FlattenIfDeep(const SnapshotRecord& source, CommitContext& context) {
+    const Line line = context.catalog.history().LineOf(source.branch, source.generation);
+    if (line.size() <= options_.flatten_depth) return;
+    if (line.size() > 2 * options_.flatten_depth) HurryReclaim();  // it grows faster
+    for (const Stretch& stretch : line) {
+        if (context.catalog.flattening().contains(stretch.branch)) return;
+    }
+    context.catalog.SetFlattening(source.branch, Flattening::kUnderWay, context.batch);
+    context.noted = true;
+}
+
+/// Gives the branch that is being flattened now; 0 if there is no need.
+Task<Result<BranchId>> PoolImpl::BeginFlatten(std::string name) {
+    co_await commands_.Lock();
+    const CommandLock lock(commands_);
+    const Result<DiskId> id = FindIdle(name);
+    if (!id.ok()) co_return id.error();
+    if (Status s = Growable(); !s.ok()) co_return s.error();
+    BranchId branch;
+    Change change = [&](CommitContext& context) {
+        if (!context.catalog.disks().contains(id.value())) return Status();
+        if (DepthOf(id.value()) == 1) return Status();
+        branch = context.catalog.disk(id.value()).record.branch;
+        context.catalog.SetFlattening(branch, Flattening::kUnderWay, context.batch);
+        context.noted = true;
+        return Status();
+    };
+    const Status s = co_await Commit(std::move(change));
+    if (!s.ok()) co_return s.error();
+    co_return branch;
+}
+
+Task<Status> PoolImpl::FlattenDisk(std::string name) {
+    const Result<BranchId> begun = co_await BeginFlatten(name);
+    if (!begun.ok()) co_return begun.error();
+    const BranchId branch = begun.value();
+    if (branch.value == 0) co_return Status();
+    background_.Enter();
+    {
+        const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
+        while (catalog_.flattening().contains(branch) && co_await reclaimer_.WaitStep()) continue;
+    }
+    background_.Leave();
+    const auto& branches = catalog_.history().branches();
+    const auto found = branches.find(branch);
+    if (found != branches.end() && found->second.whole) co_return Status();
+    if (core_.failed)
+        co_return MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
+    if (catalog_.flattening().contains(branch)) {
+        if (Status s = Growable(); !s.ok()) co_return s;
+        co_return MakeError(ErrorKind::kFailed,
+                            fmt::format("the server is stopping; flattening '{}' goes on when it "
+                                        "runs again",
+                                        name));
+    }
+    if (found == branches.end() || !found->second.head) {
+        co_return MakeError(ErrorKind::kNotFound,
+                            fmt::format("disk '{}' was restored or deleted meanwhile", name));
+    }
+    co_return MakeError(ErrorKind::kDamaged,
+                        fmt::format("disk '{}' cannot be flattened: its map is damaged; see the "
+                                    "server's log and 'varve check'",
+                                    name));
+}
+
+/// Tells the heads whose lines are shorter now. What they had still leads to the same rows.
+void PoolImpl::RefreshLines() {
+    for (auto& [id, disk] : disks_) {
+        const bool there = disk.head && catalog_.disks().contains(id);
+        if (there && DepthOf(id) < disk.depth) Spawn(RefreshLine(id));
+    }
+}
+
+Task<void> PoolImpl::RefreshLine(DiskId id) {
+    Disk& disk = disks_.at(id);
+    Head& head = *disk.head;
+    ++disk.visitors;
+    Line line = PlaceOf(id).line;
+    disk.depth = line.size();
+    co_await Hop(head.executor());
+    head.SetLine(std::move(line));
+    co_await Hop(core_.home());
+    EndVisit(id);
 }
 
 /// Folds all that the head has answered, and waits for what it does by itself.

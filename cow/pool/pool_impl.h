@@ -36,6 +36,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Status> ResizeDisk(std::string name, uint64_t size, bool shrink, bool disconnect) override;
     Task<Status> DeleteDisk(std::string name, bool snapshots, bool disconnect) override;
     Task<Status> CloneSnapshot(std::string snapshot, std::string name) override;
+    Task<Status> FlattenDisk(std::string name) override;
 
     Task<Status> CreateSnapshots(std::vector<std::string> names) override;
     Task<Result<std::vector<SnapshotInfo>>> ListSnapshots(std::string disk) override;
@@ -72,6 +73,7 @@ class PoolImpl : public Pool, public HeadHost {
         uint64_t clients = 0;
         uint64_t visitors = 0;     // tasks that hold the head and are not clients
         bool fenced = false;       // no new clients
+        size_t depth = 0;          // of the line that the head was given
         bool busy = false;         // a long command is at work: others are refused
         uint64_t allocations = 0;  // of the head, when ReturnIdleLeases last looked
         uint64_t quiet = 0;        // times that it found them unchanged
@@ -114,6 +116,7 @@ class PoolImpl : public Pool, public HeadHost {
     // pool_disks.cc
     Head& AddHead(DiskId id);
     Head::Place PlaceOf(DiskId id) const;
+    size_t DepthOf(DiskId id) const;
     Result<DiskId> FindIdle(std::string_view name) const;
     Status CheckNewName(std::string_view name) const;
     DiskInfo InfoOf(DiskId id) const;
@@ -124,6 +127,10 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Status> FinishShrink(DiskId id);
     void BuildDelete(DiskId id, CommitContext& context);
     Task<void> DropHead(DiskId id);
+    Task<Result<BranchId>> BeginFlatten(std::string name);
+    void FlattenIfDeep(const SnapshotRecord& source, CommitContext& context);
+    void RefreshLines();
+    Task<void> RefreshLine(DiskId id);
 
     // pool_snapshots.cc
     Status CheckNewSnapshot(DiskId disk, std::string_view name) const;

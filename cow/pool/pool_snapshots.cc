@@ -11,9 +11,8 @@ namespace {
 
 constexpr size_t kCandidatesTogether = 4096;
 
-/// Branches a lookup may have to visit. A chain that long takes as many restores or clones, each of
-/// a snapshot that was taken after the one before.
-constexpr size_t kDepthMax = 256;
+/// Branches a lookup may have to visit while the line is being flattened, which begins long before.
+constexpr size_t kDepthMax = 1024;
 
 }  // namespace
 
@@ -292,10 +291,9 @@ Status PoolImpl::CheckDepth(SnapshotId id) const {
     const SnapshotRecord& record = catalog_.snapshot(id);
     const size_t depth = catalog_.history().LineOf(record.branch, record.generation).size();
     if (depth < kDepthMax) return Status();
-    return MakeError(ErrorKind::kLimit,
+    return MakeError(ErrorKind::kBusy,
                      fmt::format("disk '{}' is the end of a chain of {} restores and clones, which "
-                                 "is the limit; copy the snapshot into a new disk, for instance "
-                                 "with nbdcopy",
+                                 "is being flattened; try again in a while",
                                  catalog_.disk(record.disk).record.name, depth));
 }
 
@@ -373,6 +371,7 @@ std::optional<SnapshotId> PoolImpl::BuildRestore(SnapshotId id,
     disk.size = source.size;
     disk.mapped_blocks = source.mapped_blocks;
     context.catalog.UpdateDisk(source.disk, std::move(disk), context.batch);
+    FlattenIfDeep(source, context);
     return kept_id;
 }
 
@@ -405,6 +404,7 @@ Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::stri
     if (s.ok() && kept) checksummer_.Add(*kept);
     if (s.ok()) {
         Head::Place place = PlaceOf(id);
+        disk.depth = place.line.size();
         co_await Hop(disk.head->executor());
         disk.head->Rebase(std::move(place));
         co_await Hop(core_.home());

@@ -28,14 +28,17 @@ bool AnyRow(MetadataView& view, const std::string& key) {
 }  // namespace
 
 Reclaimer::Reclaimer(Core& core, Catalog& catalog, Committer& committer,
-                     std::function<bool()> scarce, size_t step_chunks)
+                     std::function<bool()> scarce, std::function<void()> lines_changed,
+                     size_t step_chunks)
     : core_(core),
       catalog_(catalog),
       committer_(committer),
       scarce_(std::move(scarce)),
       step_chunks_(step_chunks),
       wake_(core.home()),
-      stepped_(core.home()) {}
+      stepped_(core.home()),
+      lines_changed_(std::move(lines_changed)),
+      flattener_(core, catalog, committer, lines_changed_, step_chunks) {}
 
 void Reclaimer::Start() {
     running_ = true;
@@ -94,13 +97,14 @@ Task<void> Reclaimer::Rest(Pacer::Step step) {
 
 /// One step of whatever has work and waited longest. False if nothing has.
 Task<Result<bool>> Reclaimer::Turn() {
-    constexpr unsigned kKinds = 3;
+    constexpr unsigned kKinds = 4;
     for (unsigned i = 0; i < kKinds; ++i) {
         const unsigned kind = turn_++ % kKinds;
         Result<bool> worked = false;
         if (kind == 0) worked = co_await NoteStep();
         if (kind == 1) worked = co_await JobStep();
-        if (kind == 2) worked = co_await PruneStep();
+        if (kind == 2) worked = co_await FlattenStep();
+        if (kind == 3) worked = co_await PruneStep();
         if (!worked.ok() || worked.value()) co_return worked;
     }
     co_return false;
@@ -417,8 +421,16 @@ Task<Result<bool>> Reclaimer::PruneStep() {
         s = co_await committer_.Commit(std::move(change), core_.home());
         if (!s.ok()) co_return s.error();
     }
+    if (last && pruned_) lines_changed_();
     if (last) prune_ = std::exchange(pruned_, false);  // their parents may be bare now
     co_return true;
+}
+
+Task<Result<bool>> Reclaimer::FlattenStep() {
+    std::string unread;
+    const Result<bool> worked = co_await flattener_.Step(&unread);
+    if (!unread.empty()) SetAside("a disk is not flattened: " + unread);
+    co_return worked;
 }
 
 }  // namespace varve::cow

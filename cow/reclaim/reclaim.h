@@ -1,9 +1,9 @@
 // Reclaimer: gives back, in the background and in small steps, what deleted views held.
 // What is dead is decided in sweep.h; this does the scanning, the commits and the order.
 //
-// Notes and jobs take turns, a step each; so do the branches that left notes, and the families of
-// branches that jobs are about: nobody's backlog keeps another's space waiting. Each step goes on
-// where the last one stopped, and ends early when the pool closes.
+// Notes, jobs and flattening take turns, a step each; so do the branches that left notes, and the
+// families of branches that jobs are about: nobody's backlog keeps another's space waiting. Each
+// step goes on where the last one stopped, and ends early when the pool closes.
 //
 // What cannot be read is set aside: remembered, logged once, counted, and tried again after the
 // next start; all else goes on.
@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "cow/head/committer.h"
+#include "cow/reclaim/flatten.h"
 #include "cow/reclaim/note_queue.h"
 #include "cow/reclaim/sweep.h"
 
@@ -30,8 +31,9 @@ class Reclaimer {
   public:
     /// `scarce`: whether there is little space left, on home. `step_chunks`: chunks of one step,
     /// which bounds its batch, and how long a commit of others may wait for it.
+    /// `lines_changed`: on home, when lines may be shorter than they were.
     Reclaimer(Core& core, Catalog& catalog, Committer& committer, std::function<bool()> scarce,
-              size_t step_chunks);
+              std::function<void()> lines_changed, size_t step_chunks);
 
     /// Starts the background work, which looks for notes and jobs first of all.
     void Start();
@@ -90,6 +92,7 @@ class Reclaimer {
     Task<Result<Swept>> Sweep(Targets targets);
     Task<Status> FinishJob(OpenJob& open);
     Task<Result<bool>> PruneStep();
+    Task<Result<bool>> FlattenStep();
     Task<void> Rest(Pacer::Step step);
     bool SetAside(const std::string& what);
 
@@ -120,6 +123,9 @@ class Reclaimer {
     bool prune_ = true;    // bare branches may have become empty
     BranchId prune_from_;  // where the pass over them goes on
     bool pruned_ = false;  // since it began
+
+    const std::function<void()> lines_changed_;
+    Flattener flattener_;
 
     uint64_t swept_chunks_ = 0;
     uint64_t freed_blocks_ = 0;

@@ -36,6 +36,9 @@ class MappedVolume : public Volume {
     Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most,
                        std::vector<Allocation>* map, Requester* requester) override;
 
+    /// Another line that leads to the same rows. On the lane.
+    void SetLine(Line line) { line_ = std::move(line); }
+
     /// Forgets a clean chunk. For the cache.
     void Evict(Chunk& chunk);
 

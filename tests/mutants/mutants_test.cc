@@ -122,6 +122,15 @@ constexpr Entry kEntries[] = {
      "a deletion that a restart met is not finished later", 20},
     {Mutant::kNotesSkipped, "notes-skipped",
      "the pass over the notes that a start finds ends after its first step", 100},
+    // Flattening
+    {Mutant::kFlattenedEarly, "flattened-early", "a branch counts as flattened after one step",
+     100},
+    {Mutant::kFlattenNotResumed, "flatten-not-resumed",
+     "a flattening that a crash met counts as done", 100},
+    {Mutant::kFlattenLeavesRows, "flatten-leaves-rows",
+     "a flattening leaves no jobs for the rows that nobody reads any more", 100},
+    {Mutant::kFlattenUnnoted, "flatten-unnoted",
+     "a fold that replaces a row that a flattened branch inherited leaves no note", 150},
     // Damage is noticed, and nothing else is taken for it
     {Mutant::kSumOfAnotherBirth, "stale-checksum",
      "a checksum counts for whatever block is at its place now", 20},

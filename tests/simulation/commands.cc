@@ -14,9 +14,11 @@ Task<void> Runner::Commands(unsigned count) {
             co_await TakeSnapshots();
         } else if (kind < 85) {
             co_await DeleteSnapshot();
-        } else if (kind < 90) {
+        } else if (kind < 88) {
             Note("scrub");
             co_await Scrub();
+        } else if (kind < 94) {
+            co_await FlattenBeside();
         } else {
             Note("commit what is dirty");
             co_await pool().CommitDirty();
@@ -74,6 +76,15 @@ Task<void> Runner::LookAt(std::string full, Disk& disk, std::string snapshot) {
     Judge(error, "reading a snapshot");
     const bool known = error == 0 && media_.power() && disk.snapshots.contains(snapshot);
     if (known) Verify(full, disk.snapshots.at(snapshot), data.text());
+}
+
+Task<void> Runner::FlattenBeside() {
+    if (disks_.empty()) co_return;
+    auto it = disks_.begin();
+    std::advance(it, static_cast<std::ptrdiff_t>(dice_.Draw(disks_.size())));
+    Note("flatten {}", it->first);
+    const Status s = co_await pool().FlattenDisk(it->first);
+    Do(s);
 }
 
 Task<void> Runner::DeleteSnapshot() {
@@ -151,6 +162,19 @@ void Runner::Clone(const std::string& name, Disk& disk) {
         uncertain_disk_ = std::make_unique<Disk>(std::move(fresh));
     }
     Do(s);
+}
+
+void Runner::Flatten(const std::string& name) {
+    Note("flatten {}", name);
+    if (dice_.Chance(0.3)) media_.CutAfter(1 + dice_.Draw(6));
+    const Status s = machine_->Do(pool().FlattenDisk(name));
+    Do(s);
+    if (!s.ok() || !media_.power()) return;
+    const auto info = machine_->Do(pool().ShowDisk(name));
+    const bool certain = media_.power() && info.ok();
+    if (certain && info.value().depth != 1) {
+        Violation(fmt::format("{} is flattened, its depth is {}", name, info.value().depth));
+    }
 }
 
 void Runner::Resize(const std::string& name, Disk& disk) {

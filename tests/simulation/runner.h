@@ -249,6 +249,7 @@ class Runner {
     /// Reads a snapshot that was taken a moment ago, beside clients.
     Task<void> LookAt(std::string full, Disk& disk, std::string snapshot);
     Task<void> DeleteSnapshot();
+    Task<void> FlattenBeside();
 
     // ---- rounds
 
@@ -266,6 +267,7 @@ class Runner {
     /// A snapshot's image, made certain by reading it.
     bool Know(const std::string& disk, const std::string& name, Snapshot& snapshot);
     void Restore(const std::string& name, Disk& disk);
+    void Flatten(const std::string& name);
     void Clone(const std::string& name, Disk& disk);
     void Resize(const std::string& name, Disk& disk);
     void ResizeTo(const std::string& name, Disk& disk, uint64_t size);

@@ -18,6 +18,7 @@ SimulationResult Runner::Run() {
     Dice world = Dice::Of(options_.seed, kWorld);
     if (world.Chance(0.5)) pool_options_.lease_blocks_min = cow::kRegionBlocks;
     if (world.Chance(0.5)) pool_options_.reclaim_step_chunks = 1 + world.Draw(3);
+    if (world.Chance(0.5)) pool_options_.flatten_depth = 1 + world.Draw(3);
     Bound();
     Restart();
     if (tight_ && !limited_ && !options_.small && world.Chance(0.25)) FillUp(32 + world.Draw(400));
@@ -241,7 +242,9 @@ void Runner::QuietCommands() {
 }
 
 void Runner::QuietCommand(const std::string& name, Disk& disk) {
-    switch (dice_.Draw(7)) {
+    switch (dice_.Draw(8)) {
+        case 7:
+            return Flatten(name);
         case 0:
             return Restore(name, disk);
         case 1:
