@@ -18,6 +18,7 @@
 #include "admin/render.h"
 #include "admin/rpc_client.h"
 #include "base/units.h"
+#include "cow/history/catalog.h"
 
 namespace varve::admin {
 namespace json = boost::json;
@@ -46,10 +47,10 @@ Status CheckBareName(const std::string& name) {
 Result<uint64_t> SizeOperand(const std::string& text) {
     const Result<uint64_t> size = ParseSize(text);
     if (!size.ok()) return size.error();
-    if (size.value() == 0 || size.value() % cow::kBlockBytes != 0) {
+    if (size.value() == 0 || size.value() % cow::kSizeUnitBytes != 0) {
         return Usage(
             fmt::format("'{}' cannot be a disk's size; give a multiple of {} that is not 0", text,
-                        cow::kBlockBytes));
+                        cow::kSizeUnitBytes));
     }
     return size.value();
 }

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "base/units.h"
+#include "cow/history/catalog.h"
 
 namespace varve::admin {
 namespace json = boost::json;
@@ -253,8 +254,8 @@ Result<uint64_t> DecodeSize(const char* name, const json::value& value) {
     } else {
         return WrongType(name, "a whole number of bytes, or a string as in \"10G\"");
     }
-    if (size == 0 || size % cow::kBlockBytes != 0) {
-        return WrongType(name, fmt::format("a multiple of {} and not 0", cow::kBlockBytes));
+    if (size == 0 || size % cow::kSizeUnitBytes != 0) {
+        return WrongType(name, fmt::format("a multiple of {} and not 0", cow::kSizeUnitBytes));
     }
     return size;
 }

@@ -481,6 +481,15 @@ Task<Errno> Head::Trim(uint64_t offset, uint64_t length, Requester* requester) {
     co_return error;
 }
 
+Task<Errno> Head::ClearTail() {
+    const uint64_t begin = size();
+    const uint64_t end = (begin + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
+    if (begin == end) co_return 0;
+    Errno error = co_await ZeroPart(begin, end - begin, nullptr);
+    if (error == 0) error = co_await Flush();
+    co_return error;
+}
+
 Task<Errno> Head::TrimFrom(uint64_t from) {
     shrinking_ = true;
     const Errno error = co_await UnmapFrom(from);
@@ -489,7 +498,7 @@ Task<Errno> Head::TrimFrom(uint64_t from) {
 }
 
 Task<Errno> Head::UnmapFrom(uint64_t from) {
-    const uint64_t first_block = from / kBlockBytes;
+    const uint64_t first_block = (from + kBlockBytes - 1) / kBlockBytes;
     const uint64_t end = kDiskBytesMax / kChunkBytes;
     uint64_t next_stored = 0;  // after the group that was loaded last
     for (uint64_t index = first_block / kChunkBlocks; index < end;) {

@@ -128,7 +128,10 @@ class Head : public MappedVolume {
     /// Starts over at another place in history. REQUIRES: nothing under way, nothing changed.
     void Rebase(Place place);
     void SetSize(uint64_t size) { size_ = size; }
-    /// Unmaps all blocks from `from` (a multiple of 4096) on, whatever the disk's size is.
+    /// Zeros, durable, from the disk's end to that of its last block: what a shrink or a snapshot of
+    /// a larger disk has left there must not show when the disk grows. Requests may be under way.
+    Task<Errno> ClearTail();
+    /// Unmaps all whole blocks from `from` on, whatever the disk's size is.
     /// REQUIRES: nothing under way, everything folded.
     Task<Errno> TrimFrom(uint64_t from);
     /// Takes back the free blocks it was handed.

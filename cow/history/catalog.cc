@@ -102,7 +102,7 @@ Status Catalog::LoadDisks(MetadataView& view) {
     return ForEachRow(view, 'D', [this](uint64_t id, std::string_view value) -> Status {
         DiskRecord record;
         const bool sound = Decode(value, &record) && IsValidName(record.name) &&
-                           record.size % kBlockBytes == 0 && record.size <= kDiskBytesMax &&
+                           record.size % kSizeUnitBytes == 0 && record.size <= kDiskBytesMax &&
                            history_.Contains(record.branch) && !history_.Get(record.branch).head &&
                            record.generation > history_.Get(record.branch).fork &&
                            record.generation.value < pool_.sequence;
@@ -120,7 +120,7 @@ Status Catalog::LoadSnapshots(MetadataView& view) {
     return ForEachRow(view, 'S', [this](uint64_t id, std::string_view value) -> Status {
         SnapshotRecord record;
         const bool sound = Decode(value, &record) && IsValidName(record.name) &&
-                           record.size % kBlockBytes == 0 && record.size <= kDiskBytesMax &&
+                           record.size % kSizeUnitBytes == 0 && record.size <= kDiskBytesMax &&
                            disks_.contains(record.disk) && history_.Contains(record.branch) &&
                            !history_.Get(record.branch).snapshots.contains(record.generation);
         if (!sound) return Damaged(fmt::format("snapshot {} is unreadable", id));

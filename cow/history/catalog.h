@@ -90,6 +90,10 @@ class Catalog {
     PoolRecord pool_;
 };
 
+/// A disk's size is a multiple of it. In the last block, what lies beyond the end is never shown;
+/// whoever makes a disk larger clears it before (Head::ClearTail).
+inline constexpr uint64_t kSizeUnitBytes = 512;
+
 /// Valid disk and snapshot names: [A-Za-z0-9][A-Za-z0-9._:+-]{0,127}.
 bool IsValidName(std::string_view name);
 

@@ -42,10 +42,10 @@ Status PoolImpl::CheckNewName(std::string_view name) const {
 namespace {
 
 Status CheckSize(uint64_t size, const PoolOptions& options) {
-    if (size == 0 || size % kBlockBytes != 0) {
+    if (size == 0 || size % kSizeUnitBytes != 0) {
         return MakeError(
             ErrorKind::kInvalid,
-            fmt::format("a disk's size is a multiple of 4096 bytes and not 0, not {}", size));
+            fmt::format("a disk's size is a multiple of 512 bytes and not 0, not {}", size));
     }
     const uint64_t most = std::min(options.disk_bytes_max, kDiskBytesMax);
     if (size > most) {
@@ -299,11 +299,18 @@ Task<Status> PoolImpl::ResizeLocked(std::string name, uint64_t size, bool shrink
         if (s.ok()) *shrunk = id.value();
         co_return s;
     }
+    Head& head = *disks_.at(id.value()).head;
+    if (old_size % kBlockBytes != 0) {
+        co_await Hop(head.executor());
+        const Errno error = co_await head.ClearTail();
+        co_await Hop(core_.home());
+        if (error != 0) co_return SystemError(error, fmt::format("cannot enlarge disk '{}'", name));
+    }
     Change change = [&](CommitContext& context) {
         DiskRecord record = context.catalog.disk(id.value()).record;
         record.size = size;
         context.catalog.UpdateDisk(id.value(), std::move(record), context.batch);
-        disks_.at(id.value()).head->SetSize(size);
+        head.SetSize(size);
         return Status();
     };
     co_return co_await Commit(std::move(change));

@@ -27,7 +27,7 @@ class Volume {
     virtual ~Volume() = default;
 
     virtual Executor& executor() = 0;
-    virtual uint64_t size() const = 0;  // bytes, a multiple of 4096
+    virtual uint64_t size() const = 0;  // bytes, a multiple of 512
     virtual bool read_only() const = 0;
 
     /// Fills `buffer` from `offset` on. Holes read as zeros. If `map` is given, the stretches of

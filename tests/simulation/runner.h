@@ -25,10 +25,13 @@ struct Scale {
     uint64_t requests;   // of one client
     uint64_t commands;
 };
-inline constexpr Scale kLarge{2, 4, 6, {64 << 10, 200 << 10, 300 << 10, 528 << 10}, 3, 30, 10};
+inline constexpr Scale kLarge{
+    2, 4, 6, {64 << 10, (200 << 10) + 512, (300 << 10) - 1024, 528 << 10}, 3, 30, 10};
 /// Many disks, each with little: they share regions, and lanes.
-inline constexpr Scale kMany{10, 16, 2, {12 << 10, 64 << 10, 200 << 10, 264 << 10}, 1, 8, 8};
-inline constexpr Scale kSmall{2, 3, 3, {12 << 10, 20 << 10, 40 << 10, 264 << 10}, 2, 6, 4};
+inline constexpr Scale kMany{10, 16, 2, {12 << 10, (64 << 10) + 3584, 200 << 10, 264 << 10},
+                             1,  8,  8};
+inline constexpr Scale kSmall{2, 3, 3, {12 << 10, (20 << 10) + 1536, (40 << 10) - 512, 264 << 10},
+                              2, 6, 4};
 inline constexpr uint64_t kRoomy = 256 << 20;
 /// One region of the allocator: disks take it from each other, and what is freed is soon reused.
 inline constexpr uint64_t kTight = 16 << 20;
