@@ -128,8 +128,9 @@ class Head : public MappedVolume {
     /// Starts over at another place in history. REQUIRES: nothing under way, nothing changed.
     void Rebase(Place place);
     void SetSize(uint64_t size) { size_ = size; }
-    /// Zeros, durable, from the disk's end to that of its last block: what a shrink or a snapshot of
-    /// a larger disk has left there must not show when the disk grows. Requests may be under way.
+    /// Zeros, durable, from the disk's end to that of its last block: what a shrink or a snapshot
+    /// of a larger disk has left there must not show when the disk grows. Requests may be under
+    /// way.
     Task<Errno> ClearTail();
     /// Unmaps all whole blocks from `from` on, whatever the disk's size is.
     /// REQUIRES: nothing under way, everything folded.
