@@ -27,11 +27,6 @@ void Worsen(PoolStatus& status, Health health, std::string warning) {
 
 }  // namespace
 
-const char* NameOf(Health health) {
-    static constexpr const char* kNames[] = {"ok", "warning", "full", "failed"};
-    return kNames[static_cast<size_t>(health)];
-}
-
 /// Of a command that adds rows.
 Status PoolImpl::Growable() const {
     if (!core_.environment.metadata->full()) return Status();

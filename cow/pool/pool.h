@@ -58,7 +58,10 @@ enum class Health : uint8_t {
     kFull,     // writes that need space get ENOSPC
     kFailed,   // writes and flushes are refused until a restart
 };
-const char* NameOf(Health health);
+inline const char* NameOf(Health health) {  // here, so that varve needs nothing of the engine
+    constexpr const char* kNames[] = {"ok", "warning", "full", "failed"};
+    return kNames[static_cast<size_t>(health)];
+}
 
 struct PoolStatus {
     uint64_t capacity = 0;  // bytes the pool could hold
