@@ -115,7 +115,6 @@ TEST_F(BallastTest, HoldsWhatItHeldBefore) {
 /// Rows of 1000 bytes, one commit each, until one fails.
 int WriteRows(rocksdb::DB& db, int first, int count) {
     rocksdb::WriteOptions options;
-    options.sync = true;
     for (int i = first; i < first + count; ++i) {
         const std::string key = "key" + std::to_string(i * 7919 % 100'000);
         const std::string value(1000, static_cast<char>('a' + i % 26));
