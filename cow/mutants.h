@@ -50,8 +50,6 @@ enum class Mutant {
     kSealNotJournaled,
     kRegionsNotAnnounced,
     kJournalUnbounded,
-    // Metadata has room
-    kMetadataFullIgnored,
     // Branches
     kWrongVersionAtFork,
     kRestoreKeepsWrites,

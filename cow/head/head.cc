@@ -150,7 +150,7 @@ uint64_t Head::FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) con
 
 /// Whether the map may grow, as far as metadata goes.
 Task<bool> Head::Growable() {
-    if (!core_.metadata().full() || Mutated(Mutant::kMetadataFullIgnored)) co_return true;
+    if (!core_.metadata().full()) co_return true;
     co_return co_await host_.FindMetadataSpace(lane_.executor);
 }
 

@@ -94,8 +94,6 @@ constexpr Entry kEntries[] = {
      "recovery applies the journal's changes in the wrong order", 50},
     {Mutant::kJournalUnbounded, "journal-unbounded", "nothing but changed chunks starts a pass",
      50},
-    {Mutant::kMetadataFullIgnored, "metadata-full-ignored",
-     "the map grows although there is no room for its rows", 50},
     {Mutant::kSealNotJournaled, "seal-not-journaled",
      "a snapshot is answered without the last changes of its generation", 50},
     {Mutant::kRegionsNotAnnounced, "regions-not-announced",
