@@ -31,6 +31,7 @@ struct Arguments {
     bool disconnect = false;
     bool shrink = false;
     bool wait = false;
+    bool dry_run = false;
     std::optional<std::string> keep_as;
     std::optional<std::string> pool;  // a directory
     const Verb* verb = nullptr;       // null only with help or version

@@ -119,7 +119,22 @@ Result<Call> ResizeCall(const Arguments& a) {
     return Call{"disk.resize", std::move(params), nullptr, std::move(question)};
 }
 
+std::string RenderEstimate(const json::value& result) {
+    const json::object* object = result.if_object();
+    const json::value* freed = object ? object->if_contains("freed") : nullptr;
+    if (!freed || !freed->is_number()) return "";
+    return "would free " + FormatSize(freed->to_number<uint64_t>()) + "\n";
+}
+
 Result<Call> DeleteCall(const Arguments& a) {
+    if (a.dry_run) {
+        json::array names(a.operands.begin(), a.operands.end());
+        return Call{"pool.estimate_delete",
+                    {{"names", std::move(names)}, {"snapshots", a.snapshots}},
+                    RenderEstimate,
+                    ""};
+    }
+    if (a.operands.size() > 1) return Usage("delete takes one name; several need --dry-run");
     const std::string& name = a.operands[0];
     if (!IsSnapshot(name)) {
         json::object params = {

@@ -65,6 +65,16 @@ Task<Result<Reply>> DiskDelete(CommandTarget target, Command command) {
         std::move(command.name), command.delete_snapshots, command.disconnect));
 }
 
+Task<Result<Reply>> PoolEstimateDelete(CommandTarget target, Command command) {
+    std::vector<std::string> names = command.names;
+    const Result<uint64_t> bytes =
+        co_await target.pool->EstimateDelete(std::move(names), command.delete_snapshots);
+    if (!bytes.ok()) co_return bytes.error();
+    Estimate estimate;
+    estimate.bytes = bytes.value();
+    co_return Reply(estimate);
+}
+
 Task<Result<Reply>> SnapshotCreate(CommandTarget target, Command command) {
     co_return DoneOr(co_await target.pool->CreateSnapshots(std::move(command.snapshots)));
 }
@@ -213,6 +223,10 @@ const std::vector<Method>& Methods() {
         {"client.disconnect", true, ClientDisconnect, {{"disk", &C::name}}},
         {"pool.status", false, PoolGetStatus, {{"hurry", &C::hurry}}},
         {"pool.check", false, PoolCheck, {}},
+        {"pool.estimate_delete",
+         false,
+         PoolEstimateDelete,
+         {{"names", &C::names}, {"snapshots", &C::delete_snapshots}}},
         {"pool.scrub", false, PoolScrub, {{"disk", &C::disk}}},
     };
     return methods;

@@ -33,6 +33,7 @@ struct Command {
     std::string to;                      // the new name
     std::string snapshot;                // "disk@snapshot"
     std::vector<std::string> snapshots;  // "disk@snapshot"
+    std::vector<std::string> names;      // of disks and snapshots
     std::optional<std::string> disk;     // a filter
     std::optional<std::string> keep_as;  // a snapshot's name
     uint64_t size = 0;                   // bytes
@@ -48,12 +49,15 @@ struct SnapshotList {
     std::string disk;
     std::vector<cow::SnapshotInfo> snapshots;
 };
+struct Estimate {
+    uint64_t bytes = 0;  // that a deletion would free
+};
 struct Disconnected {
     uint64_t clients = 0;  // how many
 };
 using Reply = std::variant<Done, cow::DiskInfo, std::vector<cow::DiskInfo>, cow::SnapshotInfo,
-                           SnapshotList, std::vector<ClientInfo>, Disconnected, cow::PoolStatus,
-                           cow::CheckReport, cow::ScrubReport>;
+                           SnapshotList, std::vector<ClientInfo>, Disconnected, Estimate,
+                           cow::PoolStatus, cow::CheckReport, cow::ScrubReport>;
 
 /// What the pool does not know about itself.
 struct ServerFacts {

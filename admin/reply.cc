@@ -10,14 +10,16 @@ namespace json = boost::json;
 namespace {
 
 json::object ToJson(const cow::DiskInfo& disk) {
-    return {{"name", disk.name},
-            {"size", disk.size},
-            {"used", disk.used},
-            {"snapshots", disk.snapshots},
-            {"clients", disk.clients},
-            {"created", FormatTime(disk.created_ms)},
-            {"generation", disk.generation},
-            {"depth", disk.depth}};
+    json::object object = {{"name", disk.name},
+                           {"size", disk.size},
+                           {"used", disk.used},
+                           {"snapshots", disk.snapshots},
+                           {"clients", disk.clients},
+                           {"created", FormatTime(disk.created_ms)},
+                           {"generation", disk.generation},
+                           {"depth", disk.depth}};
+    if (disk.unique) object.emplace("unique", *disk.unique);
+    return object;
 }
 
 json::object ToJson(const cow::SnapshotInfo& snapshot) {
@@ -105,6 +107,11 @@ struct Encoder {
     }
     json::value operator()(const std::vector<ClientInfo>& clients) const {
         return json::object({{"clients", ToArray(clients)}});
+    }
+    json::value operator()(const Estimate& estimate) const {
+        json::object object = EncodeParameters(command);
+        object.emplace("freed", estimate.bytes);
+        return object;
     }
     json::value operator()(const Disconnected& disconnected) const {
         json::object object = EncodeParameters(command);

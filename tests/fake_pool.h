@@ -104,6 +104,10 @@ class FakePool : public cow::Pool {
         co_return Status();
     }
 
+    Task<Result<uint64_t>> EstimateDelete(std::vector<std::string> names, bool) override {
+        co_await Enter();
+        co_return names.size() << 20;
+    }
     Task<Status> FlattenDisk(std::string name) override {
         co_await Enter();
         if (!disks_.count(name)) co_return NoDisk(name);

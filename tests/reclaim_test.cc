@@ -161,6 +161,38 @@ TEST_F(ReclaimTest, ADroppedBlockCostsTheSameHoweverManyClonesThereAre) {
     EXPECT_LT(seeks[128], seeks[8] * 1.5);
 }
 
+TEST_F(ReclaimTest, WhatSeveralShareIsFreedByDeletingThemTogether) {
+    Ok(pool().CreateDisk("d", 8 * kChunkBytes));
+    Write("d", 0, kMiB, 'a');
+    Ok(pool().CreateSnapshots({"d@s"}));
+    Ok(pool().CreateSnapshots({"d@t"}));
+    Ok(pool().CloneSnapshot("d@t", "c"));
+    Write("c", 0, 8192, 'c');
+    Write("d", 0, kMiB, 'b');
+    const auto freed = [this](std::vector<std::string> names, bool snapshots = false) {
+        return machine->Do(pool().EstimateDelete(std::move(names), snapshots));
+    };
+    EXPECT_EQ(0u, Unique("d@s"));
+    EXPECT_EQ(0u, Unique("d@t"));
+    EXPECT_EQ(0u, freed({"d@s"}).value());
+    EXPECT_EQ(8192u, freed({"d@s", "d@t"}).value());
+    EXPECT_EQ(8192u, freed({"c"}).value());
+    EXPECT_EQ(kMiB + 8192, freed({"d@s", "d@t", "c"}).value());
+    EXPECT_EQ(ErrorKind::kBusy, freed({"d"}).error().kind);
+    EXPECT_EQ(ErrorKind::kBusy, freed({"d", "d@s"}).error().kind);
+    EXPECT_EQ(ErrorKind::kNotFound, freed({"d@nothing"}).error().kind);
+    EXPECT_EQ(kMiB + 8192, freed({"d"}, true).value());
+    EXPECT_EQ(2 * kMiB + 8192, freed({"d", "c", "d@s"}, true).value());
+    EXPECT_EQ(kMiB, machine->Do(pool().ShowDisk("d")).value().unique);
+    EXPECT_EQ(8192u, machine->Do(pool().ShowDisk("c")).value().unique);
+    // And so it is.
+    const uint64_t used = Used();
+    Ok(pool().DeleteSnapshot("d@s", false));
+    Ok(pool().DeleteSnapshot("d@t", false));
+    Reclaim();
+    EXPECT_EQ(used - 8192, Used());
+}
+
 TEST_F(ReclaimTest, ClosingEndsAStepInItsMiddle) {
     Restart({.reclaim_step_chunks = 64});
     constexpr uint64_t kChunks = 64;

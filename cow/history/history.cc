@@ -53,6 +53,12 @@ BranchId History::Root(BranchId id) const {
     return id;
 }
 
+bool History::StandsAlone(BranchId id) const {
+    const Branch& branch = Get(id);
+    return branch.head && branch.snapshots.empty() && branch.children.empty() &&
+           branch.parent.value == 0;
+}
+
 Line History::LineOf(BranchId id, Generation generation) const {
     Line line;
     while (id.value != 0) {
@@ -65,8 +71,9 @@ Line History::LineOf(BranchId id, Generation generation) const {
     return line;
 }
 
-Line History::StretchesBelow(BranchId id, Generation generation) const {
-    return StretchesDownTo(id, generation, [](Generation) { return true; });
+Line History::StretchesBelow(BranchId id, Generation generation, const Views& gone) const {
+    return StretchesDownTo(id, generation,
+                           [&gone](Generation g) { return !gone.snapshots.contains(g); });
 }
 
 Line History::StretchesDownTo(BranchId id, Generation generation,
@@ -94,16 +101,13 @@ Generation History::SnapshotBelow(BranchId id, Generation generation) const {
 }
 
 Region History::RegionOf(BranchId id, Generation generation) const {
-    return RegionAround(id, generation, Point{});
-}
-
-Region History::RegionThrough(BranchId id, Generation generation) const {
-    return RegionAround(id, Generation{generation.value - 1}, Point{id, generation});
+    return RegionWithout(id, generation, Views{});
 }
 
 /// Where the region of a view at (`id`, `generation`) begins.
-Stretch History::BottomOf(BranchId id, Generation generation, Generation* floor) const {
-    const Line path = StretchesBelow(id, generation);
+Stretch History::BottomOf(BranchId id, Generation generation, const Views& gone,
+                          Generation* floor) const {
+    const Line path = StretchesBelow(id, generation, gone);
     *floor = path.back().after;
     // The floor's snapshot may stand at a fork: then the path's last stretch is empty, and only
     // the child it came from belongs to the region, not the floor's other lines.
@@ -112,26 +116,27 @@ Stretch History::BottomOf(BranchId id, Generation generation, Generation* floor)
     return path[bottom];
 }
 
-std::pair<BranchId, Generation> History::RegionKeyOf(BranchId id, Generation generation) const {
+std::pair<BranchId, Generation> History::RegionKeyOf(BranchId id, Generation generation,
+                                                     const Views& gone) const {
     Generation floor;
-    const Stretch bottom = BottomOf(id, generation, &floor);
+    const Stretch bottom = BottomOf(id, generation, gone, &floor);
     return {bottom.branch, bottom.after};
 }
 
-Region History::RegionAround(BranchId id, Generation generation, const Point& through) const {
+Region History::RegionWithout(BranchId id, Generation generation, const Views& gone) const {
     Region region;
-    const Stretch bottom = BottomOf(id, generation, &region.floor);
+    const Stretch bottom = BottomOf(id, generation, gone, &region.floor);
     std::vector<Sprout> sprouts{{bottom.branch, bottom.after, -1}};
     while (!sprouts.empty()) {
         const Sprout sprout = sprouts.back();
         sprouts.pop_back();
-        Grow(region, sprout, through, sprouts);
+        Grow(region, sprout, gone, sprouts);
     }
     return region;
 }
 
 /// Adds a branch up to its first live view; what forks off below is left in `sprouts`.
-void History::Grow(Region& region, Sprout sprout, const Point& through,
+void History::Grow(Region& region, Sprout sprout, const Views& gone,
                    std::vector<Sprout>& sprouts) const {
     const Branch& branch = Get(sprout.branch);
     for (;;) {
@@ -144,8 +149,9 @@ void History::Grow(Region& region, Sprout sprout, const Point& through,
         const bool view = top ? branch.head : to == next_snapshot;
         region.segments.push_back({{sprout.branch, sprout.after, to}, sprout.parent, view});
         sprout.parent = static_cast<int>(region.segments.size()) - 1;
-        const bool passed = view && sprout.branch == through.branch && to == through.generation;
-        if (passed) region.through = sprout.parent;
+        const bool passed =
+            view && (top ? gone.heads.contains(sprout.branch) : gone.snapshots.contains(to));
+        if (passed) region.gone.push_back(sprout.parent);
         if (top || (view && !passed)) return;
         const auto [begin, end] = branch.children.equal_range(to);
         for (auto fork = begin; fork != end; ++fork) {
@@ -156,7 +162,7 @@ void History::Grow(Region& region, Sprout sprout, const Point& through,
 }
 
 /// Depth first, without recursion: a chain of branches may be long.
-Line History::StretchesAbove(BranchId id, Generation generation) const {
+Line History::StretchesAbove(BranchId id, Generation generation, const Views& gone) const {
     if (generation == kHead) return {};
     struct Place {
         Sprout sprout;  // `parent`: index of the place it forked from
@@ -169,9 +175,10 @@ Line History::StretchesAbove(BranchId id, Generation generation) const {
         open.pop_back();
         const Sprout at = seen[here].sprout;
         const Branch& branch = Get(at.branch);
-        const auto snapshot = branch.snapshots.upper_bound(at.after);
+        auto snapshot = branch.snapshots.upper_bound(at.after);
+        while (snapshot != branch.snapshots.end() && gone.snapshots.contains(*snapshot)) ++snapshot;
         const bool found = snapshot != branch.snapshots.end();
-        if (found || branch.head) {
+        if (found || (branch.head && !gone.heads.contains(at.branch))) {
             Line path{{at.branch, at.after, found ? *snapshot : kHead}};
             Generation to = seen[here].to;
             for (int p = at.parent; p >= 0;) {

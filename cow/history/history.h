@@ -43,10 +43,16 @@ struct Segment : Stretch {
     bool view = false;  // a live view stands at `to`
 };
 
+/// Views that questions about regions shall take for gone.
+struct Views {
+    std::set<Generation> snapshots;
+    std::set<BranchId> heads;
+};
+
 struct Region {
     Generation floor;  // of the live snapshot at the bottom; 0: none
     std::vector<Segment> segments;
-    int through = -1;  // see RegionThrough
+    std::vector<int> gone;  // those that end at views that are to be gone: see `Views`
 
     /// Index of the segment that holds the end of that generation; -1 if none does.
     int SegmentAt(BranchId branch, Generation generation) const;
@@ -79,6 +85,8 @@ class History {
     const Branch& Get(BranchId id) const;
     const std::map<BranchId, Branch>& branches() const { return branches_; }
     BranchId Root(BranchId id) const;
+    /// Whether the branch's head is the only view of all that have to do with it.
+    bool StandsAlone(BranchId id) const;
     /// The line of a view at (`id`, `generation`); kHead for a head. Down to the root, or to the
     /// first branch that is whole.
     Line LineOf(BranchId id, Generation generation) const;
@@ -87,34 +95,30 @@ class History {
     /// The region in which the row of a view at (`id`, `generation`) was born, with the views that
     /// are live now: the one just below the generation that follows.
     Region RegionOf(BranchId id, Generation generation) const;
+    /// The same without the views `gone`. Segments that end at them are in `Region::gone`, and have
+    /// `view` set.
+    Region RegionWithout(BranchId id, Generation generation, const Views& gone) const;
     /// What tells that region from all others: its lowest branch, and where it begins there. Cheap.
-    std::pair<BranchId, Generation> RegionKeyOf(BranchId id, Generation generation) const;
-    /// The region there would be without the snapshot at (`id`, `generation`), but with a segment
-    /// that ends at it, `through`, which has `view` set.
-    Region RegionThrough(BranchId id, Generation generation) const;
+    std::pair<BranchId, Generation> RegionKeyOf(BranchId id, Generation generation,
+                                                const Views& gone = {}) const;
     /// From (`id`, `generation`) down to the nearest live snapshot at or below it, or to the root.
-    Line StretchesBelow(BranchId id, Generation generation) const;
+    Line StretchesBelow(BranchId id, Generation generation, const Views& gone = {}) const;
     /// The same, but only snapshots whose generation `counts` end it.
     Line StretchesDownTo(BranchId id, Generation generation,
                          const std::function<bool(Generation)>& counts) const;
     /// From just above (`id`, `generation`) up to one of the nearest live views; empty if no live
     /// view is above.
-    Line StretchesAbove(BranchId id, Generation generation) const;
+    Line StretchesAbove(BranchId id, Generation generation, const Views& gone = {}) const;
 
   private:
-    struct Point {
-        BranchId branch;
-        Generation generation;
-    };
     struct Sprout {  // a branch's part of a region: from `after` on, over the segment `parent`
         BranchId branch;
         Generation after;
         int parent;
     };
-    Stretch BottomOf(BranchId id, Generation generation, Generation* floor) const;
-    Region RegionAround(BranchId id, Generation generation, const Point& through) const;
-    void Grow(Region& region, Sprout sprout, const Point& through,
-              std::vector<Sprout>& sprouts) const;
+    Stretch BottomOf(BranchId id, Generation generation, const Views& gone,
+                     Generation* floor) const;
+    void Grow(Region& region, Sprout sprout, const Views& gone, std::vector<Sprout>& sprouts) const;
 
     std::map<BranchId, Branch> branches_;
 };

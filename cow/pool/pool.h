@@ -37,8 +37,9 @@ struct DiskInfo {
     uint64_t snapshots = 0;  // how many
     uint64_t clients = 0;    // attached to the disk (not to its snapshots)
     int64_t created_ms = 0;
-    uint64_t generation = 0;  // the one being written now
-    uint64_t depth = 0;       // branches a lookup may have to visit
+    uint64_t generation = 0;         // the one being written now
+    uint64_t depth = 0;              // branches a lookup may have to visit
+    std::optional<uint64_t> unique;  // bytes that no snapshot and no other disk sees; ShowDisk only
 };
 
 struct SnapshotInfo {
@@ -152,6 +153,10 @@ class Pool {
     /// Oldest first. `unique` costs time proportional to what changed around each snapshot.
     virtual Task<Result<std::vector<SnapshotInfo>>> ListSnapshots(std::string disk) = 0;
     virtual Task<Result<SnapshotInfo>> ShowSnapshot(std::string name) = 0;
+    /// Bytes that deleting all these disks and snapshots together would free. `snapshots` as for
+    /// DeleteDisk.
+    virtual Task<Result<uint64_t>> EstimateDelete(std::vector<std::string> names,
+                                                  bool snapshots) = 0;
     virtual Task<Status> RenameSnapshot(std::string name, std::string to) = 0;
     virtual Task<Status> DeleteSnapshot(std::string name, bool disconnect) = 0;
     /// Needs the disk without clients: kBusy, or, with `disconnect`, they are fenced first.

@@ -122,7 +122,18 @@ Task<Result<DiskInfo>> PoolImpl::ShowDisk(std::string name) {
     co_await FoldAll();
     const Result<DiskId> id = catalog_.FindDisk(name);
     if (!id.ok()) co_return id.error();
-    co_return InfoOf(id.value());
+    DiskInfo info = InfoOf(id.value());
+    const BranchId branch = catalog_.disk(id.value()).record.branch;
+    if (catalog_.history().StandsAlone(branch)) {  // nothing needs to be counted
+        info.unique = info.used;
+        co_return info;
+    }
+    DoomedViews views;
+    views.disks.push_back(id.value());
+    const Result<uint64_t> unique = co_await BytesFreedWithout(std::move(views));
+    if (!unique.ok()) co_return unique.error();
+    info.unique = unique.value();
+    co_return info;
 }
 
 Task<Status> PoolImpl::RenameDisk(std::string name, std::string to) {

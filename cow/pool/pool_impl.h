@@ -41,6 +41,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Status> CreateSnapshots(std::vector<std::string> names) override;
     Task<Result<std::vector<SnapshotInfo>>> ListSnapshots(std::string disk) override;
     Task<Result<SnapshotInfo>> ShowSnapshot(std::string name) override;
+    Task<Result<uint64_t>> EstimateDelete(std::vector<std::string> names, bool snapshots) override;
     Task<Status> RenameSnapshot(std::string name, std::string to) override;
     Task<Status> DeleteSnapshot(std::string name, bool disconnect) override;
     Task<Status> RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
@@ -89,7 +90,11 @@ class PoolImpl : public Pool, public HeadHost {
     };
     /// Names a freeze in progress.
     struct Cut;
-    struct UniqueScan;
+    struct FreedScan;
+    struct DoomedViews {
+        std::vector<SnapshotId> snapshots;
+        std::vector<DiskId> disks;  // their heads only
+    };
 
     // recovery.cc
     Task<Status> FoldPart(const JournalPart& part);
@@ -144,8 +149,10 @@ class PoolImpl : public Pool, public HeadHost {
     std::optional<SnapshotId> BuildRestore(SnapshotId id, const std::optional<std::string>& keep_as,
                                            CommitContext& context);
     Task<Result<SnapshotInfo>> InfoOf(SnapshotId id);
-    void LookAtUnique(SnapshotId id, UniqueScan* at);
-    Task<Result<uint64_t>> UniqueBytes(SnapshotId id);
+
+    // pool_figures.cc
+    void LookAtFreed(const DoomedViews& doomed, FreedScan* at);
+    Task<Result<uint64_t>> BytesFreedWithout(DoomedViews views);
 
     // pool_exports.cc
     std::string ExportAsked(std::string name) const;

@@ -9,8 +9,6 @@
 namespace varve::cow {
 namespace {
 
-constexpr size_t kCandidatesTogether = 4096;
-
 /// Branches a lookup may have to visit while the line is being flattened, which begins long before.
 constexpr size_t kDepthMax = 1024;
 
@@ -183,62 +181,6 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
 
 // ---- listing
 
-/// Rows and history of one moment, to count by.
-struct PoolImpl::UniqueScan {
-    std::unique_ptr<MetadataView> view;  // null: the snapshot is gone
-    Region with, without;                // the snapshot
-    std::optional<CandidateScan> scan;
-};
-
-void PoolImpl::LookAtUnique(SnapshotId id, UniqueScan* at) {
-    if (!catalog_.snapshots().contains(id)) return;
-    const SnapshotRecord& record = catalog_.snapshot(id);
-    const History& history = catalog_.history();
-    at->view = core_.metadata().View();
-    at->with = history.RegionThrough(record.branch, record.generation);
-    at->without = at->with;
-    at->without.segments[static_cast<size_t>(at->with.through)].view = false;
-    Line below = history.StretchesBelow(record.branch, Generation{record.generation.value - 1});
-    below.front().to = record.generation;
-    at->scan.emplace(std::move(below), history.StretchesAbove(record.branch, record.generation));
-}
-
-/// Bytes that deleting the snapshot would free: what would be dead without it, less what is dead
-/// already and only waits for the reclaimer.
-Task<Result<uint64_t>> PoolImpl::UniqueBytes(SnapshotId id) {
-    UniqueScan at;
-    std::function<void()> look = [&] { LookAtUnique(id, &at); };
-    co_await committer_.Look(std::move(look));
-    if (!at.view) {
-        co_return MakeError(ErrorKind::kNotFound, "the snapshot was deleted meanwhile");
-    }
-    co_await Hop(core_.auditor());
-    std::vector<ChunkIndex> chunks;
-    Status s;
-    for (size_t sorted = 0; s.ok() && !at.scan->done();) {
-        s = at.scan->Next(*at.view, kCandidatesTogether, chunks);
-        // A chunk comes up once for each generation that touched it: memory is for chunks only.
-        if (!at.scan->done() && chunks.size() < 2 * sorted + kCandidatesTogether) continue;
-        std::sort(chunks.begin(), chunks.end());
-        chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
-        sorted = chunks.size();
-    }
-    uint64_t blocks = 0;
-    SweepHints hints;
-    Sweeper sweep_with(*at.view, at.with, hints), sweep_without(*at.view, at.without, hints);
-    const std::vector<int> from{at.with.through};
-    for (const ChunkIndex chunk : chunks) {
-        SweepPlan dead_now, dead_then;
-        if (s.ok()) s = sweep_with.Sweep(chunk, from, dead_now);
-        if (s.ok()) s = sweep_without.Sweep(chunk, from, dead_then);
-        blocks += dead_then.freed_blocks - dead_now.freed_blocks;
-    }
-    co_await Hop(core_.home());
-    if (!s.ok()) co_return s.error();
-    const uint64_t bytes = blocks * kBlockBytes;
-    co_return bytes;
-}
-
 Task<Result<SnapshotInfo>> PoolImpl::InfoOf(SnapshotId id) {
     co_await FoldSealed(catalog_.snapshot(id).disk);
     if (!catalog_.snapshots().contains(id)) {
@@ -252,7 +194,9 @@ Task<Result<SnapshotInfo>> PoolImpl::InfoOf(SnapshotId id) {
     info.size = record.size;
     info.generation = record.generation.value;
     info.referenced = record.mapped_blocks * kBlockBytes;
-    const Result<uint64_t> unique = co_await UniqueBytes(id);
+    DoomedViews views;
+    views.snapshots.push_back(id);
+    const Result<uint64_t> unique = co_await BytesFreedWithout(std::move(views));
     if (!unique.ok()) co_return unique.error();
     info.unique = unique.value();
     co_return info;
