@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "base/log.h"
 #include "base/units.h"
@@ -120,13 +121,15 @@ void PoolImpl::WatchHealth() {
     status.used = catalog_.pool().used_blocks * kBlockBytes;
     status.capacity = std::max(allocator_.Capacity(), status.used);
     Judge(status);
-    if (status.metadata_free > 0) checksummer_.Wake();
+    const bool full = status.metadata_free == 0;
+    if (!full) checksummer_.Wake();
+    if (std::exchange(metadata_full_, full) && !full) reclaimer_.Wake();  // it may flatten again
     if (status.metadata_free > 0 && !catalog_.flattening().empty()) reclaimer_.Wake({});
     // What was deleted takes room until it is compacted, which a store that has little to write
     // does not do by itself.
     const bool due = reclaimer_.swept_chunks() != compacted_chunks_ ||
                      committer_.commits() >= compacted_commits_ + kCommitsToCompact;
-    const bool compact = status.metadata_free == 0 && reclaimer_.idle() && due;
+    const bool compact = full && reclaimer_.idle() && due;
     if (compact && !compacting_) Spawn(CompactMetadata());
     // By kind, not by figure: a line that counts down would fill the log.
     const std::string now = fmt::format("{} {}", NameOf(status.health), status.warnings.size());

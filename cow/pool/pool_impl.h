@@ -181,6 +181,7 @@ class PoolImpl : public Pool, public HeadHost {
     WaitList visit_ended_;
     Gate background_;
     std::function<void(const std::vector<uint64_t>&)> disconnect_;
+    bool metadata_full_ = false;  // when it was looked at last
     bool compacting_ = false;
     uint64_t compacted_chunks_ = ~uint64_t{0};  // reclaimer_.swept_chunks() then
     uint64_t compacted_commits_ = 0;
