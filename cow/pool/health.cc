@@ -123,7 +123,7 @@ void PoolImpl::WatchHealth() {
     Judge(status);
     const bool full = status.metadata_free == 0;
     if (!full) checksummer_.Wake();
-    if (std::exchange(metadata_full_, full) && !full) reclaimer_.Wake();  // it may flatten again
+    if (std::exchange(metadata_full_, full) && !full) reclaimer_.Wake({});  // it may flatten again
     if (status.metadata_free > 0 && !catalog_.flattening().empty()) reclaimer_.Wake({});
     // What was deleted takes room until it is compacted, which a store that has little to write
     // does not do by itself.
