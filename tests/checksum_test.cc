@@ -317,7 +317,8 @@ TEST(SumsRowTest, SurvivesEncodingAndKnowsOnlyItsBirths) {
 }
 
 TEST(SumsCacheTest, KeepsItsBoundAndForgetsWhatChanged) {
-    cow::SumsCache cache(1000);
+    cow::CacheBudget budget(1000, 1);
+    cow::SumsCache cache(budget);
     SumsRow::Slots slots{};
     slots[0] = {Generation{5}, 1};
     for (uint64_t i = 0; i < 100; ++i) {

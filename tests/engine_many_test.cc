@@ -136,5 +136,106 @@ TEST_F(ManyTest, SnapshotsLiveWhereTheirDiskDoes) {
     }
 }
 
+class SharedCacheTest : public ManyTest {
+  protected:
+    void Restart(uint64_t cache) {
+        Stop();
+        cow::PoolOptions options;
+        options.map_cache_bytes = cache;
+        Start(options);
+    }
+    /// A disk with a block in each chunk, all in map rows.
+    void Fill(const std::string& name, uint64_t chunks) {
+        for (uint64_t i = 0; i < chunks; ++i) {
+            ASSERT_EQ(0, Write(name, i * cow::kChunkBytes, 4096, 'a'));
+        }
+        (void)Used();
+    }
+    /// Lookups in the store while all of its chunks are read once.
+    uint64_t Lookups(const std::string& name, uint64_t chunks) {
+        const uint64_t before = lookups_;
+        for (uint64_t i = 0; i < chunks; ++i) Expect(name, i * cow::kChunkBytes, 4096, 'a');
+        return lookups_ - before;
+    }
+    void Count() {
+        media.probe = [this](Call call) {
+            if (call == Call::kLookup) ++lookups_;
+            if (call == Call::kCommit) ++commits_;
+            return Mishap::kNone;
+        };
+    }
+    uint64_t lookups_ = 0, commits_ = 0;
+};
+
+TEST_F(SharedCacheTest, ALaneHasAllThatOthersDoNotNeed) {
+    Restart(512 << 10);
+    Create(1, 1024 * kMiB);
+    constexpr uint64_t kChunks = 1200;  // 240 KB, which is three equal shares
+    Fill(Name(0), kChunks);
+    Count();
+    EXPECT_GT(Lookups(Name(0), kChunks), 0U);
+    EXPECT_EQ(Lookups(Name(0), kChunks), 0U);
+    media.probe = nullptr;
+}
+
+TEST_F(SharedCacheTest, WhatIdleLanesHoldGoesToThoseThatWork) {
+    Restart(512 << 10);
+    Create(2, 1024 * kMiB);
+    constexpr uint64_t kChunks = 1200;
+    Fill(Name(0), kChunks);
+    Fill(Name(1), kChunks);
+    ASSERT_NE(&Volume(Name(0)).executor(), &Volume(Name(1)).executor());
+    Count();
+    for (uint64_t i = 0; i < 2; ++i) {  // one after the other, and back
+        for (const uint64_t disk : {0, 1}) {
+            uint64_t seconds = 0;
+            while (Lookups(Name(disk), kChunks) > 0 && seconds < 20) {
+                Commit();
+                ++seconds;
+            }
+            EXPECT_LT(seconds, 20U) << Name(disk);
+        }
+    }
+    media.probe = nullptr;
+}
+
+TEST_F(SharedCacheTest, ABusyLaneLeavesOthersTheirShare) {
+    Restart(512 << 10);
+    Create(2, 1024 * kMiB);
+    constexpr uint64_t kMuch = 4000, kModest = 700;  // more than all of it; less than half
+    Fill(Name(0), kMuch);
+    Fill(Name(1), kModest);
+    Count();
+    uint64_t seconds = 0;
+    for (bool warm = false; !warm && seconds < 60; ++seconds) {
+        EXPECT_GT(Lookups(Name(0), kMuch), 0U);
+        warm = Lookups(Name(1), kModest) == 0;
+        Commit();
+        const auto status = machine->Do(pool().GetStatus()).value();
+        EXPECT_LE(status.map_cache_used, status.map_cache_limit + (16 << 10));
+    }
+    EXPECT_LT(seconds, 60U);
+    media.probe = nullptr;
+}
+
+TEST_F(SharedCacheTest, ChangesOfOneLaneMayFillTheRoomOfAll) {
+    Restart(12 << 20);
+    Create(6, 1024 * kMiB);
+    // 576 may wait for a fold, of all lanes together; one has them all.
+    Count();
+    const uint64_t before = commits_;
+    for (uint64_t i = 0; i < 500; ++i) {
+        ASSERT_EQ(0, Write(Name(0), i * cow::kChunkBytes, 4096, 'a'));
+    }
+    scheduler.RunAll();
+    EXPECT_EQ(commits_, before);
+    for (uint64_t i = 500; i < 700; ++i) {
+        ASSERT_EQ(0, Write(Name(0), i * cow::kChunkBytes, 4096, 'a'));
+    }
+    scheduler.RunAll();
+    EXPECT_GT(commits_, before);
+    media.probe = nullptr;
+}
+
 }  // namespace
 }  // namespace varve

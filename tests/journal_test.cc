@@ -102,7 +102,7 @@ TEST_F(JournalTest, ChangesOfAFewChunksAreFoldedToo) {
     cow::PoolOptions options;
     options.map_cache_bytes = 1 << 20;
     Start(options);
-    const cow::HeadLimits limits = cow::HeadLimits::Of((1 << 20) / lanes * 3 / 4, ~uint64_t{0});
+    const cow::HeadLimits limits = cow::HeadLimits::Of((1 << 20) * 3 / 4, ~uint64_t{0});
     // What is under way when the bound is reached: one request, and the row of a flush.
     media.journal_max = limits.journal_hard + 2 * cow::kJournalRowWeight;
     Ok(pool().CreateDisk("d", kMiB));

@@ -85,7 +85,7 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       unheld_(lane.executor),
       refilled_(lane.executor),
       round_done_(lane.executor),
-      limits_(HeadLimits::Of(lane.cache.limit(), core.owed_by_lane)) {
+      limits_(HeadLimits::Of(lane.shared.chunks.total(), core.owed_by_lane)) {
     generation_ = place.generation;
 }
 
@@ -94,7 +94,7 @@ Head::~Head() {
     for (const auto* list : {&dirty_, &folding_, &sealed_, &stranded_}) {
         for (Chunk* chunk : *list) --chunk->pins;
     }
-    lane_.unfolded -= unfolded_;
+    lane_.RemoveUnfolded(unfolded_);
     lane_.journaled -= journaled_;
     std::erase(lane_.unfolded_heads, this);
 }
@@ -243,14 +243,21 @@ std::vector<Extent> Head::TakeLease() {
 
 /// Whether an answer has to wait, or somebody has to be told that there is work.
 bool Head::Laden() const {
-    return hold_ || journal_.changes.size() >= kJournalSoft ||
-           lane_.unfolded > limits_.unfolded_soft || lane_.journaled > limits_.journal_soft;
+    return hold_ || journal_.changes.size() >= kJournalSoft || ManyUnfolded() ||
+           lane_.journaled > limits_.journal_soft;
+}
+
+/// Whether the lane shall fold.
+bool Head::ManyUnfolded() const {
+    return lane_.unfolded > limits_.unfolded_soft || lane_.crowded(lane_.shared.unfolded_soft);
 }
 
 /// Whether writers must wait until this head has less that is not folded.
 bool Head::Overladen() const {
     if (core_.failed) return false;
-    const bool chunks = lane_.unfolded > limits_.unfolded_hard && unfolded_ > 0;
+    const bool many =
+        lane_.unfolded > limits_.unfolded_hard || lane_.crowded(2 * lane_.shared.unfolded_soft);
+    const bool chunks = many && unfolded_ > 0;
     const bool journal = lane_.journaled > limits_.journal_hard && journaled_ > 0;
     return chunks || (journal && !Mutated(Mutant::kJournalUnbounded)) ||
            journal_.changes.size() > kJournalHard;
@@ -271,7 +278,7 @@ Task<void> Head::Answerable() {
 
 /// Folds what burdens the lane. A head that fills the journal by itself does not make others work.
 void Head::Relieve() {
-    if (lane_.unfolded > limits_.unfolded_soft) return FoldLane();
+    if (ManyUnfolded()) return FoldLane();
     if (lane_.journaled <= limits_.journal_soft || Mutated(Mutant::kJournalUnbounded)) return;
     if (journaled_ <= limits_.journal_soft / 2) return FoldLane();
     if (!pass_ && !pass_wanted_) RequestFold();

@@ -68,7 +68,8 @@ struct HeadLimits {
     uint64_t journal_hard;
     uint64_t fold_together;  // chunks that a round folds at most
 
-    /// `cache_bytes`: the lane's share of the map cache; `owed`: bytes of metadata that it may owe.
+    /// Of a lane, beside what all lanes share. `cache_bytes`: of the maps of all; `owed`: bytes of
+    /// metadata that it may owe.
     static HeadLimits Of(uint64_t cache_bytes, uint64_t owed);
 };
 inline constexpr uint64_t kJournalRowWeight = 8;
@@ -176,6 +177,7 @@ class Head : public MappedVolume {
     Task<Errno> ZeroPart(uint64_t offset, uint64_t length, Requester* requester);
     bool Laden() const;
     Task<void> Answerable();
+    bool ManyUnfolded() const;
     bool Overladen() const;
     void Relieve();
     void FoldLane();

@@ -11,7 +11,7 @@ namespace varve::cow {
 void Head::Pin(std::vector<Chunk*>& list, Chunk& chunk) {
     ++chunk.pins;
     list.push_back(&chunk);
-    ++lane_.unfolded;
+    lane_.AddUnfolded(1);
     if (++unfolded_ == 1) lane_.unfolded_heads.push_back(this);
     changed_ = true;
 }

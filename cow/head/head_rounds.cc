@@ -103,7 +103,7 @@ void Head::Unpin(std::vector<Chunk*>& chunks) {
     ++settled_;
     for (Chunk* chunk : chunks) --chunk->pins;
     unfolded_ -= chunks.size();
-    lane_.unfolded -= chunks.size();
+    lane_.RemoveUnfolded(chunks.size());
     if (unfolded_ == 0) std::erase(lane_.unfolded_heads, this);
     lane_.cache.Shrink();
 }

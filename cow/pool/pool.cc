@@ -225,8 +225,11 @@ Task<void> PoolImpl::CommitChanged(bool fold) {
 
 Task<void> PoolImpl::CommitDirty() {
     WatchHealth();
-    co_await CommitChanged(false);
+    co_await CommitChanged(lanes_.crowded());
     co_await ReturnIdleLeases();
+    background_.Enter();
+    co_await lanes_.Balance();
+    background_.Leave();
 }
 
 /// Brings all that has been answered into map rows, which is where figures are taken from.

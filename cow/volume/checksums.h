@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cow/format/types.h"
+#include "cow/volume/cache_budget.h"
 
 namespace varve::cow {
 
@@ -54,11 +55,11 @@ class SumsRow {
     std::vector<uint32_t> sums_;  // of all groups, one after the other
 };
 
-/// Rows that were read lately, within a bound of bytes; the one that was not used for longest goes
-/// first. An absent row is kept as an empty one. Belongs to its lane.
+/// Rows that were read lately, within a share of a bound of bytes; the one that was not used for
+/// longest goes first. An absent row is kept as an empty one. Belongs to its lane.
 class SumsCache {
   public:
-    explicit SumsCache(uint64_t limit_bytes) : limit_(limit_bytes) {}
+    explicit SumsCache(CacheBudget& budget) : share_(budget) {}
 
     /// Null if it is not known. Valid until the next Put or Forget.
     const SumsRow* Find(uint64_t row);
@@ -68,7 +69,11 @@ class SumsCache {
     void Forget(const std::vector<uint64_t>& rows);
 
     uint64_t version() const { return version_; }
+    /// Drops rows until `limit` is kept, or some; what is free then goes back to the budget.
+    void GiveBack(uint64_t limit);
+
     uint64_t used() const { return used_; }
+    CacheShare& share() { return share_; }
 
   private:
     struct Entry {
@@ -78,7 +83,7 @@ class SumsCache {
     };
     void Drop(std::list<Entry>::iterator entry);
 
-    const uint64_t limit_;
+    CacheShare share_;
     uint64_t used_ = 0;
     uint64_t version_ = 0;
     std::list<Entry> entries_;  // used last: first

@@ -1,5 +1,7 @@
 #include "cow/volume/chunk_cache.h"
 
+#include <algorithm>
+
 #include "cow/volume/mapped_volume.h"
 
 namespace varve::cow {
@@ -7,6 +9,9 @@ namespace {
 
 /// What a chunk costs beside its runs: itself, its heap header, its slot in the volume's table.
 constexpr uint32_t kChunkOverhead = sizeof(Chunk) + 16 + 40;
+
+/// Chunks that are looked at without letting others run: about 0.5 ms.
+constexpr uint64_t kStepsTogether = 4096;
 
 uint32_t BytesOf(const Chunk& chunk) {
     return kChunkOverhead + static_cast<uint32_t>(chunk.runs.capacity() * sizeof(Run));
@@ -43,17 +48,26 @@ void ChunkCache::Recharge(Chunk& chunk) {
     chunk.bytes = bytes;
 }
 
-void ChunkCache::Shrink() {
-    for (uint64_t steps = 2 * count_; used_ > limit_ && steps > 0; --steps) {
-        Chunk& chunk = *hand_;
-        hand_ = chunk.after;
-        if (chunk.pins != 0) continue;
-        if (chunk.referenced) {
-            chunk.referenced = false;
-            continue;
-        }
-        chunk.owner->Evict(chunk);
+/// The hand moves on, over one chunk.
+void ChunkCache::Step() {
+    Chunk& chunk = *hand_;
+    hand_ = chunk.after;
+    if (chunk.pins != 0) return;
+    if (chunk.referenced) {
+        chunk.referenced = false;
+        return;
     }
+    chunk.owner->Evict(chunk);
+}
+
+void ChunkCache::Shrink() {
+    for (uint64_t steps = 2 * count_; !share_.Fits(used_) && steps > 0; --steps) Step();
+}
+
+void ChunkCache::GiveBack(uint64_t limit) {
+    for (uint64_t steps = std::min(2 * count_, kStepsTogether); used_ > limit && steps > 0; --steps)
+        Step();
+    share_.Lower(limit, used_);
 }
 
 }  // namespace varve::cow

@@ -1,4 +1,4 @@
-// ChunkCache: the decoded chunks of one lane's volumes, within a bound of bytes.
+// ChunkCache: the decoded chunks of one lane's volumes, within its share of a bound of bytes.
 // Not a map: volumes index their own chunks; this decides which of them go.
 //
 // Belongs to its lane. A chunk that is pinned (locked, changed and not committed, or waited for)
@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "cow/format/types.h"
+#include "cow/volume/cache_budget.h"
 #include "cow/volume/map_reader.h"
 
 namespace varve::cow {
@@ -40,7 +41,7 @@ struct Chunk {
 /// A clock: new chunks come in behind the hand, the hand gives referenced ones a second chance.
 class ChunkCache {
   public:
-    explicit ChunkCache(uint64_t limit_bytes) : limit_(limit_bytes) {}
+    explicit ChunkCache(CacheBudget& budget) : share_(budget) {}
     ~ChunkCache() { VARVE_CHECK(hand_ == nullptr); }
 
     void Add(Chunk& chunk);
@@ -50,12 +51,17 @@ class ChunkCache {
     /// Drops unpinned chunks until the bound is kept, or as far as possible.
     /// REQUIRES: the caller holds no pointer to an unpinned chunk.
     void Shrink();
+    /// The same with another bound, or some steps towards it; what is free then goes back to the
+    /// budget.
+    void GiveBack(uint64_t limit);
 
     uint64_t used() const { return used_; }
-    uint64_t limit() const { return limit_; }
+    CacheShare& share() { return share_; }
 
   private:
-    const uint64_t limit_;
+    void Step();
+
+    CacheShare share_;
     uint64_t used_ = 0;
     uint64_t count_ = 0;
     Chunk* hand_ = nullptr;

@@ -2,6 +2,8 @@
 // Not the thread: that is the environment's.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <vector>
@@ -53,14 +55,31 @@ class ReadEpochs {
 
 class Head;
 
+/// What the lanes of a pool share. Any thread.
+struct SharedMemory {
+    SharedMemory(uint64_t cache_bytes, uint64_t lane_count)
+        : lanes(lane_count),
+          chunks(cache_bytes - cache_bytes / 4, lanes),
+          sums(cache_bytes / 4, lanes),
+          unfolded_soft(std::max<uint64_t>(2, chunks.total() / (16 << 10))) {}
+
+    const uint64_t lanes;
+    CacheBudget chunks, sums;
+    /// Changed chunks whose rows are not written yet. Some take 4 KiB, which is pinned: so from a
+    /// quarter of the cache on they are folded, and at half of it writers wait.
+    std::atomic<uint64_t> unfolded = 0;
+    const uint64_t unfolded_soft;
+};
+
 /// A lane with the engine's state on it. Belongs to the lane's executor.
 struct LaneState {
-    LaneState(const Lane& lane, uint64_t cache_bytes)
+    LaneState(const Lane& lane, SharedMemory& memory)
         : executor(*lane.executor),
           blocks(*lane.blocks),
           epochs(executor),
-          cache(cache_bytes - cache_bytes / 4),
-          sums(cache_bytes / 4) {}
+          cache(memory.chunks),
+          sums(memory.sums),
+          shared(memory) {}
 
     Executor& executor;
     BlockStore& blocks;
@@ -68,10 +87,26 @@ struct LaneState {
     ChunkCache cache;
     SumsCache sums;
     LoadMeter load;
+    SharedMemory& shared;
+
     /// Changed chunks whose rows are not written yet, and the heads that have any, in the order in
     /// which they came to have some.
     uint64_t unfolded = 0;
     std::vector<Head*> unfolded_heads;
+    void AddUnfolded(uint64_t count) {
+        unfolded += count;
+        shared.unfolded.fetch_add(count, std::memory_order_relaxed);
+    }
+    void RemoveUnfolded(uint64_t count) {
+        unfolded -= count;
+        shared.unfolded.fetch_sub(count, std::memory_order_relaxed);
+    }
+    /// Whether all lanes together have more than `most`, and this one more than an equal share of
+    /// that: what a lane waits for is always its own work. So there are never twice as many.
+    bool crowded(uint64_t most) const {
+        return unfolded > most / shared.lanes &&
+               shared.unfolded.load(std::memory_order_relaxed) > most;
+    }
     /// The weight of its heads' journals (head.h).
     uint64_t journaled = 0;
 };
@@ -91,10 +126,23 @@ class Lanes {
     auto begin() const { return lanes_.begin(); }
     auto end() const { return lanes_.end(); }
 
+    /// Moves cache memory to the lanes that lack some: from those that had no request since the
+    /// last call, or hold what they do not use, or more than an equal share of those that work. A
+    /// quarter at a time. One at a time; the server calls it every second.
+    Task<void> Balance();
+    /// So many changed chunks wait to be folded that lanes which work may lack room for theirs.
+    bool crowded() const { return memory_.unfolded > memory_.unfolded_soft; }
+
   private:
+    using ShareOf = CacheShare& (*)(LaneState&);
+    std::vector<uint64_t> Targets(ShareOf share, const std::vector<bool>& active);
+
+    Core& core_;
+    SharedMemory memory_;
     std::vector<std::unique_ptr<LaneState>> lanes_;
     std::vector<uint64_t> disks_;      // how many each lane has
     std::map<DiskId, size_t> places_;  // indices of lanes
+    std::vector<uint64_t> begun_;      // requests of each lane, when Balance last looked
 };
 
 }  // namespace varve::cow

@@ -43,7 +43,7 @@ void Runner::Bound() {
     if (limited_)
         media_.metadata_capacity = media_.metadata_spare + (4 << 10) + dice.Draw(24 << 10);
     const uint64_t owed = limited_ ? media_.metadata_spare : cow::MetadataSpace::kPlenty;
-    const uint64_t cache = pool_options_.map_cache_bytes / lanes_;
+    const uint64_t cache = pool_options_.map_cache_bytes;
     const cow::HeadLimits limits = cow::HeadLimits::Of(cache - cache / 4, owed / lanes_);
     // What requests under way, and flushes of other disks, add to a full one.
     const uint64_t clients = scale_.disks * scale_.clients;
