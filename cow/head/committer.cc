@@ -14,6 +14,7 @@ struct Committer::Request : Resumption {
     Committer& committer;
     Change change;
     Executor& resume_on;
+    std::vector<uint64_t> regions;  // held until it is built
     Status status;
 
     Request(Committer& c, Change ch, Executor& on)
@@ -97,7 +98,16 @@ Committer::~Committer() {
 // ---- home: building
 
 Task<Status> Committer::Commit(Change change, Executor& resume_on) {
+    return CommitIn(std::vector<uint64_t>(), std::move(change), resume_on);
+}
+
+Task<Status> Committer::CommitIn(std::vector<uint64_t> regions, Change change,
+                                 Executor& resume_on) {
+    allocator_.Hold(regions);
+    std::vector<uint64_t> closed = regions;
+    co_await leases_.Open(std::move(closed));
     Request request(*this, std::move(change), resume_on);
+    request.regions = std::move(regions);
     co_await request;
     co_return request.status;
 }
@@ -136,8 +146,10 @@ Task<void> Committer::Run() {
         }
         Built built(*this);
         Build(built);
+        for (const Request* request : built.requests) allocator_.Unhold(request->regions);
         const bool stores = built.status.ok() && !built.batch.empty();
         if (stores) co_await built;
+        if (stores && built.status.ok()) allocator_.Stored();
         if (built.status.ok() && !built.freed.empty()) Spawn(Rest(std::move(built.freed)));
         if (built.status.ok() && built.noted) wake_reclaimer_(built.notes);
         for (Request* request : built.requests) {  // the store has taken out those on lanes

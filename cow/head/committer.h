@@ -69,6 +69,9 @@ class Committer {
 
     /// Runs on home; resumes on `resume_on` when `change` is durable, or with why it is not.
     Task<Status> Commit(Change change, Executor& resume_on);
+    /// The same for a change that frees or claims blocks of `regions` (RegionsOf). Their rows are
+    /// read before, on the loader; those of others would be read on home.
+    Task<Status> CommitIn(std::vector<uint64_t> regions, Change change, Executor& resume_on);
 
     /// The same for rows that need no building. Runs on `lane`, and does not pass home.
     Task<Status> CommitPlain(PlainRows rows, Executor& lane);

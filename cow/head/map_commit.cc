@@ -57,6 +57,16 @@ Status BuildRow(CommitContext& context, const HeadCommit& commit, const HeadComm
 
 }  // namespace
 
+std::vector<Extent> FreedBy(const HeadCommit& commit) {
+    std::vector<Extent> freed;
+    for (const HeadCommit::Row& row : commit.rows) {
+        for (const Run& run : row.dropped) {
+            if (run.birth == commit.generation) freed.push_back(ExtentOf(run));
+        }
+    }
+    return freed;
+}
+
 Status BuildHeadCommit(Core& core, CommitContext& context, DiskId disk, const HeadCommit& commit) {
     DiskRecord record = context.catalog.disk(disk).record;
     VARVE_CHECK(record.branch == commit.branch);

@@ -7,6 +7,9 @@
 
 namespace varve::cow {
 
+/// The blocks that it frees at once.
+std::vector<Extent> FreedBy(const HeadCommit& commit);
+
 /// Builds the rows of `commit` into the next batch. Follows the rule of sweep.h: blocks of the
 /// commit's own generation are freed, older ones are held by a snapshot below or noted.
 /// kDamaged (and the pool fails) if the allocator contradicts the map.

@@ -113,8 +113,9 @@ Task<Status> PoolImpl::CommitHead(DiskId disk, HeadCommit& commit, Executor& lan
     Change change = [this, disk, &commit](CommitContext& context) {
         return BuildHeadCommit(core_, context, disk, commit);
     };
+    std::vector<uint64_t> regions = RegionsOf(FreedBy(commit));
     co_await Hop(core_.home());
-    co_return co_await committer_.Commit(std::move(change), lane);
+    co_return co_await committer_.CommitIn(std::move(regions), std::move(change), lane);
 }
 
 Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& lane, uint64_t most,
@@ -242,6 +243,7 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
     PoolStatus status;
     status.used = catalog_.pool().used_blocks * kBlockBytes;
     status.capacity = std::max(allocator_.Capacity(), status.used);
+    status.home_reads = allocator_.home_reads();
     status.leased = allocator_.leased_blocks() * kBlockBytes;
     status.disks = catalog_.disks().size();
     status.snapshots = catalog_.snapshots().size();

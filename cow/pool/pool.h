@@ -81,6 +81,7 @@ struct PoolStatus {
     uint64_t reclaimed_chunks = 0;   // looked at by the running deletion
     uint64_t reclaimed_bytes = 0;    // given back since the start
     uint64_t commits = 0;            // since the start
+    uint64_t home_reads = 0;         // rows of the allocator that were read on home: none should be
     uint64_t map_cache_used = 0;     // bytes
     uint64_t map_cache_limit = 0;
     uint64_t checksums_pending = 0;  // snapshots whose blocks may lack checksums

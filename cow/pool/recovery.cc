@@ -52,6 +52,10 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
         if (!chunks.ok()) co_return chunks.error();
         HeadCommit commit = MakeCommit(part, owner->snapshot, std::move(chunks.value()));
         if (commit.empty()) continue;
+        std::vector<Extent> touched = FreedBy(commit);
+        for (const HeadCommit::Row& row : commit.rows) {
+            for (const Run& run : row.added) touched.push_back({run.place, run.count});
+        }
         Change change = [&](CommitContext& context) -> Status {
             for (const HeadCommit::Row& row : commit.rows) {
                 for (const Run& run : row.added) {
@@ -61,7 +65,9 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
             }
             return BuildHeadCommit(core_, context, owner->disk, commit);
         };
-        const Status s = co_await Commit(std::move(change));
+        std::vector<uint64_t> regions = RegionsOf(touched);
+        const Status s =
+            co_await committer_.CommitIn(std::move(regions), std::move(change), core_.home());
         if (!s.ok()) co_return s;
     }
     co_return co_await DropRows(part.keys);

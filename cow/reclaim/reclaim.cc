@@ -243,7 +243,9 @@ Task<Result<Reclaimer::Swept>> Reclaimer::Sweep(Targets targets) {
         for (std::string& key : plan.deletes) context.batch.Delete(std::move(key));
         return Status();
     };
-    const Status s = co_await committer_.Commit(std::move(change), core_.home());
+    std::vector<uint64_t> regions = RegionsOf(plan.freed);
+    const Status s =
+        co_await committer_.CommitIn(std::move(regions), std::move(change), core_.home());
     if (!s.ok()) co_return s.error();
     freed_blocks_ += plan.freed_blocks;
     co_return swept;

@@ -41,11 +41,27 @@ Error DamagedRegion(uint64_t region) {
 
 }  // namespace
 
-Allocator::Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& pool,
-                     uint64_t capacity_max)
-    : metadata_(metadata), space_(space), pool_(pool), capacity_max_(capacity_max) {
-    regions_.resize(pool_.region_count);
+std::vector<uint64_t> RegionsOf(const std::vector<Extent>& extents) {
+    std::vector<uint64_t> regions;
+    for (const Extent& extent : extents) {
+        regions.push_back(extent.place / kRegionBlocks);
+        regions.push_back((extent.place + extent.count - 1) / kRegionBlocks);
+    }
+    std::sort(regions.begin(), regions.end());
+    regions.erase(std::unique(regions.begin(), regions.end()), regions.end());
+    return regions;
 }
+
+Allocator::Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& pool,
+                     uint64_t capacity_max, uint64_t open_max)
+    : metadata_(metadata),
+      space_(space),
+      pool_(pool),
+      capacity_max_(capacity_max),
+      open_max_(open_max),
+      unknown_to_((pool.region_count + RegionStates::kPageRegions - 1) /
+                  RegionStates::kPageRegions),
+      first_count_(pool.region_count) {}
 
 std::optional<uint64_t> Allocator::UsedEnd(std::string_view row) {
     const std::optional<std::string_view> bitmap = BitmapOf(row);
@@ -56,128 +72,190 @@ std::optional<uint64_t> Allocator::UsedEnd(std::string_view row) {
     return last * 8 + std::bit_width(static_cast<uint8_t>((*bitmap)[last]));
 }
 
+RegionState Allocator::StateOf(const std::optional<std::string_view>& row) {
+    if (!row) return RegionState::kBare;
+    const std::optional<std::string_view> bitmap = BitmapOf(*row);
+    if (!bitmap) return RegionState::kUnknown;
+    if (bitmap->empty()) return RegionState::kFull;
+    Bits used;
+    std::memcpy(static_cast<void*>(&used), bitmap->data(), sizeof used);
+    const uint64_t free = kRegionBlocks - used.count();
+    if (free == 0) return RegionState::kFull;
+    if (free == kRegionBlocks) return RegionState::kBare;
+    return free < kRoomyBlocks ? RegionState::kTight : RegionState::kRoomy;
+}
+
+// ---- rows
+
+std::optional<uint64_t> Allocator::UnknownPage() const {
+    if (unknown_from_ >= unknown_to_) return std::nullopt;
+    // What was filled in order has its room at the back.
+    const uint64_t last = unknown_to_ - 1;
+    const uint64_t pages =
+        (first_count_ + RegionStates::kPageRegions - 1) / RegionStates::kPageRegions;
+    const bool back = unknown_from_ > pages - unknown_to_;
+    return back ? last : unknown_from_;
+}
+
+void Allocator::LearnPage(uint64_t page, const std::vector<RegionState>& states) {
+    const uint64_t base = page * RegionStates::kPageRegions;
+    for (uint64_t i = 0; i < states.size() && base + i < first_count_; ++i) {
+        if (states_.Get(base + i) != RegionState::kUnknown) continue;
+        RegionState state = states[i] == RegionState::kUnknown ? RegionState::kFull : states[i];
+        // It has the superblock, so it is never wholly free.
+        if (base + i == 0 && state == RegionState::kBare) state = RegionState::kRoomy;
+        states_.Set(base + i, state);
+    }
+    if (page == unknown_from_) {
+        ++unknown_from_;
+    } else if (page + 1 == unknown_to_) {
+        --unknown_to_;
+    }
+}
+
+bool Allocator::NeedsRow(uint64_t region) const {
+    if (region >= pool_.region_count || open_.contains(region)) return false;
+    switch (states_.Get(region)) {
+        case RegionState::kBare:
+        case RegionState::kEmpty:
+        case RegionState::kSurplus:
+        case RegionState::kDiscarding:
+            return false;  // there is none
+        default:
+            return true;
+    }
+}
+
+Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
+    if (index >= pool_.region_count) return DamagedRegion(index);
+    if (open_.contains(index)) return Status();
+    std::optional<std::string_view> bitmap;
+    if (row) {
+        bitmap = BitmapOf(*row);
+        if (!bitmap) return DamagedRegion(index);
+    }
+    Open& open = open_[index];
+    if (row && bitmap->empty()) {
+        open.used.set();
+    } else if (row) {
+        std::memcpy(static_cast<void*>(&open.used), bitmap->data(), sizeof(Bits));
+    }
+    open.busy = open.used;
+    if (index == 0) open.busy.set(0);  // the superblock
+    open.free = kRegionBlocks - open.busy.count();
+    if (states_.Get(index) == RegionState::kUnknown) states_.Set(index, RegionState::kBare);
+    Settle(index);
+    return Status();
+}
+
 Status Allocator::Know(uint64_t index) {
-    if (index >= regions_.size()) return DamagedRegion(index);
-    if (regions_[index].known) return Status();
+    if (index >= pool_.region_count) return DamagedRegion(index);
+    if (open_.contains(index)) return Status();
+    if (!NeedsRow(index)) return Learn(index, std::nullopt);
+    ++home_reads_;
     const Result<std::optional<std::string>> row = metadata_.View()->Get(RegionKey(index));
     if (!row.ok()) return row.error();
     return Learn(index, row.value());
 }
 
-Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
-    Region& region = regions_[index];
-    if (region.known) return Status();
-    if (row) {
-        const std::optional<std::string_view> bitmap = BitmapOf(*row);
-        if (!bitmap) return DamagedRegion(index);
-        region.full = bitmap->empty();
-        if (!region.full) {
-            region.maps = std::make_unique<Maps>();
-            std::memcpy(static_cast<void*>(&region.maps->used), bitmap->data(), sizeof(Bits));
-            region.maps->busy = region.maps->used;
-        }
+void Allocator::Hold(const std::vector<uint64_t>& regions) {
+    for (const uint64_t region : regions) {
+        ++held_[region];
+        const auto open = open_.find(region);
+        if (open != open_.end()) KeepOpen(open->second);
     }
-    region.known = true;
-    region.provisioned = row.has_value() || index == 0;
-    if (index == 0) MapsOf(0).busy.set(0);  // the superblock: never wholly free, so never discarded
-    Settle(index);
-    while (known_below_ < regions_.size() && regions_[known_below_].known) ++known_below_;
-    return Status();
 }
 
-std::vector<uint64_t> Allocator::Unknown(uint64_t most) const {
-    std::vector<uint64_t> unknown;
-    for (uint64_t i = known_below_; i < regions_.size() && unknown.size() < most; ++i) {
-        if (!regions_[i].known) unknown.push_back(i);
+void Allocator::Unhold(const std::vector<uint64_t>& regions) {
+    for (const uint64_t region : regions) {
+        const auto held = held_.find(region);
+        if (--held->second > 0) continue;
+        held_.erase(held);
+        if (open_.contains(region)) Settle(region);
     }
-    return unknown;
 }
 
-Allocator::Maps& Allocator::MapsOf(uint64_t index) {
-    Region& region = regions_[index];
-    if (!region.maps) {
-        region.maps = std::make_unique<Maps>();
-        if (region.full) {
-            region.maps->used.set();
-            region.maps->busy.set();
-        }
-    }
-    return *region.maps;
+void Allocator::SetAside(uint64_t region) {
+    if (!open_.contains(region)) states_.Set(region, RegionState::kFull);
 }
 
+// ---- open regions
+
+/// REQUIRES: it is open, or has no row.
+Allocator::Open& Allocator::Opened(uint64_t index) {
+    const auto found = open_.find(index);
+    if (found != open_.end()) return found->second;
+    Open& open = open_[index];
+    if (index == 0) open.busy.set(0);
+    open.free = kRegionBlocks - open.busy.count();
+    return open;
+}
+
+/// After its bitmaps changed, or what they are needed for.
 void Allocator::Settle(uint64_t index) {
-    Region& region = regions_[index];
-    uint64_t free = region.full ? 0 : kRegionBlocks;
-    if (region.maps) {
-        const Maps& maps = *region.maps;
-        free = kRegionBlocks - maps.busy.count();
-        if (maps.used == maps.busy && (free == 0 || free == kRegionBlocks)) {
-            region.full = free == 0;
-            region.maps.reset();
-        }
+    Open& open = open_.at(index);
+    const RegionState before = states_.Get(index);
+    RegionState state = before;
+    if (open.free == 0) {
+        state = RegionState::kFull;
+    } else if (open.free < kRoomyBlocks) {
+        state = RegionState::kTight;
+    } else if (open.free < kRegionBlocks) {
+        state = RegionState::kRoomy;
+    } else if (before == RegionState::kRoomy || before == RegionState::kTight ||
+               before == RegionState::kFull) {
+        state = RegionState::kEmpty;
     }
-    for (auto* set : {&ready_, &bare_, &tight_, &empty_, &surplus_}) set->erase(index);
-    if (region.discarding || free == 0) return;
-    if (!region.provisioned) {
-        bare_.insert(index);
-    } else if (free < kRoomyBlocks) {
-        tight_.insert(index);
-    } else {
-        ready_.insert(index);
-        if (free == kRegionBlocks) empty_.insert(index);
+    states_.Set(index, state);
+    KeepOpen(open);
+    if (open.pending > 0 || open.changed || held_.contains(index)) return;
+    if (open.free == 0 || open.free == kRegionBlocks) return Close(index);
+    open.place = idle_.insert(idle_.end(), index);
+    open.idle = true;
+    while (open_.size() > open_max_ && idle_.size() > 1) Close(idle_.front());
+}
+
+void Allocator::KeepOpen(Open& open) {
+    if (open.idle) idle_.erase(open.place);
+    open.idle = false;
+}
+
+void Allocator::Close(uint64_t index) {
+    const auto found = open_.find(index);
+    KeepOpen(found->second);
+    open_.erase(found);
+}
+
+// ---- leases
+
+std::optional<uint64_t> Allocator::FindReady() const {
+    std::optional<uint64_t> first;
+    for (const RegionState state :
+         {RegionState::kRoomy, RegionState::kEmpty, RegionState::kSurplus}) {
+        const std::optional<uint64_t> region = states_.First(state);
+        if (region && (!first || *region < *first)) first = region;
     }
+    return first;
 }
 
-Result<uint64_t> Allocator::NextRegion() const {
-    const uint64_t index = regions_.size();
-    if (capacity_max_ != 0 && (index + 1) * kRegionBytes > capacity_max_) {
-        return MakeError(ErrorKind::kNoSpace, "the pool has reached its configured capacity");
-    }
-    return index;
+uint64_t Allocator::ready() const {
+    return states_.count(RegionState::kRoomy) + states_.count(RegionState::kEmpty) +
+           states_.count(RegionState::kSurplus);
 }
 
-void Allocator::AddRegion() {
-    const uint64_t index = regions_.size();
-    regions_.emplace_back();
-    regions_.back().known = true;
-    regions_.back().provisioned = true;
-    if (known_below_ == index) known_below_ = index + 1;
-    pool_.region_count = regions_.size();
-    if (index == 0) MapsOf(0).busy.set(0);
-    Settle(index);
-}
-
-std::optional<uint64_t> Allocator::FindBare() const {
-    if (bare_.empty()) return std::nullopt;
-    return *bare_.begin();
-}
-
-void Allocator::Provisioned(uint64_t region) {
-    regions_[region].provisioned = true;
-    Settle(region);
-}
-
-std::optional<uint64_t> Allocator::TakeSurplus() {
-    if (surplus_.empty()) return std::nullopt;
-    const uint64_t region = *surplus_.rbegin();
-    regions_[region].discarding = true;
-    regions_[region].provisioned = false;
-    Settle(region);
-    return region;
-}
-
-void Allocator::Discarded(uint64_t region) {
-    regions_[region].discarding = false;
-    Settle(region);
-}
-
-std::vector<Extent> Allocator::TakeFrom(uint64_t index, uint64_t most) {
-    Bits& busy = MapsOf(index).busy;
+std::vector<Extent> Allocator::Take(uint64_t index, uint64_t most) {
+    VARVE_CHECK(!NeedsRow(index));
     std::vector<Extent> extents;
+    const RegionState state = states_.Get(index);
+    if (state == RegionState::kBare || state == RegionState::kDiscarding) return extents;
+    Open& open = Opened(index);
     const uint64_t base = index * kRegionBlocks;
+    most = std::min(most, open.free);
     for (uint64_t i = 0; i < kRegionBlocks && most > 0; ++i) {
-        if (busy[i]) continue;
-        busy.set(i);
+        if (open.busy[i]) continue;
+        open.busy.set(i);
+        --open.free;
+        ++open.pending;
         ++leased_blocks_;
         --most;
         if (!extents.empty() && extents.back().place + extents.back().count == base + i) {
@@ -190,15 +268,37 @@ std::vector<Extent> Allocator::TakeFrom(uint64_t index, uint64_t most) {
     return extents;
 }
 
-std::vector<Extent> Allocator::TakeReady(uint64_t most) {
-    if (ready_.empty()) return {};
-    return TakeFrom(*ready_.begin(), most);
+void Allocator::Provisioned(uint64_t region) {
+    if (states_.Get(region) == RegionState::kBare) states_.Set(region, RegionState::kEmpty);
 }
 
-std::vector<Extent> Allocator::TakeTight(uint64_t most) {
-    if (tight_.empty()) return {};
-    return TakeFrom(*tight_.begin(), most);
+Result<uint64_t> Allocator::NextRegion() const {
+    const uint64_t index = pool_.region_count;
+    if (capacity_max_ != 0 && (index + 1) * kRegionBytes > capacity_max_) {
+        return MakeError(ErrorKind::kNoSpace, "the pool has reached its configured capacity");
+    }
+    return index;
 }
+
+void Allocator::AddRegion() {
+    const uint64_t index = pool_.region_count++;
+    states_.Set(index, index == 0 ? RegionState::kRoomy : RegionState::kEmpty);
+    if (index != 0) return;
+    Opened(0);  // with the superblock
+    Settle(0);
+}
+
+std::optional<uint64_t> Allocator::TakeSurplus() {
+    const std::optional<uint64_t> region = states_.Last(RegionState::kSurplus);
+    if (region) states_.Set(*region, RegionState::kDiscarding);
+    return region;
+}
+
+void Allocator::Discarded(uint64_t region) {
+    states_.Set(region, RegionState::kBare);
+}
+
+// ---- changes
 
 template <typename F>
 Status Allocator::ForEachPart(Extent extent, F&& apply) {
@@ -206,96 +306,119 @@ Status Allocator::ForEachPart(Extent extent, F&& apply) {
         const uint64_t index = extent.place / kRegionBlocks;
         const uint64_t first = extent.place % kRegionBlocks;
         const uint64_t count = std::min(extent.count, kRegionBlocks - first);
-        if (Status s = Know(index); !s.ok()) return s;
-        if (Status s = apply(index, first, first + count); !s.ok()) return s;
+        std::vector<uint64_t> held;
+        if (!open_.contains(index)) held.push_back(index);
+        Hold(held);  // one that is full or empty would be closed at once
+        Status s = Know(index);
+        if (s.ok()) s = apply(index, open_.at(index), first, first + count);
+        Unhold(held);
+        if (!s.ok()) return s;
         extent = {extent.place + count, extent.count - count};
     }
     return Status();
 }
 
 Status Allocator::Claim(const Extent& extent) {
-    return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) -> Status {
-        Maps& maps = MapsOf(index);
-        for (uint64_t bit = first; bit < end; ++bit) {
-            if (maps.busy[bit]) return DamagedRegion(index);
-            maps.busy.set(bit);
-        }
-        leased_blocks_ += end - first;
-        regions_[index].provisioned = true;
-        Settle(index);
-        return Status();
-    });
+    return ForEachPart(extent,
+                       [this](uint64_t index, Open& open, uint64_t first, uint64_t end) -> Status {
+                           for (uint64_t bit = first; bit < end; ++bit) {
+                               if (open.busy[bit]) return DamagedRegion(index);
+                               open.busy.set(bit);
+                               --open.free;
+                               ++open.pending;
+                               ++leased_blocks_;
+                           }
+                           Settle(index);
+                           return Status();
+                       });
 }
 
 Status Allocator::MarkUsed(const Extent& extent) {
     pool_.used_blocks += extent.count;
-    leased_blocks_ -= extent.count;
-    return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
-        Maps& maps = MapsOf(index);
+    return ForEachPart(extent, [this](uint64_t index, Open& open, uint64_t first, uint64_t end) {
         for (uint64_t bit = first; bit < end; ++bit) {
-            VARVE_CHECK(maps.busy[bit] && !maps.used[bit]);
-            maps.used.set(bit);
+            VARVE_CHECK(open.busy[bit] && !open.used[bit]);
+            open.used.set(bit);
         }
+        open.pending -= end - first;
+        leased_blocks_ -= end - first;
+        open.changed = true;
+        KeepOpen(open);
         changed_.insert(index);
         return Status();
     });
 }
 
 Status Allocator::MarkFree(const Extent& extent) {
-    Status s = ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) -> Status {
-        const Maps& maps = MapsOf(index);
-        for (uint64_t bit = first; bit < end; ++bit) {
-            if (!maps.used[bit]) return DamagedRegion(index);
-        }
-        return Status();
-    });
+    Status s = ForEachPart(
+        extent, [](uint64_t index, const Open& open, uint64_t first, uint64_t end) -> Status {
+            for (uint64_t bit = first; bit < end; ++bit) {
+                if (!open.used[bit]) return DamagedRegion(index);
+            }
+            return Status();
+        });
     if (!s.ok()) return s;
     pool_.used_blocks -= extent.count;
-    leased_blocks_ += extent.count;
-    return ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
-        for (uint64_t bit = first; bit < end; ++bit) MapsOf(index).used.reset(bit);
-        if (!Mutated(Mutant::kFreedBitNotStored)) changed_.insert(index);
+    return ForEachPart(extent, [this](uint64_t index, Open& open, uint64_t first, uint64_t end) {
+        for (uint64_t bit = first; bit < end; ++bit) open.used.reset(bit);
+        open.pending += end - first;
+        leased_blocks_ += end - first;
+        KeepOpen(open);
+        if (!Mutated(Mutant::kFreedBitNotStored)) {
+            open.changed = true;
+            changed_.insert(index);
+        }
         return Status();
     });
 }
 
 void Allocator::Release(const Extent& extent) {
-    const Status s = ForEachPart(extent, [this](uint64_t index, uint64_t first, uint64_t end) {
-        Maps& maps = MapsOf(index);
-        for (uint64_t bit = first; bit < end; ++bit) {
-            VARVE_CHECK(maps.busy[bit] && !maps.used[bit]);
-            maps.busy.reset(bit);
-        }
-        Settle(index);
-        if (empty_.size() - surplus_.size() > kEmptyKept && empty_.contains(index)) {
-            surplus_.insert(index);
-        }
-        return Status();
-    });
-    leased_blocks_ -= extent.count;
-    VARVE_CHECK(s.ok());  // the regions were known when the blocks were taken
+    const Status s =
+        ForEachPart(extent, [this](uint64_t index, Open& open, uint64_t first, uint64_t end) {
+            for (uint64_t bit = first; bit < end; ++bit) {
+                VARVE_CHECK(open.busy[bit] && !open.used[bit]);
+                open.busy.reset(bit);
+            }
+            open.free += end - first;
+            open.pending -= end - first;
+            leased_blocks_ -= end - first;
+            Settle(index);
+            if (states_.Get(index) == RegionState::kEmpty &&
+                states_.count(RegionState::kEmpty) > kEmptyKept) {
+                states_.Set(index, RegionState::kSurplus);
+            }
+            return Status();
+        });
+    VARVE_CHECK(s.ok());  // they are open, as long as blocks of theirs are leased or resting
 }
 
 void Allocator::Encode(Batch& batch) {
+    Stored();
     for (const uint64_t index : changed_) {
-        const Region& region = regions_[index];
-        const bool none = region.maps ? region.maps->used.none() : !region.full;
-        const bool all = region.maps ? region.maps->used.all() : region.full;
-        if (none) {
+        const Bits& used = open_.at(index).used;
+        if (used.none()) {
             batch.Delete(RegionKey(index));
             for (uint64_t i = 0; i < kSumsRowsOfRegion; ++i) {
                 batch.Delete(SumsKey(index * kSumsRowsOfRegion + i));
             }
         } else {
-            batch.Put(RegionKey(index),
-                      all ? std::string(1, kFullRow) : EncodeBitmap(region.maps->used));
+            batch.Put(RegionKey(index), used.all() ? std::string(1, kFullRow) : EncodeBitmap(used));
         }
     }
-    changed_.clear();
+    storing_.swap(changed_);
+}
+
+void Allocator::Stored() {
+    for (const uint64_t index : storing_) {
+        if (changed_.contains(index)) continue;
+        open_.at(index).changed = false;
+        Settle(index);
+    }
+    storing_.clear();
 }
 
 uint64_t Allocator::Capacity() const {
-    uint64_t capacity = space_.Capacity(regions_.size() * kRegionBytes);
+    uint64_t capacity = space_.Capacity(pool_.region_count * kRegionBytes);
     if (capacity_max_ != 0) capacity = std::min(capacity, capacity_max_);
     return capacity / kRegionBytes * kRegionBytes;
 }

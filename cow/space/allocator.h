@@ -9,59 +9,84 @@
 // MarkUsed: leased -> used. MarkFree: used -> resting. Release: leased or resting -> free.
 // After a crash there are only free and used.
 //
-// Belongs to the home executor. A region's row is read when the region is met first, so opening a
-// pool costs the same at any size. Which regions get space from the data file, and when, is decided
-// by leases.h; this only keeps the book.
+// Belongs to the home executor, and reads no rows there: leases.h does that elsewhere, before they
+// are needed. A region's bitmaps are in memory, it is *open*, while some of its blocks are leased
+// or resting, or its row is being changed, or somebody holds it; of the others some that were used
+// lately stay open. docs/design/allocator.md has the bounds. Which regions get space from the data
+// file, and when, is decided by leases.h as well; this only keeps the book.
 #pragma once
 
 #include <bitset>
+#include <list>
 #include <memory>
 #include <optional>
 #include <set>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "cow/format/format.h"
+#include "cow/space/region_states.h"
 #include "cow/store/stores.h"
 
 namespace varve::cow {
+
+/// The regions that `extents` lie in, in order, each once.
+std::vector<uint64_t> RegionsOf(const std::vector<Extent>& extents);
 
 class Allocator {
   public:
     using Bits = std::bitset<kRegionBlocks>;
 
+    /// Open regions that stay so without need: 16 MiB.
+    static constexpr uint64_t kOpenMax = 14'000;
+
     /// `pool` is the catalog's record: counts are kept there. `capacity_max`: bytes, 0 for none.
-    Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& pool, uint64_t capacity_max);
+    /// `open_max`: regions that may be open without need.
+    Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& pool, uint64_t capacity_max,
+              uint64_t open_max = kOpenMax);
 
     /// The end, in blocks of its region, of what a region's row says is used; nothing if the row is
     /// damaged. Any thread.
     static std::optional<uint64_t> UsedEnd(std::string_view row);
+    /// What a region's row says of it; kUnknown if it is damaged. Any thread.
+    static RegionState StateOf(const std::optional<std::string_view>& row);
 
-    // ---- leases. Extents are the first `most` free blocks of one region, or what it has, in
-    // order; empty if there is no such region.
-    /// Of a region that is provisioned and at least a quarter free.
-    std::vector<Extent> TakeReady(uint64_t most);
-    /// How many such regions there are.
-    size_t ready() const { return ready_.size(); }
-    /// Of a region that has less.
-    std::vector<Extent> TakeTight(uint64_t most);
+    // ---- rows
+    /// The regions of a page whose rows have not been read, from the next of its end on; nothing
+    /// if all have. Pages are taken from the front and from the back of the file in turns.
+    std::optional<uint64_t> UnknownPage() const;
+    bool all_known() const { return !UnknownPage().has_value(); }
+    /// Takes in what the rows of that page say. What is damaged counts as full.
+    void LearnPage(uint64_t page, const std::vector<RegionState>& states);
+    /// Whether the region's row has to be read before anything is done with it.
+    bool NeedsRow(uint64_t region) const;
+    /// Takes in a region's row, as the store has it; nothing if it is open by now. kDamaged.
+    Status Learn(uint64_t region, const std::optional<std::string>& row);
+    /// While a region is held, it stays open: nobody can miss a change of its row.
+    void Hold(const std::vector<uint64_t>& regions);
+    void Unhold(const std::vector<uint64_t>& regions);
+    /// Its row cannot be read: nothing is leased from it any more.
+    void SetAside(uint64_t region);
+
+    // ---- leases
+    /// A region that is provisioned and at least a quarter free; one that has less.
+    std::optional<uint64_t> FindReady() const;
+    std::optional<uint64_t> FindTight() const { return states_.First(RegionState::kTight); }
+    /// How many there are that are ready.
+    uint64_t ready() const;
+    /// Its first `most` free blocks, or what it has, in order. REQUIRES: not NeedsRow.
+    std::vector<Extent> Take(uint64_t region, uint64_t most);
     /// A wholly free region that has to be provisioned before it is ready.
-    std::optional<uint64_t> FindBare() const;
+    std::optional<uint64_t> FindBare() const { return states_.First(RegionState::kBare); }
     void Provisioned(uint64_t region);
     /// The region that comes next if the data file grows. kNoSpace over `capacity_max`.
     Result<uint64_t> NextRegion() const;
     /// It was provisioned.
     void AddRegion();
 
-    // ---- rows
-    bool all_known() const { return known_below_ == regions_.size(); }
-    /// At most `most` regions whose rows have not been read.
-    std::vector<uint64_t> Unknown(uint64_t most) const;
-    /// Takes in a region's row, as the store has it; nothing if it is known by now. kDamaged.
-    Status Learn(uint64_t region, const std::optional<std::string>& row);
-
     // ---- wholly free regions beyond some that are kept for soon
-    bool any_surplus() const { return !surplus_.empty(); }
+    bool any_surplus() const { return states_.count(RegionState::kSurplus) > 0; }
     /// Takes one out of use, to be discarded.
     std::optional<uint64_t> TakeSurplus();
     void Discarded(uint64_t region);
@@ -77,8 +102,11 @@ class Allocator {
 
     /// How many regions changed since the last Encode.
     size_t changed() const { return changed_.size(); }
-    /// Puts the rows of all regions that changed since the last call.
+    /// Puts the rows of all regions that changed since the last call. The batch of that call has
+    /// been stored by now.
     void Encode(Batch& batch);
+    /// The last batch has been stored.
+    void Stored();
 
     /// That are leased or resting: not free, although nothing names them.
     uint64_t leased_blocks() const { return leased_blocks_; }
@@ -86,24 +114,29 @@ class Allocator {
     /// Bytes the pool could hold in all, now.
     uint64_t Capacity() const;
 
+    // ---- what it costs
+    uint64_t open_regions() const { return open_.size(); }
+    uint64_t known_pages() const { return states_.pages(); }
+    /// Rows that had to be read on home, because nobody had asked for them before.
+    uint64_t home_reads() const { return home_reads_; }
+
   private:
-    struct Maps {
+    struct Open {
         Bits used;
-        Bits busy;  // used, leased or resting
-    };
-    struct Region {
-        bool known = false;          // its row has been read
-        bool provisioned = false;    // surely: it was this run, or has used blocks
-        bool discarding = false;     // between TakeSurplus and Discarded
-        bool full = false;           // without maps: whether all blocks are used, or none
-        std::unique_ptr<Maps> maps;  // null if busy = used = all or none
+        Bits busy;             // used, leased or resting
+        uint64_t free = 0;     // blocks that are not busy
+        uint64_t pending = 0;  // leased or resting
+        bool changed = false;  // since the last Encode, or the batch of that is not stored yet
+        bool idle = false;     // in idle_
+        std::list<uint64_t>::iterator place;
     };
 
     Status Know(uint64_t index);
-    Maps& MapsOf(uint64_t index);
+    Open& Opened(uint64_t index);
     void Settle(uint64_t index);
-    std::vector<Extent> TakeFrom(uint64_t index, uint64_t most);
-    /// Calls apply(region, first bit, end bit) for the part of `extent` in each region.
+    void KeepOpen(Open& open);
+    void Close(uint64_t index);
+    /// Calls apply(region, its bitmaps, first bit, end bit) for the part of `extent` in each.
     template <typename F>
     Status ForEachPart(Extent extent, F&& apply);
 
@@ -111,16 +144,17 @@ class Allocator {
     SpaceStore& space_;
     PoolRecord& pool_;
     const uint64_t capacity_max_;
-    std::vector<Region> regions_;
+    const uint64_t open_max_;
+    RegionStates states_;
+    std::unordered_map<uint64_t, Open> open_;
+    std::list<uint64_t> idle_;  // open without need; used last: last
+    std::unordered_map<uint64_t, uint64_t> held_;
+    uint64_t unknown_from_ = 0, unknown_to_;  // pages
+    const uint64_t first_count_;              // regions when the pool was opened
+    std::set<uint64_t> changed_;              // since the last Encode
+    std::set<uint64_t> storing_;              // put by it
     uint64_t leased_blocks_ = 0;
-    uint64_t known_below_ = 0;  // all regions below this one have been read
-    // Known regions, none of them discarding:
-    std::set<uint64_t> ready_;    // provisioned, at least a quarter free
-    std::set<uint64_t> bare_;     // not provisioned; wholly free
-    std::set<uint64_t> tight_;    // less than a quarter free, but some
-    std::set<uint64_t> empty_;    // those of ready_ that are wholly free
-    std::set<uint64_t> surplus_;  // those of empty_ that shall be discarded
-    std::set<uint64_t> changed_;  // since the last Encode
+    uint64_t home_reads_ = 0;
 };
 
 }  // namespace varve::cow

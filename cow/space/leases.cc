@@ -1,12 +1,14 @@
 #include "cow/space/leases.h"
 
+#include <fmt/format.h>
+
+#include "base/log.h"
+
 namespace varve::cow {
 namespace {
 
-/// Rows read on the way to a lease before the data file is grown instead.
+/// Rows read on the way to a lease before the data file is grown, or a tight region taken, instead.
 constexpr uint64_t kKnowBeforeGrowing = 1024;
-/// Rows read without letting others use the loader: about 2 ms.
-constexpr uint64_t kKnowTogether = 128;
 /// Regions provisioned ahead of demand: 32 MiB.
 constexpr size_t kReadyAhead = 2;
 
@@ -17,25 +19,59 @@ Leases::Leases(Core& core, Allocator& allocator)
 
 Task<Result<std::vector<Extent>>> Leases::Take(uint64_t most) {
     for (;;) {
-        std::vector<Extent> extents = allocator_.TakeReady(most);
-        if (!extents.empty()) {
-            const bool low = allocator_.ready() < kReadyAhead;
-            if (low && !ahead_ && !refused_ && !core_.closing) Spawn(ProvideAhead());
+        std::optional<uint64_t> region = allocator_.FindReady();
+        // In a pool that is nearly full many small leases must not each try to make the file grow.
+        if (!region && refused_) region = allocator_.FindTight();
+        if (region) {
+            const std::vector<uint64_t> held{*region};
+            allocator_.Hold(held);
+            const Status opened = co_await OpenOne(*region);
+            std::vector<Extent> extents;
+            if (opened.ok()) extents = allocator_.Take(*region, most);
+            allocator_.Unhold(held);
+            if (!opened.ok()) allocator_.SetAside(*region);
+            if (!opened.ok()) Log(LogLevel::kError, opened.error().message);
+            if (extents.empty()) continue;  // others were faster
+            Refilled();
             co_return std::move(extents);
         }
-        // In a pool that is nearly full many small leases must not each try to make the file grow.
-        if (refused_) extents = allocator_.TakeTight(most);
-        if (!extents.empty()) co_return std::move(extents);
         const bool refused_before = refused_;
         Status s;
         co_await providing_.Lock();
-        if (refused_ == refused_before) s = co_await Provide(1);
+        if (refused_ == refused_before) s = co_await Provide(1, true);
         providing_.Unlock();
         if (s.ok()) continue;
         if (s.error().kind != ErrorKind::kNoSpace) co_return s.error();
-        extents = allocator_.TakeTight(most);
-        if (extents.empty()) co_return s.error();
-        co_return std::move(extents);
+        if (!refused_ || !allocator_.FindTight()) co_return s.error();
+    }
+}
+
+void Leases::Refilled() {
+    const bool low = allocator_.ready() < kReadyAhead;
+    if (low && !ahead_ && !refused_ && !core_.closing) Spawn(ProvideAhead());
+}
+
+Task<Status> Leases::OpenOne(uint64_t region) {
+    if (!allocator_.NeedsRow(region)) co_return Status();
+    co_await Hop(core_.loader());
+    const Result<std::optional<std::string>> row = core_.metadata().View()->Get(RegionKey(region));
+    co_await Hop(core_.home());
+    if (!row.ok()) co_return row.error();
+    co_return allocator_.Learn(region, row.value());
+}
+
+Task<void> Leases::Open(std::vector<uint64_t> regions) {
+    std::erase_if(regions, [this](uint64_t region) { return !allocator_.NeedsRow(region); });
+    if (regions.empty()) co_return;
+    std::vector<Result<std::optional<std::string>>> rows;
+    co_await Hop(core_.loader());
+    const std::unique_ptr<MetadataView> view = core_.metadata().View();
+    for (const uint64_t region : regions) rows.push_back(view->Get(RegionKey(region)));
+    co_await Hop(core_.home());
+    for (size_t i = 0; i < regions.size(); ++i) {
+        if (!rows[i].ok()) continue;
+        const Status ignored = allocator_.Learn(regions[i], rows[i].value());
+        (void)ignored;
     }
 }
 
@@ -49,19 +85,20 @@ Task<void> Leases::Idle() {
     co_await background_.Drained();
 }
 
-/// Until `wanted` regions are ready. REQUIRES: providing_ is locked.
-Task<Status> Leases::Provide(size_t wanted) {
+/// Until `wanted` regions are ready. Not `urgent`: not by reading all rows there are. REQUIRES:
+/// providing_ is locked.
+Task<Status> Leases::Provide(size_t wanted, bool urgent) {
     bool full = false;  // the file cannot grow: then every row there is may be worth reading
-    uint64_t known = 0;
+    uint64_t rows = 0;
     while (allocator_.ready() < wanted) {
         Status s;
         const std::optional<uint64_t> bare = allocator_.FindBare();
-        const bool learn = !allocator_.all_known() && (full || known < kKnowBeforeGrowing);
+        const bool search =
+            rows < kKnowBeforeGrowing || (urgent && full && !allocator_.FindTight());
         if (bare) {
             s = co_await Reprovision(*bare);
-        } else if (learn) {
-            known += kKnowTogether;
-            s = co_await Learn(kKnowTogether);
+        } else if (search && !allocator_.all_known()) {
+            s = co_await Learn(&rows);
         } else if (!full) {
             s = co_await Grow();
             full = !s.ok() && s.error().kind == ErrorKind::kNoSpace;
@@ -78,23 +115,37 @@ Task<Status> Leases::Provide(size_t wanted) {
     co_return Status();
 }
 
-/// Reads the rows of regions that are not known yet.
-Task<Status> Leases::Learn(uint64_t most) {
-    const std::vector<uint64_t> regions = allocator_.Unknown(most);
-    std::vector<std::optional<std::string>> rows;
-    Status s;
+/// Reads the rows of a page of regions that are not known yet, and adds how many there were, or one
+/// if there was none. About 2 ms.
+Task<Status> Leases::Learn(uint64_t* rows) {
+    const uint64_t page = *allocator_.UnknownPage();
+    const uint64_t base = page * RegionStates::kPageRegions;
+    std::vector<RegionState> states(RegionStates::kPageRegions, RegionState::kBare);
+    uint64_t damaged = 0;
     co_await Hop(core_.loader());
+    const std::string end = RegionKey(base + states.size());
     const std::unique_ptr<MetadataView> view = core_.metadata().View();
-    for (const uint64_t region : regions) {
-        Result<std::optional<std::string>> row = view->Get(RegionKey(region));
-        if (!row.ok()) {
-            s = row.error();
-            break;
-        }
-        rows.push_back(std::move(row.value()));
+    const std::unique_ptr<Cursor> cursor = view->Range(RegionKey(base), end);
+    for (cursor->Seek(RegionKey(base)); cursor->valid(); cursor->Next()) {
+        ++*rows;
+        const uint64_t region = KeyNumber(cursor->key(), 0);
+        const RegionState state = Allocator::StateOf(cursor->value());
+        if (region - base >= states.size()) continue;
+        states[region - base] = state;
+        if (state == RegionState::kUnknown) ++damaged;
     }
+    const Status s = cursor->status();
     co_await Hop(core_.home());
-    for (size_t i = 0; i < rows.size() && s.ok(); ++i) s = allocator_.Learn(regions[i], rows[i]);
+    ++*rows;
+    if (!s.ok()) co_return s;
+    allocator_.LearnPage(page, states);
+    if (damaged > 0) {
+        Log(LogLevel::kError,
+            fmt::format(
+                "{} of the allocator's regions from {} on are damaged; they are not written "
+                "to any more",
+                damaged, base));
+    }
     co_return s;
 }
 
@@ -127,7 +178,8 @@ Task<void> Leases::ProvideAhead() {
     ahead_ = true;
     background_.Enter();
     co_await providing_.Lock();
-    const Status ignored = co_await Provide(kReadyAhead);  // who needs blocks will see it, too
+    const Status ignored =
+        co_await Provide(kReadyAhead, false);  // who needs blocks will see it, too
     (void)ignored;
     providing_.Unlock();
     background_.Leave();

@@ -22,6 +22,10 @@ class Leases {
     /// none anywhere.
     Task<Result<std::vector<Extent>>> Take(uint64_t most);
 
+    /// Opens regions, so that a commit which frees blocks of theirs reads nothing. Errors show when
+    /// it does. REQUIRES: they are held.
+    Task<void> Open(std::vector<uint64_t> regions);
+
     /// Nobody can reach these blocks any more: they may be taken again.
     void Release(const std::vector<Extent>& extents);
 
@@ -29,8 +33,10 @@ class Leases {
     Task<void> Idle();
 
   private:
-    Task<Status> Provide(size_t wanted);
-    Task<Status> Learn(uint64_t most);
+    Task<Status> Provide(size_t wanted, bool urgent);
+    Task<Status> Learn(uint64_t* rows);
+    Task<Status> OpenOne(uint64_t region);
+    void Refilled();
     Task<Status> Grow();
     Task<Status> Reprovision(uint64_t region);
     Task<void> ProvideAhead();

@@ -68,7 +68,6 @@ class Book {
                 VARVE_CHECK(allocator_.Learn(region, std::nullopt).ok());
             }
         }
-        VARVE_CHECK(allocator_.all_known());
         for (const State state : blocks_) pool_.used_blocks += state == State::kUsed ? 1 : 0;
         if (blocks_[0] == State::kFree) blocks_[0] = State::kLeased;  // the superblock's
     }
@@ -76,9 +75,9 @@ class Book {
     void Act(uint8_t action, const Extent& extent) {
         switch (action % 8) {
             case 0:
-                return Lease(allocator_.TakeReady(1 + extent.place % kRegionBlocks));
+                return Lease(allocator_.FindReady(), extent);
             case 1:
-                return Lease(allocator_.TakeTight(1 + extent.place % kRegionBlocks));
+                return Lease(allocator_.FindTight(), extent);
             case 2:
                 return Claim(extent);
             case 3:
@@ -172,11 +171,16 @@ class Book {
         for (uint64_t i = 0; i < extent.count; ++i) blocks_[extent.place + i] = state;
     }
 
-    void Lease(const std::vector<Extent>& extents) {
-        for (const Extent& extent : extents) {
+    void Lease(std::optional<uint64_t> region, const Extent& like) {
+        if (!region) return;
+        const uint64_t most = 1 + like.place % kRegionBlocks;
+        uint64_t taken = 0;
+        for (const Extent& extent : allocator_.Take(*region, most)) {
+            taken += extent.count;
             VARVE_CHECK(extent.count > 0 && All(extent, State::kFree));
             Set(extent, State::kLeased);
         }
+        VARVE_CHECK(taken > 0 && taken <= most);
     }
 
     /// Recovery ends if a claim is refused, so only a single block may be: its rest would be taken.

@@ -232,6 +232,7 @@ void Runner::DeleteCounted(const std::string& name, Disk& disk) {
         if (!Quiet() || Struck()) return;
         const auto after = machine_->Do(pool().GetStatus());
         const bool certain = media_.power() && !Struck();
+        if (after.value().home_reads > 0) Violation("rows of the allocator were read on home");
         if (certain && before.value().used - after.value().used != info.value().unique) {
             Violation(fmt::format("{}@{}: unique was {}, deleting freed {}", name, victim,
                                   info.value().unique, before.value().used - after.value().used));

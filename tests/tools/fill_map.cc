@@ -120,7 +120,7 @@ Status PutMap(MetadataStore& store, const Filling& filling) {
 Status PutRegions(Allocator& allocator, uint64_t blocks, MetadataStore& store) {
     while (blocks > 0) {
         allocator.AddRegion();
-        for (Extent extent : allocator.TakeReady(kRegionBlocks)) {
+        for (Extent extent : allocator.Take(*allocator.FindReady(), kRegionBlocks)) {
             const uint64_t taken = std::min(extent.count, blocks);
             if (const Status s = allocator.MarkUsed({extent.place, taken}); !s.ok()) return s;
             blocks -= taken;
