@@ -82,7 +82,7 @@ Result<Call> SnapshotCall(const Arguments& a) {
 
 Result<Call> RestoreCall(const Arguments& a) {
     const std::string& name = a.operands[0];
-    json::object params = {{"snapshot", name}, {"disconnect", a.disconnect}};
+    json::object params = {{"snapshot", name}, {"disconnect", a.disconnect}, {"online", a.online}};
     std::string loss = ", losing what was written since";
     if (a.keep_as) {
         if (Status bare = CheckBareName(*a.keep_as); !bare.ok()) return bare.error();
@@ -172,6 +172,11 @@ Result<Call> MakeCall(const Arguments& a) {
     if (verb == "rename") return RenameCall(a);
     if (verb == "resize") return ResizeCall(a);
     if (verb == "delete") return DeleteCall(a);
+    if (verb == "offline") {
+        json::object params = {{"name", operands[0]}, {"disconnect", a.disconnect}};
+        return Call{"disk.offline", std::move(params), nullptr, ""};
+    }
+    if (verb == "online") return Call{"disk.online", {{"name", operands[0]}}, nullptr, ""};
     if (verb == "clients") {
         json::object params;
         if (!operands.empty()) params.emplace("disk", operands[0]);

@@ -34,7 +34,7 @@ class ClientDirectory {
     virtual Task<std::vector<ClientInfo>> List() = 0;
 
     /// Closes the connections of these clients; ids that are gone are skipped. Finishes once their
-    /// exports are closed. Returns how many it closed.
+    /// exports are closed, or after some seconds if they do not. Returns how many it closed.
     virtual Task<uint64_t> Disconnect(std::vector<uint64_t> ids) = 0;
 };
 

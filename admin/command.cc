@@ -75,6 +75,15 @@ Task<Result<Reply>> PoolEstimateDelete(CommandTarget target, Command command) {
     co_return Reply(estimate);
 }
 
+Task<Result<Reply>> DiskOffline(CommandTarget target, Command command) {
+    co_return DoneOr(
+        co_await target.pool->SetOffline(std::move(command.name), true, command.disconnect));
+}
+
+Task<Result<Reply>> DiskOnline(CommandTarget target, Command command) {
+    co_return DoneOr(co_await target.pool->SetOffline(std::move(command.name), false, false));
+}
+
 Task<Result<Reply>> SnapshotCreate(CommandTarget target, Command command) {
     co_return DoneOr(co_await target.pool->CreateSnapshots(std::move(command.snapshots)));
 }
@@ -95,8 +104,9 @@ Task<Result<Reply>> SnapshotShow(CommandTarget target, Command command) {
 }
 
 Task<Result<Reply>> SnapshotRestore(CommandTarget target, Command command) {
-    co_return DoneOr(co_await target.pool->RestoreSnapshot(
-        std::move(command.snapshot), std::move(command.keep_as), command.disconnect));
+    co_return DoneOr(co_await target.pool->RestoreSnapshot(std::move(command.snapshot),
+                                                           std::move(command.keep_as),
+                                                           command.disconnect, command.online));
 }
 
 Task<Result<Reply>> SnapshotRename(CommandTarget target, Command command) {
@@ -119,14 +129,8 @@ bool Belongs(std::string_view export_name, std::string_view name) {
 Task<Result<std::vector<ClientInfo>>> FindClients(CommandTarget target,
                                                   std::optional<std::string> name) {
     if (name) {
-        std::string known = *name;
-        Status status;
-        if (known.find('@') == std::string::npos) {
-            status = (co_await target.pool->ShowDisk(std::move(known))).status();
-        } else {
-            status = (co_await target.pool->ShowSnapshot(std::move(known))).status();
-        }
-        if (!status.ok()) co_return status.error();
+        const Status known = target.pool->FindExport(*name);
+        if (!known.ok()) co_return known.error();
     }
     std::vector<ClientInfo> clients = co_await target.clients->List();
     if (name) {
@@ -207,13 +211,18 @@ const std::vector<Method>& Methods() {
          true,
          DiskDelete,
          {{"name", &C::name}, {"snapshots", &C::delete_snapshots}, {"disconnect", &C::disconnect}}},
+        {"disk.offline", true, DiskOffline, {{"name", &C::name}, {"disconnect", &C::disconnect}}},
+        {"disk.online", true, DiskOnline, {{"name", &C::name}}},
         {"snapshot.create", true, SnapshotCreate, {{"snapshots", &C::snapshots}}},
         {"snapshot.list", false, SnapshotListAll, {{"disk", &C::name}}},
         {"snapshot.show", false, SnapshotShow, {{"snapshot", &C::snapshot}}},
         {"snapshot.restore",
          true,
          SnapshotRestore,
-         {{"snapshot", &C::snapshot}, {"keep_as", &C::keep_as}, {"disconnect", &C::disconnect}}},
+         {{"snapshot", &C::snapshot},
+          {"keep_as", &C::keep_as},
+          {"disconnect", &C::disconnect},
+          {"online", &C::online}}},
         {"snapshot.rename", true, SnapshotRename, {{"snapshot", &C::snapshot}, {"to", &C::to}}},
         {"snapshot.delete",
          true,

@@ -40,6 +40,7 @@ struct Command {
     bool shrink = false;
     bool delete_snapshots = false;
     bool disconnect = false;
+    bool online = false;
     bool hurry = false;
 };
 

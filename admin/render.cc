@@ -107,6 +107,22 @@ std::string Health(const json::value& result) {
     return fmt::format("FAILED, writes are refused: {}", Text(result, "failure"));
 }
 
+/// What is waited for; nothing, mostly.
+std::string Waits(const json::value& result) {
+    std::string text;
+    for (const json::value& wait : Elements(result, "waiting")) {
+        text += fmt::format("{}{} for {} s", text.empty() ? "" : ", ", Text(wait, "what"),
+                            Count(wait, "seconds"));
+    }
+    if (text.empty()) return "for nothing";
+    return text + (Flag(result, "approximate") ? "; figures may be old" : "");
+}
+
+/// "" or how a size from memory is marked.
+std::string About(const json::value& object) {
+    return Flag(object, "approximate") ? "~" : "";
+}
+
 std::string Damage(const json::value& result) {
     const uint64_t bytes = Number(result, "damaged_bytes").value_or(0);
     if (bytes == 0) return "none found since the start";
@@ -155,8 +171,10 @@ std::string RenderTable(const Rows& rows) {
 std::string RenderDisks(const json::value& result) {
     Rows rows = {{"NAME", ">SIZE", ">USED", ">SNAPSHOTS", ">CLIENTS", "CREATED"}};
     for (const json::value& disk : Elements(result, "disks")) {
-        rows.push_back({Text(disk, "name"), Size(disk, "size"), Size(disk, "used"),
-                        Count(disk, "snapshots"), Count(disk, "clients"), Text(disk, "created")});
+        rows.push_back({Text(disk, "name"), Size(disk, "size"), About(disk) + Size(disk, "used"),
+                        Count(disk, "snapshots"),
+                        Flag(disk, "offline") ? "offline" : Count(disk, "clients"),
+                        Text(disk, "created")});
     }
     return RenderTable(rows);
 }
@@ -165,27 +183,28 @@ std::string RenderSnapshots(const json::value& result) {
     Rows rows = {{"NAME", "CREATED", ">SIZE", ">REFERENCED", ">UNIQUE", ">GENERATION"}};
     for (const json::value& snapshot : Elements(result, "snapshots")) {
         rows.push_back({Text(snapshot, "name"), Text(snapshot, "created"), Size(snapshot, "size"),
-                        Size(snapshot, "referenced"), Size(snapshot, "unique"),
-                        Count(snapshot, "generation")});
+                        About(snapshot) + Size(snapshot, "referenced"),
+                        About(snapshot) + Size(snapshot, "unique"), Count(snapshot, "generation")});
     }
     return RenderTable(rows);
 }
 
 std::string RenderDisk(const json::value& disk) {
-    return RenderPairs({{"disk", Text(disk, "name")},
-                        {"size", ExactSize(disk, "size")},
-                        {"used", ExactSize(disk, "used")},
-                        {"snapshots", Count(disk, "snapshots")},
-                        {"clients", Count(disk, "clients")},
-                        {"created", Text(disk, "created")},
-                        {"generation", Count(disk, "generation")}});
+    return RenderPairs(
+        {{"disk", Text(disk, "name")},
+         {"size", ExactSize(disk, "size")},
+         {"used", About(disk) + ExactSize(disk, "used")},
+         {"snapshots", Count(disk, "snapshots")},
+         {"clients", Flag(disk, "offline") ? "none: the disk is offline" : Count(disk, "clients")},
+         {"created", Text(disk, "created")},
+         {"generation", Count(disk, "generation")}});
 }
 
 std::string RenderSnapshot(const json::value& snapshot) {
     return RenderPairs({{"snapshot", Text(snapshot, "disk") + "@" + Text(snapshot, "name")},
                         {"size", ExactSize(snapshot, "size")},
-                        {"referenced", ExactSize(snapshot, "referenced")},
-                        {"unique", ExactSize(snapshot, "unique")},
+                        {"referenced", About(snapshot) + ExactSize(snapshot, "referenced")},
+                        {"unique", About(snapshot) + ExactSize(snapshot, "unique")},
                         {"created", Text(snapshot, "created")},
                         {"generation", Count(snapshot, "generation")}});
 }
@@ -209,6 +228,7 @@ std::string RenderStatus(const json::value& result) {
                      {"version", Text(result, "version")},
                      {"uptime", Duration(Number(result, "uptime_s").value_or(0))},
                      {"health", Health(result)},
+                     {"waiting", Waits(result)},
                      {"capacity", ExactSize(result, "capacity")},
                      {"used", ExactSize(result, "used")},
                      {"free", ExactSize(result, "free")},

@@ -9,6 +9,12 @@ namespace varve::admin {
 namespace json = boost::json;
 namespace {
 
+/// Figures that are exact do not say so.
+json::object Marked(json::object object, bool approximate) {
+    if (approximate) object.emplace("approximate", true);
+    return object;
+}
+
 json::object ToJson(const cow::DiskInfo& disk) {
     json::object object = {{"name", disk.name},
                            {"size", disk.size},
@@ -17,15 +23,18 @@ json::object ToJson(const cow::DiskInfo& disk) {
                            {"clients", disk.clients},
                            {"created", FormatTime(disk.created_ms)},
                            {"generation", disk.generation},
-                           {"depth", disk.depth}};
+                           {"depth", disk.depth},
+                           {"offline", disk.offline}};
     if (disk.unique) object.emplace("unique", *disk.unique);
-    return object;
+    return Marked(std::move(object), disk.approximate);
 }
 
 json::object ToJson(const cow::SnapshotInfo& snapshot) {
-    return {{"name", snapshot.name},     {"created", FormatTime(snapshot.created_ms)},
-            {"size", snapshot.size},     {"generation", snapshot.generation},
-            {"unique", snapshot.unique}, {"referenced", snapshot.referenced}};
+    json::object object = {
+        {"name", snapshot.name},     {"created", FormatTime(snapshot.created_ms)},
+        {"size", snapshot.size},     {"generation", snapshot.generation},
+        {"unique", snapshot.unique}, {"referenced", snapshot.referenced}};
+    return Marked(std::move(object), snapshot.approximate);
 }
 
 json::object ToJson(const ClientInfo& client) {
@@ -42,34 +51,40 @@ json::object ToJson(const ClientInfo& client) {
 
 json::object ToJson(const cow::PoolStatus& status, const ServerFacts& facts) {
     const json::array warnings(status.warnings.begin(), status.warnings.end());
-    return {{"version", VARVE_VERSION},
-            {"pool", facts.pool_directory},
-            {"health", cow::NameOf(status.health)},
-            {"warnings", warnings},
-            {"capacity", status.capacity},
-            {"used", status.used},
-            {"free", status.free},
-            {"metadata_capacity", status.metadata_capacity},
-            {"metadata_used", status.metadata_used},
-            {"metadata_free", status.metadata_free},
-            {"disks", status.disks},
-            {"snapshots", status.snapshots},
-            {"reclaim_pending", status.reclaim_pending},
-            {"reclaim_set_aside", status.reclaim_set_aside},
-            {"reclaimed_chunks", status.reclaimed_chunks},
-            {"reclaimed_bytes", status.reclaimed_bytes},
-            {"commits", status.commits},
-            {"leased", status.leased},
-            {"map_cache_used", status.map_cache_used},
-            {"map_cache_limit", status.map_cache_limit},
-            {"checksums_pending", status.checksums_pending},
-            {"checksummed_bytes", status.checksummed_bytes},
-            {"scrub_running", status.scrub_running},
-            {"scrubbed_bytes", status.scrubbed_bytes},
-            {"damaged_bytes", status.damaged_bytes},
-            {"failed", status.failed},
-            {"failure", status.failure},
-            {"uptime_s", facts.uptime_s}};
+    json::array waiting;
+    for (const cow::Waiting& wait : status.waiting) {
+        waiting.push_back(json::object({{"what", wait.what}, {"seconds", wait.seconds}}));
+    }
+    json::object object = {{"version", VARVE_VERSION},
+                           {"pool", facts.pool_directory},
+                           {"health", cow::NameOf(status.health)},
+                           {"warnings", warnings},
+                           {"capacity", status.capacity},
+                           {"used", status.used},
+                           {"free", status.free},
+                           {"metadata_capacity", status.metadata_capacity},
+                           {"metadata_used", status.metadata_used},
+                           {"metadata_free", status.metadata_free},
+                           {"disks", status.disks},
+                           {"snapshots", status.snapshots},
+                           {"reclaim_pending", status.reclaim_pending},
+                           {"reclaim_set_aside", status.reclaim_set_aside},
+                           {"reclaimed_chunks", status.reclaimed_chunks},
+                           {"reclaimed_bytes", status.reclaimed_bytes},
+                           {"commits", status.commits},
+                           {"leased", status.leased},
+                           {"map_cache_used", status.map_cache_used},
+                           {"map_cache_limit", status.map_cache_limit},
+                           {"checksums_pending", status.checksums_pending},
+                           {"checksummed_bytes", status.checksummed_bytes},
+                           {"scrub_running", status.scrub_running},
+                           {"scrubbed_bytes", status.scrubbed_bytes},
+                           {"damaged_bytes", status.damaged_bytes},
+                           {"failed", status.failed},
+                           {"failure", status.failure},
+                           {"waiting", std::move(waiting)},
+                           {"uptime_s", facts.uptime_s}};
+    return Marked(std::move(object), status.approximate);
 }
 
 json::object ToJson(const cow::ScrubDamage& damage) {

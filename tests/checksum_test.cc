@@ -122,7 +122,7 @@ TEST_F(ChecksumTest, RestoringBringsDamageBackAsAnErrorOnly) {
     Damage("d@s", 4096);
     Expect("d", 0, kMiB, 'b');
     Close("d");
-    Ok(pool().RestoreSnapshot("d@s", "kept", false));
+    Ok(pool().RestoreSnapshot("d@s", "kept", false, false));
     ASSERT_TRUE(WaitForChecksums());
     EXPECT_EQ(EIO, ReadError("d", 4096, 4096));
     Expect("d", 0, 4096, 'a');

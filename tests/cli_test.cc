@@ -470,12 +470,23 @@ TEST_F(Cli, UsageErrorsExitWith2AndPointToHelp) {
     EXPECT_EQ(Done({"list"}), "NAME  SIZE  USED  SNAPSHOTS  CLIENTS  CREATED\n");
 }
 
+TEST_F(Cli, ADiskIsSetOfflineAndOnline) {
+    Done({"create", "disk0", "1G"});
+    EXPECT_EQ(Done({"offline", "disk0"}), "");
+    EXPECT_TRUE(Contains(Done({"show", "disk0"}), "the disk is offline"));
+    EXPECT_TRUE(Contains(Done({"list", "--json"}), "\"offline\":true"));
+    EXPECT_EQ(Done({"online", "disk0"}), "");
+    EXPECT_FALSE(Contains(Done({"show", "disk0"}), "offline"));
+    Refused(3, {"offline", "none"});
+    Refused(2, {"online", "disk0", "--disconnect"});
+}
+
 TEST_F(Cli, HelpHasExamplesForEveryVerb) {
     const Outcome help = Invoke({"--help"});
     EXPECT_EQ(help.code, 0);
     for (const char* verb :
          {"create", "list", "show", "snapshot", "restore", "clone", "rename", "resize", "delete",
-          "clients", "disconnect", "status", "check", "scrub"}) {
+          "offline", "online", "clients", "disconnect", "status", "check", "scrub"}) {
         EXPECT_TRUE(Contains(help.out, std::string("\n  varve ") + verb)) << verb;
         const Outcome more = Invoke({verb, "--help"});
         EXPECT_EQ(more.code, 0);

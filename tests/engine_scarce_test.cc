@@ -158,7 +158,7 @@ TEST_F(ScarceTest, AChainOfRestoresHasAnEndThatSaysSo) {
         const std::string name = "d@s" + std::to_string(restores);
         std::vector<std::string> names{name};
         Ok(pool().CreateSnapshots(std::move(names)));
-        const Status s = machine->Do(pool().RestoreSnapshot(name, std::nullopt, false));
+        const Status s = machine->Do(pool().RestoreSnapshot(name, std::nullopt, false, false));
         if (s.ok()) continue;
         EXPECT_EQ(ErrorKind::kLimit, s.error().kind) << s.error().message;
         EXPECT_EQ(ErrorKind::kLimit, Fails(pool().CloneSnapshot(name, "c")));

@@ -78,15 +78,15 @@ TEST_F(EngineTest, RestoreBringsAStateBackAndKeepsTheOthers) {
     EXPECT_EQ(0, Write("d", 0, kMiB, 'b'));
     Ok(pool().CreateSnapshots({"d@new"}));
     EXPECT_EQ(0, Write("d", 0, kMiB, 'c'));
-    EXPECT_EQ(ErrorKind::kBusy, Fails(pool().RestoreSnapshot("d@old", std::nullopt, false)));
+    EXPECT_EQ(ErrorKind::kBusy, Fails(pool().RestoreSnapshot("d@old", std::nullopt, false, false)));
     Close("d");
-    Ok(pool().RestoreSnapshot("d@old", "kept", false));
+    Ok(pool().RestoreSnapshot("d@old", "kept", false, false));
     Expect("d", 0, kMiB, 'a');
     Expect("d@new", 0, kMiB, 'b');
     Expect("d@kept", 0, kMiB, 'c');
     EXPECT_EQ(3 * kMiB, Used());
     Close("d");
-    Ok(pool().RestoreSnapshot("d@new", std::nullopt, false));
+    Ok(pool().RestoreSnapshot("d@new", std::nullopt, false, false));
     Expect("d", 0, kMiB, 'b');
     Close("d@kept");
     Ok(pool().DeleteSnapshot("d@kept", false));
@@ -126,7 +126,7 @@ TEST_F(EngineTest, DeletingTheRestoredSnapshotFreesWhatTheDiskOverwrites) {
     Ok(pool().CreateSnapshots({"d@s"}));
     EXPECT_EQ(0, Write("d", 0, kMiB / 2, 'b'));
     Close("d");
-    Ok(pool().RestoreSnapshot("d@s", std::nullopt, false));
+    Ok(pool().RestoreSnapshot("d@s", std::nullopt, false, false));
     Ok(pool().DeleteSnapshot("d@s", false));
     EXPECT_EQ(0, Write("d", 0, kMiB, 'c'));
     Reclaim();
@@ -147,7 +147,7 @@ TEST_F(EngineTest, DeletingADiskBesideACloneFreesWhatOnlyLowerSnapshotsHeld) {
     Ok(pool().CreateSnapshots({"d@s3"}));
     Ok(pool().CloneSnapshot("d@s3", "c"));
     Close("d");
-    Ok(pool().RestoreSnapshot("d@s1", std::nullopt, false));
+    Ok(pool().RestoreSnapshot("d@s1", std::nullopt, false, false));
     Ok(pool().DeleteDisk("d", true, false));
     Reclaim();
     EXPECT_EQ(200 * kBlockBytes, Used());
@@ -267,7 +267,7 @@ TEST_F(EngineTest, SizesAreMultiplesOfASector) {
     Expect("clone", 4608, kMiB - 4608, 0);
     Expect("d@s", 0, size, 'a');
     Close("d");
-    Ok(pool().RestoreSnapshot("d@s", std::nullopt, false));
+    Ok(pool().RestoreSnapshot("d@s", std::nullopt, false, false));
     Expect("d", 0, size, 'a');
     Stop();
     Start();
@@ -354,7 +354,8 @@ TEST_F(EngineTest, NamesLimitsAndAbsentThingsAreRefused) {
     Ok(pool().CreateSnapshots({"d@a"}));
     EXPECT_EQ(ErrorKind::kExists, Fails(pool().CreateSnapshots({"d@a"})));
     EXPECT_EQ(ErrorKind::kNotFound, Fails(pool().DeleteSnapshot("d@b", false)));
-    EXPECT_EQ(ErrorKind::kNotFound, Fails(pool().RestoreSnapshot("d@b", std::nullopt, false)));
+    EXPECT_EQ(ErrorKind::kNotFound,
+              Fails(pool().RestoreSnapshot("d@b", std::nullopt, false, false)));
     EXPECT_EQ(ErrorKind::kExists, Fails(pool().CloneSnapshot("d@a", "d")));
     Ok(pool().RenameSnapshot("d@a", "b"));
     Ok(pool().RenameDisk("d", "e"));

@@ -45,7 +45,7 @@ class FakePool : public cow::Pool {
         if (Status valid = CheckName(name); !valid.ok()) co_return valid;
         if (disks_.count(name)) co_return Exists("disk", name);
         if (full_) co_return MakeError(ErrorKind::kNoSpace, "the pool is full; delete snapshots");
-        disks_[name] = Disk{size, kCreatedMs, 0, {}};
+        disks_[name] = Disk{size, kCreatedMs, 0, false, {}};
         co_return Status();
     }
 
@@ -119,7 +119,7 @@ class FakePool : public cow::Pool {
         if (!found.ok()) co_return found.error();
         if (Status valid = CheckName(name); !valid.ok()) co_return valid;
         if (disks_.count(name)) co_return Exists("disk", name);
-        disks_[name] = Disk{found.value()->size, kCreatedMs, 0, {}};
+        disks_[name] = Disk{found.value()->size, kCreatedMs, 0, false, {}};
         co_return Status();
     }
 
@@ -182,13 +182,15 @@ class FakePool : public cow::Pool {
     }
 
     Task<Status> RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
-                                 bool disconnect) override {
+                                 bool disconnect, bool online) override {
         co_await Enter();
         Result<cow::SnapshotInfo*> found = Find(name);
         if (!found.ok()) co_return found.error();
         const cow::SnapshotInfo snapshot = *found.value();
         Disk& disk = disks_[snapshot.disk];
+        const bool cut_off = disk.clients > 0;
         if (Status free = Fence(snapshot.disk, disk, disconnect); !free.ok()) co_return free;
+        disk.offline = (disk.offline || cut_off) && !online;
         if (keep_as) {
             ++generation_;
             disk.snapshots.push_back(
@@ -244,7 +246,24 @@ class FakePool : public cow::Pool {
     Task<void> WaitForChecksums() override { co_return; }
     Task<void> WaitForReclaim() override { co_return; }
     Task<void> CommitDirty() override { co_return; }
-    std::vector<cow::ExportEntry> ListExports() override { return {}; }
+    Task<std::shared_ptr<const std::vector<cow::ExportEntry>>> ListExports() override {
+        co_return std::make_shared<std::vector<cow::ExportEntry>>();
+    }
+    Status FindExport(std::string_view name) const override {
+        const std::string disk(name.substr(0, name.find('@')));
+        if (!disks_.contains(disk)) return NoDisk(disk);
+        return Status();
+    }
+    Task<Status> SetOffline(std::string name, bool offline, bool disconnect) override {
+        co_await Enter();
+        const auto disk = disks_.find(name);
+        if (disk == disks_.end()) co_return NoDisk(name);
+        if (offline) {
+            if (Status free = Fence(name, disk->second, disconnect); !free.ok()) co_return free;
+        }
+        disk->second.offline = offline;
+        co_return Status();
+    }
     Result<cow::ExportEntry> DescribeExport(std::string name) override { return NoDisk(name); }
     Task<Result<cow::Export>> OpenExport(std::string name) override { co_return NoDisk(name); }
     Task<void> CloseExport(uint64_t) override { co_return; }
@@ -259,6 +278,7 @@ class FakePool : public cow::Pool {
         uint64_t size = 0;
         int64_t created_ms = 0;
         uint64_t clients = 0;
+        bool offline = false;
         std::vector<cow::SnapshotInfo> snapshots;
     };
 
@@ -298,7 +318,8 @@ class FakePool : public cow::Pool {
     }
     cow::DiskInfo Info(const std::string& name, const Disk& disk) const {
         return {name,         disk.size,       kUsed,       disk.snapshots.size(),
-                disk.clients, disk.created_ms, generation_, 1};
+                disk.clients, disk.created_ms, generation_, 1,
+                disk.offline};
     }
     Result<cow::SnapshotInfo*> Find(const std::string& name) {
         const size_t at = name.find('@');

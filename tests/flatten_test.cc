@@ -161,7 +161,7 @@ TEST_F(FlattenTest, AChainOfRestoresNeverEnds) {
         Write("d", i % kChunks * kChunkBytes, 512, static_cast<char>('a' + i % 26));
         Close("d");
         Ok(pool().CreateSnapshots({name}));
-        Ok(pool().RestoreSnapshot(name, std::nullopt, false));
+        Ok(pool().RestoreSnapshot(name, std::nullopt, false, false));
         if (i >= 3) Ok(pool().DeleteSnapshot("d@s" + std::to_string(i - 3), false));
         if (i % 16 == 0) deepest = std::max(deepest, Depth("d"));
     }
@@ -181,7 +181,7 @@ TEST_F(FlattenTest, AChainOfRestoresWhoseSnapshotsStayHasABoundedDepthToo) {
         Write("d", i % kChunks * kChunkBytes, 512, static_cast<char>('a' + i % 26));
         Close("d");
         Ok(pool().CreateSnapshots({name}));
-        Ok(pool().RestoreSnapshot(name, std::nullopt, false));
+        Ok(pool().RestoreSnapshot(name, std::nullopt, false, false));
         deepest = std::max(deepest, Depth("d"));
     }
     EXPECT_LT(deepest, 64u);

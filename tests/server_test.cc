@@ -388,7 +388,10 @@ TEST_F(ServerTest, CommandsFenceClients) {
             Call("snapshot.restore", R"({"snapshot":"disk0@a","disconnect":true})");
         EXPECT_EQ(answer.find("error"), std::string::npos) << answer;
         EXPECT_NE(nbd_pwrite(nbd, "late", 4, 0, 0), 0);
+        EXPECT_NE(Call("disk.show", R"({"name":"disk0"})").find("\"offline\":true"),
+                  std::string::npos);
     }
+    Call("disk.online", R"({"name":"disk0"})");
     Nbd nbd(Uri("disk0"));
     char bytes[3];
     ASSERT_EQ(nbd_pread(nbd, bytes, 3, 0, 0), 0);

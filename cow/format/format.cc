@@ -9,6 +9,10 @@ namespace {
 /// A run's 48 bits name no block beyond.
 constexpr uint64_t kRegionsMax = (uint64_t{1} << 48) / kRegionBlocks;
 
+// Flags of a disk.
+constexpr uint8_t kTrimming = 1;
+constexpr uint8_t kOffline = 2;
+
 template <typename... Numbers>
 std::string Key(char letter, Numbers... numbers) {
     std::string key;
@@ -108,7 +112,8 @@ std::string Encode(const DiskRecord& record) {
     AppendVarint(out, record.generation.value);
     AppendVarint(out, record.mapped_blocks);
     AppendVarint(out, static_cast<uint64_t>(record.created_ms));
-    out.push_back(record.trimming ? 1 : 0);
+    out.push_back(
+        static_cast<char>((record.trimming ? kTrimming : 0) | (record.offline ? kOffline : 0)));
     return out;
 }
 
@@ -121,8 +126,10 @@ bool Decode(std::string_view value, DiskRecord* record) {
     record->generation.value = in.Varint();
     record->mapped_blocks = in.Varint();
     record->created_ms = static_cast<int64_t>(in.Varint());
-    record->trimming = in.Byte() != 0;
-    return version == kFormatVersion && in.Finished();
+    const uint8_t flags = in.Byte();
+    record->trimming = (flags & kTrimming) != 0;
+    record->offline = (flags & kOffline) != 0;
+    return version == kFormatVersion && in.Finished() && (flags & ~(kTrimming | kOffline)) == 0;
 }
 
 std::string Encode(const SnapshotRecord& record) {

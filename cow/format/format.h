@@ -64,6 +64,7 @@ struct DiskRecord {
     uint64_t mapped_blocks = 0;  // of the head, by its map rows
     int64_t created_ms = 0;
     bool trimming = false;  // shrunk, but blocks beyond the end may still be mapped
+    bool offline = false;   // no clients
 };
 
 struct SnapshotRecord {

@@ -86,6 +86,7 @@ Task<Errno> Head::SyncData() {
     if (!unsynced_) co_return 0;
     unsynced_ = false;  // what completes from now on is for the next sync
     if (Mutated(Mutant::kNeverSynced)) co_return 0;
+    const Waits::Scope waiting(core_.waits, "data sync");
     const Errno error = co_await Transfer(lane_.blocks, BlockIo::Kind::kSync, 0, nullptr, 0);
     if (Mutated(Mutant::kWritesDuringSyncForgotten)) unsynced_ = false;
     if (Mutated(Mutant::kFailedSyncIgnored)) co_return 0;

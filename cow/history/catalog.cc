@@ -182,6 +182,7 @@ std::optional<Catalog::Owner> Catalog::OwnerOf(BranchId branch, Generation gener
 DiskId Catalog::AddDisk(DiskRecord record, Batch& batch) {
     const DiskId id{NextId()};
     VARVE_CHECK(disk_names_.emplace(record.name, id).second);
+    ++names_version_;
     history_.SetHead(record.branch, true);
     batch.Put(DiskKey(id), Encode(record));
     disks_[id].record = std::move(record);
@@ -190,6 +191,7 @@ DiskId Catalog::AddDisk(DiskRecord record, Batch& batch) {
 
 void Catalog::UpdateDisk(DiskId id, DiskRecord record, Batch& batch) {
     Disk& disk = disks_.at(id);
+    if (record.name != disk.record.name || record.size != disk.record.size) ++names_version_;
     if (record.name != disk.record.name) {
         disk_names_.erase(disk.record.name);
         VARVE_CHECK(disk_names_.emplace(record.name, id).second);
@@ -205,6 +207,7 @@ void Catalog::UpdateDisk(DiskId id, DiskRecord record, Batch& batch) {
 void Catalog::RemoveDisk(DiskId id, Batch& batch) {
     const Disk& disk = disks_.at(id);
     VARVE_CHECK(disk.snapshots.empty());
+    ++names_version_;
     history_.SetHead(disk.record.branch, false);
     disk_names_.erase(disk.record.name);
     batch.Delete(DiskKey(id));
@@ -214,6 +217,7 @@ void Catalog::RemoveDisk(DiskId id, Batch& batch) {
 SnapshotId Catalog::AddSnapshot(SnapshotRecord record, Batch& batch) {
     const SnapshotId id{NextId()};
     VARVE_CHECK(disks_.at(record.disk).snapshots.emplace(record.name, id).second);
+    ++names_version_;
     history_.AddSnapshot(record.branch, record.generation);
     batch.Put(SnapshotKey(id), Encode(record));
     snapshots_[id] = std::move(record);
@@ -224,6 +228,7 @@ void Catalog::RenameSnapshot(SnapshotId id, std::string to, Batch& batch) {
     SnapshotRecord& record = snapshots_.at(id);
     auto& names = disks_.at(record.disk).snapshots;
     names.erase(record.name);
+    ++names_version_;
     VARVE_CHECK(names.emplace(to, id).second);
     record.name = std::move(to);
     batch.Put(SnapshotKey(id), Encode(record));
@@ -238,6 +243,7 @@ void Catalog::AddMapped(SnapshotId id, int64_t change, Batch& batch) {
 void Catalog::RemoveSnapshot(SnapshotId id, Batch& batch) {
     const SnapshotRecord& record = snapshots_.at(id);
     disks_.at(record.disk).snapshots.erase(record.name);
+    ++names_version_;
     history_.RemoveSnapshot(record.branch, record.generation);
     batch.Delete(SnapshotKey(id));
     batch.Delete(SummedKey(id));

@@ -38,6 +38,8 @@ class Catalog {
         return flattening_.contains(id) || history_.Get(id).whole;
     }
     const PoolRecord& pool() const { return pool_; }
+    /// Grows whenever the name or the size of a disk or snapshot changes.
+    uint64_t names_version() const { return names_version_; }
     PoolRecord& mutable_pool() { return pool_; }
     /// kNotFound with a message.
     Result<DiskId> FindDisk(std::string_view name) const;
@@ -85,6 +87,7 @@ class Catalog {
     std::map<std::string, DiskId, std::less<>> disk_names_;
     std::map<SnapshotId, SnapshotRecord> snapshots_;
     std::map<uint64_t, JobRecord> jobs_;
+    uint64_t names_version_ = 0;
     History history_;
     std::set<BranchId> flattening_;
     PoolRecord pool_;

@@ -18,6 +18,8 @@ constexpr uint64_t kQuietTimes = 10;
 constexpr size_t kRecallTogether = 256;
 /// How long that holds for whoever asks for the status and waits.
 constexpr int64_t kHurryUs = 1'000'000;
+/// What takes longer is told as being waited for.
+constexpr int64_t kToldUs = 1'000'000;
 
 }  // namespace
 
@@ -37,9 +39,15 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
       checksummer_(core_, lanes_, catalog_, committer_,
                    [this](DiskId id) { return FoldSealed(id); }),
       scrubber_(core_, lanes_, catalog_, [this](DiskId id) { return FoldSealed(id); }),
+      ticker_(core_.environment.clock, core_.home()),
       commands_(core_.home()),
+      command_ended_(core_.home()),
+      sealed_seen_(core_.home()),
+      exports_made_(core_.home()),
       export_closed_(core_.home()),
       visit_ended_(core_.home()),
+      refreshed_(core_.home()),
+      counted_(core_.home()),
       background_(core_.home()) {
     core_.owed_by_lane = core_.metadata().Space().owed / core_.environment.lanes.size();
 }
@@ -82,9 +90,8 @@ Task<void> PoolImpl::Trimmed(DiskId id) {
 }
 
 Task<Status> PoolImpl::Shutdown() {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
     core_.closing = true;
+    co_await commands_.Drained();
     VARVE_CHECK(exports_.empty());
     co_await background_.Drained();
     co_await reclaimer_.Stop();
@@ -98,6 +105,7 @@ Task<Status> PoolImpl::Shutdown() {
     }
     co_await committer_.Idle();
     co_await leases_.Idle();
+    co_await ticker_.Idle();
     co_return result;
 }
 
@@ -224,8 +232,26 @@ Task<void> PoolImpl::CommitChanged(bool fold) {
     background_.Leave();
 }
 
+/// How long a lane has had requests of which none ended, as far as looks have shown. Each call is
+/// one; the commit timer makes some.
+int64_t PoolImpl::StandstillUs() {
+    const int64_t now = ticker_.NowUs();
+    int64_t longest = 0;
+    size_t i = 0;
+    for (const auto& lane : lanes_) {
+        if (lane_looks_.size() == i) lane_looks_.emplace_back();
+        LaneLook& look = lane_looks_[i++];
+        const uint64_t ended = lane->load.ended();
+        const bool busy = lane->load.begun() != ended;
+        if (!busy || !look.busy || ended != look.ended) look = {busy, ended, now};
+        longest = std::max(longest, now - look.since_us);
+    }
+    return longest;
+}
+
 Task<void> PoolImpl::CommitDirty() {
     WatchHealth();
+    StandstillUs();
     co_await CommitChanged(lanes_.crowded());
     co_await ReturnIdleLeases();
     background_.Enter();
@@ -239,8 +265,15 @@ Task<void> PoolImpl::FoldAll() {
 }
 
 Task<Result<PoolStatus>> PoolImpl::GetStatus() {
-    co_await FoldAll();
     PoolStatus status;
+    status.approximate = !co_await Refreshed();
+    for (const Waits::Entry& entry : core_.waits.List(kToldUs)) {
+        status.waiting.push_back({entry.what, static_cast<uint64_t>(entry.us / 1'000'000)});
+    }
+    const int64_t standstill = StandstillUs();
+    if (standstill >= kToldUs) {
+        status.waiting.push_back({"requests", static_cast<uint64_t>(standstill / 1'000'000)});
+    }
     status.used = catalog_.pool().used_blocks * kBlockBytes;
     status.capacity = std::max(allocator_.Capacity(), status.used);
     status.home_reads = allocator_.home_reads();
@@ -261,18 +294,14 @@ Task<Result<PoolStatus>> PoolImpl::GetStatus() {
     status.damaged_bytes = core_.damaged_blocks() * kBlockBytes;
     status.failed = core_.failed;
     status.failure = core_.failed ? core_.failure() : reclaimer_.failure();
-    for (const auto& lane : lanes_) {
-        co_await Hop(lane->executor);
-        const uint64_t used = lane->cache.used() + lane->sums.used();
-        co_await Hop(core_.home());
-        status.map_cache_used += used;
-    }
+    status.map_cache_used = map_cache_used_;
     Judge(status);
     co_return status;
 }
 
 Task<Result<CheckReport>> PoolImpl::Check() {
-    co_await FoldAll();
+    const bool fresh = co_await Refreshed();
+    (void)fresh;  // what is not in map rows is in the journal, which is verified too
     co_await Hop(core_.auditor());
     Result<CheckReport> report = CheckMetadata(core_.metadata());
     co_await Hop(core_.home());

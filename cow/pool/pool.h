@@ -37,8 +37,10 @@ struct DiskInfo {
     uint64_t snapshots = 0;  // how many
     uint64_t clients = 0;    // attached to the disk (not to its snapshots)
     int64_t created_ms = 0;
-    uint64_t generation = 0;         // the one being written now
-    uint64_t depth = 0;              // branches a lookup may have to visit
+    uint64_t generation = 0;   // the one being written now
+    uint64_t depth = 0;        // branches a lookup may have to visit
+    bool offline = false;      // no clients until it is set online
+    bool approximate = false;  // `used` lacks what something that hangs keeps from being counted
     std::optional<uint64_t> unique;  // bytes that no snapshot and no other disk sees; ShowDisk only
 };
 
@@ -48,8 +50,15 @@ struct SnapshotInfo {
     int64_t created_ms = 0;
     uint64_t size = 0;  // bytes
     uint64_t generation = 0;
-    uint64_t unique = 0;      // bytes that deleting it would free
-    uint64_t referenced = 0;  // bytes of blocks mapped by it
+    uint64_t unique = 0;       // bytes that deleting it would free
+    uint64_t referenced = 0;   // bytes of blocks mapped by it
+    bool approximate = false;  // both may be older figures, or 0: something hangs
+};
+
+/// Something that is waited for, and since when.
+struct Waiting {
+    std::string what;
+    uint64_t seconds = 0;
 };
 
 /// The worst of what is known of a pool.
@@ -87,9 +96,11 @@ struct PoolStatus {
     uint64_t checksums_pending = 0;  // snapshots whose blocks may lack checksums
     uint64_t checksummed_bytes = 0;  // since the start
     bool scrub_running = false;
-    uint64_t scrubbed_bytes = 0;  // verified by the running scrub, or the last one
-    uint64_t damaged_bytes = 0;   // of frozen blocks found damaged since the start
-    bool failed = false;          // a commit or sync failed: writes are refused until a restart
+    uint64_t scrubbed_bytes = 0;   // verified by the running scrub, or the last one
+    uint64_t damaged_bytes = 0;    // of frozen blocks found damaged since the start
+    std::vector<Waiting> waiting;  // what takes a second or longer at this moment
+    bool approximate = false;      // what was written last may not be counted: something hangs
+    bool failed = false;           // a commit or sync failed: writes are refused until a restart
     std::string failure;
 };
 
@@ -116,6 +127,9 @@ struct ExportEntry {
     bool read_only = false;
 };
 
+/// Commands on one disk wait for each other, at most some seconds: kBusy then. What shows something
+/// does not wait for what hangs: it tells what memory says, and that it may be approximate.
+///
 /// All methods run on the environment's home executor, except where said. Names are checked here.
 /// Every command is atomic: after a crash it is done or not done. Errors carry a message of one
 /// line that says what to do.
@@ -141,6 +155,8 @@ class Pool {
     /// Smaller sizes need `shrink`; see `disconnect` at RestoreSnapshot.
     virtual Task<Status> ResizeDisk(std::string name, uint64_t size, bool shrink,
                                     bool disconnect) = 0;
+    /// An offline disk has no clients; its snapshots may be read. See `disconnect` there.
+    virtual Task<Status> SetOffline(std::string name, bool offline, bool disconnect) = 0;
     /// A disk that has snapshots needs `snapshots`, which deletes them too. Clones stay.
     virtual Task<Status> DeleteDisk(std::string name, bool snapshots, bool disconnect) = 0;
     virtual Task<Status> CloneSnapshot(std::string snapshot, std::string name) = 0;
@@ -160,10 +176,12 @@ class Pool {
                                                   bool snapshots) = 0;
     virtual Task<Status> RenameSnapshot(std::string name, std::string to) = 0;
     virtual Task<Status> DeleteSnapshot(std::string name, bool disconnect) = 0;
-    /// Needs the disk without clients: kBusy, or, with `disconnect`, they are fenced first.
-    /// `keep_as`: also freezes the present state under that name, in the same commit.
+    /// Needs the disk without clients: kBusy, or, with `disconnect`, they are fenced first; then
+    /// the disk is offline afterwards, since they would write what they remember, unless `online`
+    /// is set, which sets it online. `keep_as`: also freezes the present state under that name, in
+    /// the same commit.
     virtual Task<Status> RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
-                                         bool disconnect) = 0;
+                                         bool disconnect, bool online) = 0;
 
     // ---- the pool
     virtual Task<Result<PoolStatus>> GetStatus() = 0;
@@ -183,12 +201,15 @@ class Pool {
     virtual Task<void> CommitDirty() = 0;
 
     // ---- exports
-    virtual std::vector<ExportEntry> ListExports() = 0;
+    /// Made once for each state of the catalog, in pieces: cheap to ask for.
+    virtual Task<std::shared_ptr<const std::vector<ExportEntry>>> ListExports() = 0;
+    /// Whether there is such a disk or snapshot: kNotFound, or kInvalid.
+    virtual Status FindExport(std::string_view name) const = 0;
     /// What OpenExport would open, without opening it. The same errors, but for a pool that has
     /// failed.
     virtual Result<ExportEntry> DescribeExport(std::string name) = 0;
     /// By export name; "" is the only disk when there is exactly one. kNotFound; kBusy while the
-    /// disk is fenced.
+    /// disk is fenced or offline, or the snapshot is not stored soon.
     virtual Task<Result<Export>> OpenExport(std::string name) = 0;
     /// REQUIRES: no task of the volume is running for this export.
     virtual Task<void> CloseExport(uint64_t id) = 0;

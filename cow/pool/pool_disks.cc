@@ -64,6 +64,14 @@ Error TooManyDisks(uint64_t most) {
 
 }  // namespace
 
+Status PoolImpl::CheckNewDisk(std::string_view name) const {
+    Status s = CheckNewName(name);
+    if (s.ok() && catalog_.disks().size() >= options_.disks_max) {
+        s = TooManyDisks(options_.disks_max);
+    }
+    return s;
+}
+
 Result<DiskId> PoolImpl::FindIdle(std::string_view name) const {
     Result<DiskId> id = catalog_.FindDisk(name);
     if (id.ok() && disks_.at(id.value()).busy) {
@@ -75,14 +83,14 @@ Result<DiskId> PoolImpl::FindIdle(std::string_view name) const {
 }
 
 Task<Status> PoolImpl::CreateDisk(std::string name, uint64_t size) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
-    Status s = CheckNewName(name);
-    if (s.ok()) s = CheckSize(size, options_);
+    Task<Result<Hold>> reserving = Reserve("a creation", [] { return std::vector<DiskId>(); });
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
+    Status s = CheckSize(size, options_);
     if (s.ok()) s = Growable();
     if (!s.ok()) co_return s;
-    if (catalog_.disks().size() >= options_.disks_max) co_return TooManyDisks(options_.disks_max);
     Change change = [&](CommitContext& context) {
+        if (Status fits = CheckNewDisk(name); !fits.ok()) return fits;
         DiskRecord record;
         record.name = name;
         record.size = size;
@@ -95,7 +103,8 @@ Task<Status> PoolImpl::CreateDisk(std::string name, uint64_t size) {
     co_return co_await Commit(std::move(change));
 }
 
-DiskInfo PoolImpl::InfoOf(DiskId id) const {
+/// `fresh`: all that was answered is in map rows.
+DiskInfo PoolImpl::InfoOf(DiskId id, bool fresh) const {
     const Catalog::Disk& disk = catalog_.disk(id);
     DiskInfo info;
     info.name = disk.record.name;
@@ -106,23 +115,26 @@ DiskInfo PoolImpl::InfoOf(DiskId id) const {
     info.created_ms = disk.record.created_ms;
     info.generation = disk.record.generation.value;
     info.depth = DepthOf(id);
+    info.offline = disk.record.offline;
+    info.approximate = !fresh && disks_.at(id).head->changed();
     return info;
 }
 
 Task<Result<std::vector<DiskInfo>>> PoolImpl::ListDisks() {
-    co_await FoldAll();
+    const bool fresh = co_await Refreshed();
     std::vector<DiskInfo> infos;
-    for (const auto& [id, disk] : catalog_.disks()) infos.push_back(InfoOf(id));
+    for (const auto& [id, disk] : catalog_.disks()) infos.push_back(InfoOf(id, fresh));
     std::sort(infos.begin(), infos.end(),
               [](const DiskInfo& a, const DiskInfo& b) { return a.name < b.name; });
     co_return infos;
 }
 
 Task<Result<DiskInfo>> PoolImpl::ShowDisk(std::string name) {
-    co_await FoldAll();
+    const bool fresh = co_await Refreshed();
     const Result<DiskId> id = catalog_.FindDisk(name);
     if (!id.ok()) co_return id.error();
-    DiskInfo info = InfoOf(id.value());
+    DiskInfo info = InfoOf(id.value(), fresh);
+    if (!fresh) co_return info;
     const BranchId branch = catalog_.disk(id.value()).record.branch;
     if (catalog_.history().StandsAlone(branch)) {  // nothing needs to be counted
         info.unique = info.used;
@@ -137,13 +149,13 @@ Task<Result<DiskInfo>> PoolImpl::ShowDisk(std::string name) {
 }
 
 Task<Status> PoolImpl::RenameDisk(std::string name, std::string to) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+    Task<Result<Hold>> reserving = Reserve("a renaming", DiskNamed(name));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     const Result<DiskId> id = FindIdle(name);
     if (!id.ok()) co_return id.error();
-    Status s = CheckNewName(to);
-    if (!s.ok()) co_return s;
     Change change = [&](CommitContext& context) {
+        if (Status fits = CheckNewName(to); !fits.ok()) return fits;
         DiskRecord record = context.catalog.disk(id.value()).record;
         record.name = to;
         context.catalog.UpdateDisk(id.value(), std::move(record), context.batch);
@@ -153,17 +165,18 @@ Task<Status> PoolImpl::RenameDisk(std::string name, std::string to) {
 }
 
 Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+    Task<Result<Hold>> reserving = Reserve("a cloning", DiskOf(snapshot));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     const Result<SnapshotId> id = catalog_.FindSnapshot(snapshot);
     if (!id.ok()) co_return id.error();
-    Status s = CheckNewName(name);
+    Status s = CheckNewDisk(name);
     if (s.ok()) s = CheckDepth(id.value());
     if (s.ok()) s = Growable();
     if (!s.ok()) co_return s;
-    if (catalog_.disks().size() >= options_.disks_max) co_return TooManyDisks(options_.disks_max);
     co_await FoldSealed(catalog_.snapshot(id.value()).disk);
     Change change = [&](CommitContext& context) {
+        if (Status fits = CheckNewDisk(name); !fits.ok()) return fits;
         const SnapshotRecord& source = context.catalog.snapshot(id.value());
         DiskRecord record;
         record.name = name;
@@ -197,8 +210,9 @@ void PoolImpl::FlattenIfDeep(const SnapshotRecord& source, CommitContext& contex
 
 /// Gives the branch that is being flattened now; 0 if there is no need.
 Task<Result<BranchId>> PoolImpl::BeginFlatten(std::string name) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+    Task<Result<Hold>> reserving = Reserve("a flattening", DiskNamed(name));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     const Result<DiskId> id = FindIdle(name);
     if (!id.ok()) co_return id.error();
     if (Status s = Growable(); !s.ok()) co_return s.error();
@@ -292,8 +306,9 @@ Task<Status> PoolImpl::ResizeDisk(std::string name, uint64_t size, bool shrink, 
 
 Task<Status> PoolImpl::ResizeLocked(std::string name, uint64_t size, bool shrink, bool disconnect,
                                     std::optional<DiskId>* shrunk) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+    Task<Result<Hold>> reserving = Reserve("a resizing", DiskNamed(name));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     const Result<DiskId> id = FindIdle(name);
     if (!id.ok()) co_return id.error();
     Status s = CheckSize(size, options_);
@@ -330,7 +345,8 @@ Task<Status> PoolImpl::ResizeLocked(std::string name, uint64_t size, bool shrink
 /// Done is done with this commit; what FinishShrink does then unmaps what nobody can reach any
 /// more, and is taken up again at the next start if it was interrupted.
 Task<Status> PoolImpl::ShrinkDisk(DiskId id, uint64_t size, bool disconnect) {
-    Status s = co_await FenceDisk(id, disconnect);
+    bool cut_off = false;
+    Status s = co_await FenceDisk(id, disconnect, &cut_off);
     if (!s.ok()) co_return s;
     Disk& disk = disks_.at(id);
     s = co_await Settle(*disk.head);
@@ -374,6 +390,28 @@ Task<Status> PoolImpl::FinishShrink(DiskId id) {
     co_return s;
 }
 
+Task<Status> PoolImpl::SetOffline(std::string name, bool offline, bool disconnect) {
+    Task<Result<Hold>> reserving = Reserve("a change of its clients", DiskNamed(name));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
+    const Result<DiskId> id = FindIdle(name);
+    if (!id.ok()) co_return id.error();
+    if (catalog_.disk(id.value()).record.offline == offline) co_return Status();
+    Status s;
+    bool cut_off = false;
+    if (offline) s = co_await FenceDisk(id.value(), disconnect, &cut_off);
+    if (!s.ok()) co_return s;
+    Change change = [&](CommitContext& context) {
+        DiskRecord record = context.catalog.disk(id.value()).record;
+        record.offline = offline;
+        context.catalog.UpdateDisk(id.value(), std::move(record), context.batch);
+        return Status();
+    };
+    s = co_await Commit(std::move(change));
+    disks_.at(id.value()).fenced = false;
+    co_return s;
+}
+
 void PoolImpl::BuildDelete(DiskId id, CommitContext& context) {
     Catalog& catalog = context.catalog;
     // One job for each branch that loses its views, above all of them: with nothing live above, the
@@ -384,6 +422,7 @@ void PoolImpl::BuildDelete(DiskId id, CommitContext& context) {
         const SnapshotId snapshot = catalog.disk(id).snapshots.begin()->second;
         branches.insert(catalog.snapshot(snapshot).branch);
         catalog.RemoveSnapshot(snapshot, context.batch);
+        unique_.erase(snapshot);
     }
     catalog.RemoveDisk(id, context.batch);
     for (const BranchId branch : branches) {
@@ -393,8 +432,9 @@ void PoolImpl::BuildDelete(DiskId id, CommitContext& context) {
 }
 
 Task<Status> PoolImpl::DeleteDisk(std::string name, bool snapshots, bool disconnect) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+    Task<Result<Hold>> reserving = Reserve("a deletion", DiskNamed(name));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     const Result<DiskId> found = FindIdle(name);
     if (!found.ok()) co_return found.error();
     const DiskId id = found.value();
@@ -406,7 +446,8 @@ Task<Status> PoolImpl::DeleteDisk(std::string name, bool snapshots, bool disconn
                                         "with it",
                                         name, FormatCount(doomed.size(), "snapshot")));
     }
-    Status s = co_await FenceDisk(id, disconnect);
+    bool cut_off = false;
+    Status s = co_await FenceDisk(id, disconnect, &cut_off);
     if (!s.ok()) co_return s;
     for (const SnapshotId snapshot : doomed) {
         s = co_await FenceSnapshot(snapshot, disconnect);

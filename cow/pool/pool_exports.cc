@@ -7,25 +7,41 @@
 
 namespace varve::cow {
 
-std::vector<ExportEntry> PoolImpl::ListExports() {
-    std::vector<ExportEntry> entries;
-    for (const auto& [id, disk] : catalog_.disks()) {
-        entries.push_back({disk.record.name, disk.record.size, false});
+namespace {
+
+/// For clients that were cut off: their requests are given up between two pieces of work.
+constexpr int64_t kFenceUs = 10'000'000;
+/// For a snapshot that was taken a moment ago to be in map rows: less than a client is given to
+/// negotiate.
+constexpr int64_t kSealedUs = 5'000'000;
+
+Error StillThere(std::string_view what, uint64_t clients, bool closing) {
+    if (closing) {
+        return MakeError(ErrorKind::kBusy, "the server is stopping; nothing was changed");
     }
-    for (const auto& [id, snapshot] : catalog_.snapshots()) {
-        const std::string& disk = catalog_.disk(snapshot.disk).record.name;
-        entries.push_back({disk + "@" + snapshot.name, snapshot.size, true});
-    }
-    return entries;
+    return MakeError(
+        ErrorKind::kBusy,
+        fmt::format("{} was cut off from {}, but a request is still under way after {} s: "
+                    "nothing was changed; see 'varve status' for what is waited for",
+                    FormatCount(clients, "client"), what, kFenceUs / 1'000'000));
 }
 
-namespace {
+Error Offline(const std::string& name) {
+    return MakeError(
+        ErrorKind::kBusy,
+        fmt::format("disk '{}' is offline; 'varve online {}' lets clients in again", name, name));
+}
 
 Error Fenced(const std::string& name) {
     return MakeError(ErrorKind::kBusy, fmt::format("'{}' is in use by a command; try again", name));
 }
 
 }  // namespace
+
+Status PoolImpl::FindExport(std::string_view name) const {
+    if (name.find('@') == std::string_view::npos) return catalog_.FindDisk(name).status();
+    return catalog_.FindSnapshot(name).status();
+}
 
 /// "" stands for the only disk.
 std::string PoolImpl::ExportAsked(std::string name) const {
@@ -39,6 +55,7 @@ Result<ExportEntry> PoolImpl::DescribeExport(std::string name) {
         const Result<DiskId> id = catalog_.FindDisk(name);
         if (!id.ok()) return id.error();
         if (disks_.at(id.value()).fenced) return Fenced(name);
+        if (catalog_.disk(id.value()).record.offline) return Offline(name);
         return ExportEntry{name, catalog_.disk(id.value()).record.size, false};
     }
     const Result<SnapshotId> id = catalog_.FindSnapshot(name);
@@ -57,6 +74,7 @@ Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
         if (!id.ok()) co_return id.error();
         Disk& disk = disks_.at(id.value());
         if (disk.fenced) co_return fenced;
+        if (catalog_.disk(id.value()).record.offline) co_return Offline(name);
         ++disk.clients;
         result.volume = disk.head.get();
         exports_[result.id].disk = id.value();
@@ -66,7 +84,15 @@ Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
     Result<SnapshotId> id = catalog_.FindSnapshot(name);
     for (SnapshotId folded; id.ok() && id.value() != folded; id = catalog_.FindSnapshot(name)) {
         folded = id.value();
-        if (!Mutated(Mutant::kOpenedUnfolded)) co_await FoldSealed(catalog_.snapshot(folded).disk);
+        if (Mutated(Mutant::kOpenedUnfolded)) continue;
+        const bool stored = co_await SealedWithin(catalog_.snapshot(folded).disk, kSealedUs);
+        if (!stored) {
+            co_return MakeError(
+                ErrorKind::kBusy,
+                fmt::format("'{}' was taken a moment ago and is not stored yet: the "
+                            "device is slow; try again",
+                            name));
+        }
     }
     if (!id.ok()) co_return id.error();
     OpenSnapshot& open = snapshots_[id.value()];
@@ -134,7 +160,7 @@ void PoolImpl::Disconnect(DiskId disk, SnapshotId snapshot) {
     if (disconnect_) disconnect_(ids);
 }
 
-Task<Status> PoolImpl::FenceDisk(DiskId id, bool disconnect) {
+Task<Status> PoolImpl::FenceDisk(DiskId id, bool disconnect, bool* cut_off) {
     Disk& disk = disks_.at(id);
     if (disk.clients > 0 && !disconnect) {
         co_return MakeError(
@@ -144,9 +170,19 @@ Task<Status> PoolImpl::FenceDisk(DiskId id, bool disconnect) {
                         catalog_.disk(id).record.name, FormatCount(disk.clients, "client")));
     }
     disk.fenced = true;
-    if (disk.clients > 0) Disconnect(id, SnapshotId{});
-    while (disk.clients > 0) co_await export_closed_.Wait();
-    co_return Status();
+    if (disk.clients == 0) co_return Status();
+    *cut_off = true;
+    Disconnect(id, SnapshotId{});
+    const Waits::Scope waiting(core_.waits, "requests of clients that were cut off");
+    std::function<bool(int64_t*)> gone = [this, &disk](int64_t* until_us) {
+        if (core_.closing) *until_us = 0;
+        return disk.clients == 0;
+    };
+    const bool fenced = co_await ticker_.Wait(export_closed_, kFenceUs, std::move(gone));
+    if (fenced) co_return Status();
+    disk.fenced = false;
+    co_return StillThere("disk '" + catalog_.disk(id).record.name + "'", disk.clients,
+                         core_.closing);
 }
 
 Task<Status> PoolImpl::FenceSnapshot(SnapshotId id, bool disconnect) {
@@ -159,9 +195,19 @@ Task<Status> PoolImpl::FenceSnapshot(SnapshotId id, bool disconnect) {
                         catalog_.snapshot(id).name, FormatCount(open.clients, "client")));
     }
     open.fenced = true;
-    if (open.clients > 0) Disconnect(DiskId{}, id);
-    while (open.clients > 0) co_await export_closed_.Wait();
-    co_return Status();
+    if (open.clients == 0) co_return Status();
+    Disconnect(DiskId{}, id);
+    const Waits::Scope waiting(core_.waits, "requests of clients that were cut off");
+    std::function<bool(int64_t*)> gone = [this, &open](int64_t* until_us) {
+        if (core_.closing) *until_us = 0;
+        return open.clients == 0;
+    };
+    const bool fenced = co_await ticker_.Wait(export_closed_, kFenceUs, std::move(gone));
+    if (fenced) co_return Status();
+    const Error still =
+        StillThere("snapshot '" + catalog_.snapshot(id).name + "'", open.clients, core_.closing);
+    UnfenceSnapshot(id);
+    co_return still;
 }
 
 void PoolImpl::UnfenceSnapshot(SnapshotId id) {

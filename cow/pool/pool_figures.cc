@@ -19,7 +19,7 @@ struct Part {
 
     /// The chunks that may have something dead then. A chunk comes up once for each generation
     /// that touched it: memory is for chunks only.
-    Result<std::vector<ChunkIndex>> Candidates(MetadataView& view) {
+    Result<std::vector<ChunkIndex>> Candidates(MetadataView& view, std::atomic<uint64_t>& steps) {
         std::vector<ChunkIndex> chunks;
         size_t sorted = 0;
         const auto sort = [&] {
@@ -32,6 +32,7 @@ struct Part {
                 if (Status s = scan.Next(view, kCandidatesTogether, chunks); !s.ok()) {
                     return s.error();
                 }
+                ++steps;
                 if (chunks.size() >= 2 * sorted + kCandidatesTogether) sort();
             }
         }
@@ -41,8 +42,8 @@ struct Part {
 
     /// What would be dead without the views, less what is dead already and only waits for the
     /// reclaimer.
-    Result<uint64_t> CountFreed(MetadataView& view) {
-        const Result<std::vector<ChunkIndex>> chunks = Candidates(view);
+    Result<uint64_t> CountFreed(MetadataView& view, std::atomic<uint64_t>& steps) {
+        const Result<std::vector<ChunkIndex>> chunks = Candidates(view, steps);
         if (!chunks.ok()) return chunks.error();
         Region without = with;
         for (const int segment : with.gone) {
@@ -53,6 +54,7 @@ struct Part {
         uint64_t blocks = 0;
         for (const ChunkIndex chunk : chunks.value()) {
             SweepPlan now, then;
+            ++steps;
             if (Status s = sweep_with.Sweep(chunk, with.gone, now); !s.ok()) return s.error();
             if (Status s = sweep_without.Sweep(chunk, with.gone, then); !s.ok()) return s.error();
             blocks += then.freed_blocks - now.freed_blocks;
@@ -94,7 +96,10 @@ void PoolImpl::LookAtFreed(const DoomedViews& doomed, FreedScan* at) {
     }
 }
 
-Task<Result<uint64_t>> PoolImpl::BytesFreedWithout(DoomedViews views) {
+/// Counts on in `steps`, if there is somebody who looks whether it goes on.
+Task<Result<uint64_t>> PoolImpl::BytesFreedWithout(DoomedViews views,
+                                                   std::atomic<uint64_t>* steps) {
+    std::atomic<uint64_t> unseen = 0;
     FreedScan at;
     std::function<void()> look = [&] { LookAtFreed(views, &at); };
     co_await committer_.Look(std::move(look));
@@ -103,7 +108,7 @@ Task<Result<uint64_t>> PoolImpl::BytesFreedWithout(DoomedViews views) {
     uint64_t blocks = 0;
     Status s;
     for (auto& [key, part] : at.parts) {
-        const Result<uint64_t> freed = part.CountFreed(*at.view);
+        const Result<uint64_t> freed = part.CountFreed(*at.view, steps ? *steps : unseen);
         if (!freed.ok()) s = freed.error();
         if (!freed.ok()) break;
         blocks += freed.value();
@@ -115,7 +120,12 @@ Task<Result<uint64_t>> PoolImpl::BytesFreedWithout(DoomedViews views) {
 }
 
 Task<Result<uint64_t>> PoolImpl::EstimateDelete(std::vector<std::string> names, bool snapshots) {
-    co_await FoldAll();
+    const bool fresh = co_await Refreshed();
+    if (!fresh) {
+        co_return MakeError(ErrorKind::kBusy,
+                            "what was written last cannot be counted: the device is slow; see "
+                            "'varve status', and try again");
+    }
     std::set<SnapshotId> doomed;
     std::set<DiskId> disks;
     for (const std::string& name : names) {

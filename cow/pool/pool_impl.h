@@ -1,14 +1,16 @@
 // PoolImpl: the pool's commands, over the catalog, the committer, the reclaimer and the heads.
 // Split by subject: pool.cc (opening, closing, status, space), health.cc, recovery.cc,
-// pool_disks.cc, pool_snapshots.cc, pool_exports.cc.
+// pool_disks.cc, pool_snapshots.cc, pool_exports.cc, pool_waiting.cc.
 //
 // Everything here belongs to the home executor; a task that visits a lane comes back. Commands
-// that change something run one at a time (commands_); what they await is short, but for fences
-// and the trimming of a shrunk disk, which lets others in meanwhile (Disk::busy).
+// that change something hold their disks (Hold), and only those, until they end; the trimming of a
+// shrunk disk lets others be refused meanwhile (Disk::busy).
 #pragma once
 
+#include <atomic>
 #include <map>
 
+#include "base/ticker.h"
 #include "cow/head/map_commit.h"
 #include "cow/integrity/checksummer.h"
 #include "cow/integrity/scrub.h"
@@ -34,6 +36,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Result<DiskInfo>> ShowDisk(std::string name) override;
     Task<Status> RenameDisk(std::string name, std::string to) override;
     Task<Status> ResizeDisk(std::string name, uint64_t size, bool shrink, bool disconnect) override;
+    Task<Status> SetOffline(std::string name, bool offline, bool disconnect) override;
     Task<Status> DeleteDisk(std::string name, bool snapshots, bool disconnect) override;
     Task<Status> CloneSnapshot(std::string snapshot, std::string name) override;
     Task<Status> FlattenDisk(std::string name) override;
@@ -45,7 +48,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Status> RenameSnapshot(std::string name, std::string to) override;
     Task<Status> DeleteSnapshot(std::string name, bool disconnect) override;
     Task<Status> RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
-                                 bool disconnect) override;
+                                 bool disconnect, bool online) override;
 
     Task<Result<PoolStatus>> GetStatus() override;
     Task<Result<CheckReport>> Check() override;
@@ -55,7 +58,8 @@ class PoolImpl : public Pool, public HeadHost {
     void HurryReclaim() override;
     Task<void> CommitDirty() override;
 
-    std::vector<ExportEntry> ListExports() override;
+    Task<std::shared_ptr<const std::vector<ExportEntry>>> ListExports() override;
+    Status FindExport(std::string_view name) const override;
     Result<ExportEntry> DescribeExport(std::string name) override;
     Task<Result<Export>> OpenExport(std::string name) override;
     Task<void> CloseExport(uint64_t id) override;
@@ -72,12 +76,16 @@ class PoolImpl : public Pool, public HeadHost {
     struct Disk {
         std::unique_ptr<Head> head;
         uint64_t clients = 0;
-        uint64_t visitors = 0;     // tasks that hold the head and are not clients
-        bool fenced = false;       // no new clients
-        size_t depth = 0;          // of the line that the head was given
-        bool busy = false;         // a long command is at work: others are refused
-        uint64_t allocations = 0;  // of the head, when ReturnIdleLeases last looked
-        uint64_t quiet = 0;        // times that it found them unchanged
+        uint64_t visitors = 0;          // tasks that hold the head and are not clients
+        bool fenced = false;            // no new clients
+        size_t depth = 0;               // of the line that the head was given
+        bool busy = false;              // a long command is at work: others are refused
+        uint64_t allocations = 0;       // of the head, when ReturnIdleLeases last looked
+        uint64_t quiet = 0;             // times that it found them unchanged
+        const char* command = nullptr;  // at work: others wait
+        int64_t command_since_us = 0;
+        bool watched = false;      // WatchSealed runs
+        uint64_t seen_sealed = 0;  // how often it has ended
     };
     struct OpenSnapshot {
         std::unique_ptr<MappedVolume> volume;
@@ -95,6 +103,38 @@ class PoolImpl : public Pool, public HeadHost {
         std::vector<SnapshotId> snapshots;
         std::vector<DiskId> disks;  // their heads only
     };
+    /// `unique` of a snapshot on its way.
+    struct Counting {
+        std::atomic<uint64_t> steps = 0;  // the auditor's
+        bool done = false;
+        Status error;
+    };
+    /// Keeps other commands from some disks as long as it exists.
+    class Hold {
+      public:
+        Hold(PoolImpl& pool, std::vector<DiskId> disks, const char* command);
+        Hold(Hold&& other) noexcept
+            : pool_(std::exchange(other.pool_, nullptr)), disks_(std::move(other.disks_)) {}
+        ~Hold();
+
+      private:
+        PoolImpl* pool_;
+        std::vector<DiskId> disks_;
+    };
+    using FindDisks = std::function<Result<std::vector<DiskId>>()>;
+
+    // pool_waiting.cc
+    static Error Stopping();
+    Task<Result<Hold>> Reserve(const char* command, FindDisks find);
+    FindDisks DiskNamed(const std::string& name) const;
+    FindDisks DiskOf(const std::string& snapshot) const;
+    Task<void> WatchSealed(DiskId id);
+    Task<bool> SealedWithin(DiskId id, int64_t us);
+    Task<void> Refreshes();
+    Task<bool> Refreshed();
+    Task<void> CountUnique(SnapshotId id, std::shared_ptr<Counting> counting);
+    Task<Result<bool>> Counted(SnapshotId id);
+    Task<void> MakeExports();
 
     // recovery.cc
     Task<Status> FoldPart(const JournalPart& part);
@@ -106,6 +146,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<void> RecallLeases(std::vector<DiskId> ids);
     Task<void> ReturnIdleLeases();
     bool Scarce() const;
+    int64_t StandstillUs();
 
     // health.cc
     Status Growable() const;
@@ -124,7 +165,8 @@ class PoolImpl : public Pool, public HeadHost {
     size_t DepthOf(DiskId id) const;
     Result<DiskId> FindIdle(std::string_view name) const;
     Status CheckNewName(std::string_view name) const;
-    DiskInfo InfoOf(DiskId id) const;
+    Status CheckNewDisk(std::string_view name) const;
+    DiskInfo InfoOf(DiskId id, bool fresh) const;
     Task<Status> Settle(Head& head);
     Task<Status> ResizeLocked(std::string name, uint64_t size, bool shrink, bool disconnect,
                               std::optional<DiskId>* shrunk);
@@ -147,16 +189,18 @@ class PoolImpl : public Pool, public HeadHost {
     Task<void> UnholdOne(DiskId id, Head& head);
     Task<void> FinishOne(Cut cut);
     std::optional<SnapshotId> BuildRestore(SnapshotId id, const std::optional<std::string>& keep_as,
-                                           CommitContext& context);
-    Task<Result<SnapshotInfo>> InfoOf(SnapshotId id);
+                                           bool offline, CommitContext& context);
+    Task<Result<SnapshotInfo>> InfoOf(SnapshotId id, bool* waits);
+    Result<std::vector<DiskId>> FindCutDisks(const std::vector<std::string>& names) const;
 
     // pool_figures.cc
     void LookAtFreed(const DoomedViews& doomed, FreedScan* at);
-    Task<Result<uint64_t>> BytesFreedWithout(DoomedViews views);
+    Task<Result<uint64_t>> BytesFreedWithout(DoomedViews views,
+                                             std::atomic<uint64_t>* steps = nullptr);
 
     // pool_exports.cc
     std::string ExportAsked(std::string name) const;
-    Task<Status> FenceDisk(DiskId id, bool disconnect);
+    Task<Status> FenceDisk(DiskId id, bool disconnect, bool* cut_off);
     Task<Status> FenceSnapshot(SnapshotId id, bool disconnect);
     void Disconnect(DiskId disk, SnapshotId snapshot);
     void UnfenceSnapshot(SnapshotId id);
@@ -172,13 +216,33 @@ class PoolImpl : public Pool, public HeadHost {
     Committer committer_;
     Checksummer checksummer_;
     Scrubber scrubber_;
-    AsyncMutex commands_;
+    Ticker ticker_;
+    Gate commands_;  // under way
+    WaitList command_ended_;
+    WaitList sealed_seen_;
     std::map<DiskId, Disk> disks_;
     std::map<SnapshotId, OpenSnapshot> snapshots_;  // those that are exported now
     std::map<uint64_t, OpenExportState> exports_;
     uint64_t next_export_ = 1;
+    std::shared_ptr<const std::vector<ExportEntry>> exports_list_;
+    uint64_t exports_version_ = 0;  // of the catalog's names, when the list was begun
+    bool making_exports_ = false;
+    WaitList exports_made_;
     WaitList export_closed_;
     WaitList visit_ended_;
+    uint64_t refreshes_wanted_ = 0, refreshes_started_ = 0, refreshes_done_ = 0;
+    bool refreshing_ = false;
+    WaitList refreshed_;
+    struct LaneLook {
+        bool busy = false;
+        uint64_t ended = 0;    // requests
+        int64_t since_us = 0;  // busy, and no request has ended
+    };
+    std::vector<LaneLook> lane_looks_;
+    uint64_t map_cache_used_ = 0;            // at the last refresh
+    std::map<SnapshotId, uint64_t> unique_;  // as last counted
+    std::map<SnapshotId, std::shared_ptr<Counting>> counting_;
+    WaitList counted_;
     Gate background_;
     std::function<void(const std::vector<uint64_t>&)> disconnect_;
     bool metadata_full_ = false;  // when it was looked at last
@@ -188,17 +252,6 @@ class PoolImpl : public Pool, public HeadHost {
     std::string health_logged_;     // the warnings that the log has had last
     bool full_ = false;             // FindSpace found nothing, and since then nothing was released
     uint64_t full_at_release_ = 0;  // committer_.released_blocks() then
-};
-
-/// Holds the pool's command lock for a scope.
-class CommandLock {
-  public:
-    explicit CommandLock(AsyncMutex& mutex) : mutex_(mutex) {}
-    ~CommandLock() { mutex_.Unlock(); }
-    CommandLock(const CommandLock&) = delete;
-
-  private:
-    AsyncMutex& mutex_;
 };
 
 }  // namespace varve::cow

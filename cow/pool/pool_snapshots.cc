@@ -9,6 +9,9 @@
 namespace varve::cow {
 namespace {
 
+/// For a snapshot that was taken a moment ago to be in map rows, before figures are told.
+constexpr int64_t kStoredUs = 1'000'000;
+
 /// Branches a lookup may have to visit while the line is being flattened, which begins long before.
 constexpr size_t kDepthMax = 1024;
 
@@ -45,6 +48,18 @@ Status PoolImpl::CheckNewSnapshot(DiskId id, std::string_view name) const {
                                      disk.record.name, disk.snapshots.size()));
     }
     return Status();
+}
+
+Result<std::vector<DiskId>> PoolImpl::FindCutDisks(const std::vector<std::string>& names) const {
+    std::vector<DiskId> disks;
+    for (const std::string& name : names) {
+        const Result<SnapshotName> parts = SplitSnapshotName(name);
+        if (!parts.ok()) return parts.error();
+        const Result<DiskId> id = FindIdle(parts.value().disk);
+        if (!id.ok()) return id.error();
+        disks.push_back(id.value());
+    }
+    return disks;
 }
 
 Result<std::vector<PoolImpl::Cut>> PoolImpl::PlanCuts(const std::vector<std::string>& names) {
@@ -136,8 +151,9 @@ Task<bool> PoolImpl::RunCuts(std::vector<Cut>& cuts) {
 }
 
 Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+    Task<Result<Hold>> reserving = Reserve("a snapshot", [&] { return FindCutDisks(names); });
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     if (core_.failed) {
         co_return MakeError(ErrorKind::kIo, "the pool has failed: " + core_.failure());
     }
@@ -181,11 +197,17 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
 
 // ---- listing
 
-Task<Result<SnapshotInfo>> PoolImpl::InfoOf(SnapshotId id) {
-    co_await FoldSealed(catalog_.snapshot(id).disk);
-    if (!catalog_.snapshots().contains(id)) {
-        co_return MakeError(ErrorKind::kNotFound, "the snapshot was deleted meanwhile");
+/// Without `*waits` the figures are those of memory; it is cleared when something hangs.
+Task<Result<SnapshotInfo>> PoolImpl::InfoOf(SnapshotId id, bool* waits) {
+    const Error gone = MakeError(ErrorKind::kNotFound, "the snapshot was deleted meanwhile");
+    if (*waits) *waits = co_await SealedWithin(catalog_.snapshot(id).disk, kStoredUs);
+    if (!catalog_.snapshots().contains(id)) co_return gone;
+    if (*waits) {
+        const Result<bool> counted = co_await Counted(id);
+        if (!counted.ok()) co_return counted.error();
+        *waits = counted.value();
     }
+    if (!catalog_.snapshots().contains(id)) co_return gone;
     SnapshotInfo info;
     const SnapshotRecord& record = catalog_.snapshot(id);
     info.disk = catalog_.disk(record.disk).record.name;
@@ -194,16 +216,14 @@ Task<Result<SnapshotInfo>> PoolImpl::InfoOf(SnapshotId id) {
     info.size = record.size;
     info.generation = record.generation.value;
     info.referenced = record.mapped_blocks * kBlockBytes;
-    DoomedViews views;
-    views.snapshots.push_back(id);
-    const Result<uint64_t> unique = co_await BytesFreedWithout(std::move(views));
-    if (!unique.ok()) co_return unique.error();
-    info.unique = unique.value();
+    const auto unique = unique_.find(id);
+    if (unique != unique_.end()) info.unique = unique->second;
+    info.approximate = !*waits;
     co_return info;
 }
 
 Task<Result<std::vector<SnapshotInfo>>> PoolImpl::ListSnapshots(std::string disk) {
-    co_await FoldAll();
+    bool waits = co_await Refreshed();
     const Result<DiskId> found = catalog_.FindDisk(disk);
     if (!found.ok()) co_return found.error();
     std::vector<std::pair<Generation, SnapshotId>> order;
@@ -214,7 +234,7 @@ Task<Result<std::vector<SnapshotInfo>>> PoolImpl::ListSnapshots(std::string disk
     std::vector<SnapshotInfo> infos;
     for (const auto& [generation, id] : order) {
         if (!catalog_.snapshots().contains(id)) continue;  // deleted meanwhile
-        Result<SnapshotInfo> info = co_await InfoOf(id);
+        Result<SnapshotInfo> info = co_await InfoOf(id, &waits);
         if (!info.ok() && info.error().kind == ErrorKind::kNotFound) continue;
         if (!info.ok()) co_return info.error();
         infos.push_back(std::move(info.value()));
@@ -223,10 +243,10 @@ Task<Result<std::vector<SnapshotInfo>>> PoolImpl::ListSnapshots(std::string disk
 }
 
 Task<Result<SnapshotInfo>> PoolImpl::ShowSnapshot(std::string name) {
-    co_await FoldAll();
+    bool waits = co_await Refreshed();
     const Result<SnapshotId> id = catalog_.FindSnapshot(name);
     if (!id.ok()) co_return id.error();
-    co_return co_await InfoOf(id.value());
+    co_return co_await InfoOf(id.value(), &waits);
 }
 
 // ---- changing
@@ -242,8 +262,9 @@ Status PoolImpl::CheckDepth(SnapshotId id) const {
 }
 
 Task<Status> PoolImpl::RenameSnapshot(std::string name, std::string to) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+    Task<Result<Hold>> reserving = Reserve("a renaming", DiskOf(name));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     const Result<SnapshotId> id = catalog_.FindSnapshot(name);
     if (!id.ok()) co_return id.error();
     const SnapshotRecord& record = catalog_.snapshot(id.value());
@@ -266,8 +287,9 @@ Task<Status> PoolImpl::RenameSnapshot(std::string name, std::string to) {
 }
 
 Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+    Task<Result<Hold>> reserving = Reserve("a snapshot's deletion", DiskOf(name));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     const Result<SnapshotId> found = catalog_.FindSnapshot(name);
     if (!found.ok()) co_return found.error();
     const SnapshotId id = found.value();
@@ -279,6 +301,7 @@ Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect) {
         const SnapshotRecord& record = context.catalog.snapshot(id);
         context.catalog.AddJob({record.branch, record.generation}, context.batch);
         context.catalog.RemoveSnapshot(id, context.batch);
+        unique_.erase(id);
         context.noted = true;
         return Status();
     };
@@ -290,7 +313,7 @@ Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect) {
 /// Gives the snapshot that keeps the present state, if there is one.
 std::optional<SnapshotId> PoolImpl::BuildRestore(SnapshotId id,
                                                  const std::optional<std::string>& keep_as,
-                                                 CommitContext& context) {
+                                                 bool offline, CommitContext& context) {
     std::optional<SnapshotId> kept_id;
     const SnapshotRecord source = context.catalog.snapshot(id);
     DiskRecord disk = context.catalog.disk(source.disk).record;
@@ -313,6 +336,7 @@ std::optional<SnapshotId> PoolImpl::BuildRestore(SnapshotId id,
     disk.branch = context.catalog.AddBranch(source.branch, fork, context.batch);
     disk.generation = Generation{context.catalog.NextId()};
     disk.size = source.size;
+    disk.offline = offline;
     disk.mapped_blocks = source.mapped_blocks;
     context.catalog.UpdateDisk(source.disk, std::move(disk), context.batch);
     FlattenIfDeep(source, context);
@@ -320,9 +344,10 @@ std::optional<SnapshotId> PoolImpl::BuildRestore(SnapshotId id,
 }
 
 Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
-                                       bool disconnect) {
-    co_await commands_.Lock();
-    const CommandLock lock(commands_);
+                                       bool disconnect, bool online) {
+    Task<Result<Hold>> reserving = Reserve("a restore", DiskOf(name));
+    const Result<Hold> hold = co_await reserving;
+    if (!hold.ok()) co_return hold.error();
     const Result<SnapshotId> found = catalog_.FindSnapshot(name);
     if (!found.ok()) co_return found.error();
     const DiskId id = catalog_.snapshot(found.value()).disk;
@@ -331,7 +356,8 @@ Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::stri
     Status s = CheckDepth(found.value());
     if (s.ok() && keep_as) s = CheckNewSnapshot(id, *keep_as);
     if (s.ok()) s = Growable();
-    if (s.ok()) s = co_await FenceDisk(id, disconnect);
+    bool cut_off = false;
+    if (s.ok()) s = co_await FenceDisk(id, disconnect, &cut_off);
     if (!s.ok()) co_return s;
     Disk& disk = disks_.at(id);
     // Nobody writes any more. What was answered goes to the kept snapshot, if there is one.
@@ -340,7 +366,8 @@ Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::stri
     std::optional<SnapshotId> kept;
     if (s.ok()) {
         Change change = [&](CommitContext& context) {
-            kept = BuildRestore(found.value(), keep_as, context);
+            const bool offline = context.catalog.disk(id).record.offline || cut_off;
+            kept = BuildRestore(found.value(), keep_as, offline && !online, context);
             return Status();
         };
         s = co_await Commit(std::move(change));

@@ -4,12 +4,21 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
 #include "base/log.h"
 
 namespace varve::nbdserver {
+
+namespace {
+
+/// For clients that were ended to be gone: their requests are given up between pieces of work, but
+/// not one that hangs in the device.
+constexpr int64_t kDisconnectUs = 10'000'000;
+
+}  // namespace
 
 class Client {
   public:
@@ -80,8 +89,13 @@ int64_t NowMs() {
 
 }  // namespace
 
-Clients::Clients(Executor& home, cow::Pool& pool, std::function<ConnectionHost&(Executor&)> host_of)
-    : home_(home), pool_(pool), host_of_(std::move(host_of)), changed_(home) {
+Clients::Clients(Executor& home, Clock& clock, cow::Pool& pool,
+                 std::function<ConnectionHost&(Executor&)> host_of)
+    : home_(home),
+      pool_(pool),
+      host_of_(std::move(host_of)),
+      changed_(home),
+      ticker_(&clock, home) {
     pool_.SetDisconnector([this](const std::vector<uint64_t>& exports) {
         for (const uint64_t id : exports) {
             const auto client = clients_.find(id);
@@ -214,17 +228,16 @@ Task<std::vector<admin::ClientInfo>> Clients::List() {
 }
 
 Task<uint64_t> Clients::Disconnect(std::vector<uint64_t> ids) {
-    uint64_t count = 0;
-    for (const uint64_t id : ids) {
-        const auto client = clients_.find(id);
-        if (client == clients_.end()) continue;
-        End(client->second);
-        ++count;
-    }
-    for (const uint64_t id : ids) {  // an export's id is never used again
-        while (clients_.count(id) != 0) co_await changed_.Wait();
-    }
-    co_return count;
+    std::erase_if(ids, [this](uint64_t id) { return !clients_.contains(id); });
+    for (const uint64_t id : ids) End(clients_.at(id));
+    uint64_t left = 0;
+    std::function<bool(int64_t*)> gone = [&](int64_t*) {  // an export's id is never used again
+        left = static_cast<uint64_t>(std::count_if(
+            ids.begin(), ids.end(), [this](uint64_t id) { return clients_.contains(id); }));
+        return left == 0;
+    };
+    const bool all = co_await ticker_.Wait(changed_, kDisconnectUs, std::move(gone));
+    co_return all ? ids.size() : ids.size() - left;
 }
 
 void Clients::Drain() {
@@ -238,6 +251,7 @@ void Clients::EndAll() {
 
 Task<void> Clients::Gone() {
     while (!clients_.empty()) co_await changed_.Wait();
+    co_await ticker_.Idle();
 }
 
 }  // namespace varve::nbdserver

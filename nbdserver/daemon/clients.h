@@ -17,6 +17,7 @@
 #include "base/executor.h"
 #include "base/sync.h"
 #include "base/task.h"
+#include "base/ticker.h"
 #include "cow/pool/pool.h"
 #include "nbdserver/connection/connection.h"
 #include "nbdserver/negotiation/negotiation.h"
@@ -29,7 +30,8 @@ class Client;
 class Clients : public admin::ClientDirectory {
   public:
     /// `host_of` gives the connection host of a volume's executor. Tells `pool` how to fence.
-    Clients(Executor& home, cow::Pool& pool, std::function<ConnectionHost&(Executor&)> host_of);
+    Clients(Executor& home, Clock& clock, cow::Pool& pool,
+            std::function<ConnectionHost&(Executor&)> host_of);
     /// REQUIRES: no client is left. The pool must not fence any more.
     ~Clients() override;
 
@@ -71,6 +73,7 @@ class Clients : public admin::ClientDirectory {
     const std::function<ConnectionHost&(Executor&)> host_of_;
     std::map<uint64_t, std::shared_ptr<Client>> clients_;  // by the export's id
     WaitList changed_;                                     // a client went
+    Ticker ticker_;
     bool closing_ = false;
 };
 

@@ -19,10 +19,11 @@
 namespace varve::nbdserver {
 namespace {
 
-// Of the 2 s that stopping may take: how long clients may take their last replies, and how long
-// commands of the admin socket may go on after that.
+// Of the 2 s that stopping may take: how long clients may take their last replies, how long
+// commands of the admin socket may go on after that, and when all that is left is left behind.
 constexpr uint64_t kDrainMsMax = 1000;
 constexpr uint64_t kCommandMsMax = 500;
+constexpr uint64_t kStopMsMax = 1700;
 constexpr int kFlushLogMs = 100;
 constexpr unsigned kLoaderThreads = 2;
 
@@ -147,9 +148,11 @@ Status Daemon::StartServing(const Options& options) {
     commit_timer_ = std::make_unique<Timer>(*control_);
     drain_timer_ = std::make_unique<Timer>(*control_);
     command_timer_ = std::make_unique<Timer>(*control_);
+    stop_timer_ = std::make_unique<Timer>(*control_);
+    stop_watch_ = std::make_unique<Gate>(*control_);
     commit_interval_ms_ = options.pool_options.commit_interval_ms;
     clients_ = std::make_unique<Clients>(
-        *home_, *pool_,
+        *home_, *clock_, *pool_,
         [this](Executor& reactor) -> ConnectionHost& { return plane_->HostOf(reactor); });
 
     Result<std::vector<Listener>> listeners = Listen(options);
@@ -228,6 +231,8 @@ Task<void> Daemon::Stop() {
     Log(LogLevel::kInfo, "stopping");
     ::sd_notify(0, "STOPPING=1");
     pool_->PrepareShutdown();
+    stop_watch_->Enter();
+    Spawn(StopInTime());
     commit_timer_->Cancel();
     server_->Close();
     admin_->Stop([this] {
@@ -251,13 +256,16 @@ Task<void> Daemon::Stop() {
         co_await waiting;
     }
     if (!admin_stopped_) {
-        Task<void> leaving = LeaveCommandBehind();
+        Task<void> leaving = LeaveBehind("a command was still running: it is done or not done");
         co_await leaving;
     }
     co_await Hop(*home_);
     Task<Status> shutting = pool_->Shutdown();
     Status status = co_await shutting;
     co_await Hop(*control_);
+    stop_timer_->Cancel();
+    Task<void> watched = stop_watch_->Drained();
+    co_await watched;
     outcome_ = std::move(status);
     stopped_ = true;
     control_->Stop();
@@ -275,13 +283,24 @@ Task<void> Daemon::EndStuckClients() {
     loops_->Leave();
 }
 
-/// A command that takes long is cut off as by a crash, which every command is made for.
-Task<void> Daemon::LeaveCommandBehind() {
+/// Whatever is not through by then, the next start takes up: folding, deletions, negotiations. Not
+/// without what was answered, which may take as long as the device does.
+Task<void> Daemon::StopInTime() {
+    Task<bool> waiting = stop_timer_->Wait(kStopMsMax);
+    const bool expired = co_await waiting;
+    if (expired) {
+        Task<void> leaving = LeaveBehind("stopping took long: what is left is done");
+        co_await leaving;
+    }
+    stop_watch_->Leave();
+}
+
+/// Cut off as by a crash, which every command and all background work is made for.
+Task<void> Daemon::LeaveBehind(std::string what) {
     co_await Hop(*home_);
     Task<void> committing = pool_->CommitDirty();
     co_await committing;
-    Log(LogLevel::kWarning,
-        "a command was still running: it is done or not done at the next start");
+    Log(LogLevel::kWarning, what + " at the next start");
     FlushLog(kFlushLogMs);
     ::_exit(0);
 }

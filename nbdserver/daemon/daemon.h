@@ -45,7 +45,8 @@ class Daemon {
     Task<void> CommitNowAndThen(uint64_t interval_ms);
     Task<void> Stop();
     Task<void> EndStuckClients();
-    Task<void> LeaveCommandBehind();
+    Task<void> StopInTime();
+    Task<void> LeaveBehind(std::string what);
     void ClosePool();
 
     std::unique_ptr<Control> control_;  // first: it keeps signals from ending the process
@@ -64,7 +65,8 @@ class Daemon {
     std::unique_ptr<Server> server_;
 
     // Of the control thread.
-    std::unique_ptr<Timer> commit_timer_, drain_timer_, command_timer_;
+    std::unique_ptr<Timer> commit_timer_, drain_timer_, command_timer_, stop_timer_;
+    std::unique_ptr<Gate> stop_watch_;
     std::unique_ptr<Gate> loops_;
     uint64_t commit_interval_ms_ = 0;
     bool admin_stopped_ = false;

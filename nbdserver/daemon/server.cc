@@ -316,9 +316,12 @@ Task<void> Server::Converse(std::shared_ptr<Handshake> handshake) {
 
 Task<void> Server::AnswerList(std::shared_ptr<Handshake> handshake) {
     co_await Hop(home_);
-    std::vector<std::string> names;
-    for (cow::ExportEntry& entry : pool_.ListExports()) names.push_back(std::move(entry.name));
+    Task<std::shared_ptr<const std::vector<cow::ExportEntry>>> listing = pool_.ListExports();
+    const std::shared_ptr<const std::vector<cow::ExportEntry>> exports = co_await listing;
     co_await Hop(control_);
+    std::vector<std::string> names;
+    names.reserve(exports->size());
+    for (const cow::ExportEntry& entry : *exports) names.push_back(entry.name);
     handshake->negotiator.AnswerList(names);
 }
 

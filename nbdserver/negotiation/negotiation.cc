@@ -272,7 +272,8 @@ Negotiator::Step Negotiator::AnswerLookup(LookupError error) {
             ReplyError(wire::kRepErrUnknown, "no such export");
             break;
         case LookupError::kBusy:
-            ReplyError(wire::kRepErrPolicy, "this export is being changed, try again");
+            ReplyError(wire::kRepErrPolicy,
+                       "this export is offline or being changed, try again later");
             break;
         case LookupError::kFailed:
             ReplyError(wire::kRepErrPlatform, "the server cannot open this export");

@@ -32,7 +32,7 @@ struct ExportDescription {
 /// Why a looked-up export is not served.
 enum class LookupError {
     kUnknown,   // there is no such export
-    kBusy,      // not now: it is being restored, deleted or resized
+    kBusy,      // not now: it is offline, or being restored, deleted or resized
     kFailed,    // the server cannot
     kShutdown,  // the server is stopping
 };

@@ -24,6 +24,7 @@ std::vector<std::string> Rewrite(const admin::Arguments& a) {
                                                   {a.snapshots, "--snapshots"},
                                                   {a.disconnect, "--disconnect"},
                                                   {a.shrink, "--shrink"},
+                                                  {a.online, "--online"},
                                                   {a.wait, "--wait"}};
     for (const auto& [set, word] : flags) {
         if (set) words.emplace_back(word);

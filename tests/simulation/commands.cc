@@ -132,7 +132,7 @@ void Runner::Restore(const std::string& name, Disk& disk) {
     const auto moments = std::make_shared<Moments>(time_, time_);
     const Snapshot kept{disk.model.Cut(time_, time_), moments};
     const Image image = snapshot->image;
-    const Status s = machine_->Do(pool().RestoreSnapshot(name + "@" + from, keep, false));
+    const Status s = machine_->Do(pool().RestoreSnapshot(name + "@" + from, keep, false, false));
     if (Refused(s)) return;
     if (s.ok() && media_.power()) {
         if (keep) disk.snapshots.emplace(*keep, kept);
@@ -223,7 +223,7 @@ void Runner::DeleteCounted(const std::string& name, Disk& disk) {
     if (!DrawSnapshot(disk, &victim)) return;
     if (rude_ && !Quiet()) return;  // `unique` leaves out too much while many notes wait
     const auto info = machine_->Do(pool().ShowSnapshot(name + "@" + victim));
-    if (!Quiet() || !info.ok()) return;
+    if (!Quiet() || !info.ok() || info.value().approximate) return;
     const auto before = machine_->Do(pool().GetStatus());
     Note("delete {}@{} when all is quiet", name, victim);
     const Status s = machine_->Do(pool().DeleteSnapshot(name + "@" + victim, false));
@@ -231,7 +231,8 @@ void Runner::DeleteCounted(const std::string& name, Disk& disk) {
         disk.snapshots.erase(victim);
         if (!Quiet() || Struck()) return;
         const auto after = machine_->Do(pool().GetStatus());
-        const bool certain = media_.power() && !Struck();
+        const bool certain = media_.power() && !Struck() && !before.value().approximate &&
+                             !after.value().approximate;
         if (after.value().home_reads > 0) Violation("rows of the allocator were read on home");
         if (certain && before.value().used - after.value().used != info.value().unique) {
             Violation(fmt::format("{}@{}: unique was {}, deleting freed {}", name, victim,

@@ -1,0 +1,235 @@
+// Which command may work on which disk, and waiting that ends: for disks, for clients that are cut
+// off, for figures.
+//
+// No lock is held across a wait for another. A command says which disks it is about, and gets all
+// of them in one step, once none of them has a command at work; until then it holds nothing. So
+// commands cannot wait for each other in a circle, and one that is stuck keeps away those that need
+// its disk, for a bounded time, and nobody else. Names and limits need no lock: they are checked by
+// the change itself, which is built in one step.
+#include <fmt/format.h>
+
+#include "cow/pool/pool_impl.h"
+
+namespace varve::cow {
+namespace {
+
+/// For another command on the same disk: longer than that waits for its clients.
+constexpr int64_t kCommandWaitUs = 20'000'000;
+/// For all that was answered to be in map rows, before figures are told from memory. Commits take
+/// some milliseconds, also under load.
+constexpr int64_t kFreshUs = 1'000'000;
+/// For the next chunk to be counted.
+constexpr int64_t kCountUs = 2'000'000;
+/// Entries of a list that are made without letting others run: less than 1 ms.
+constexpr size_t kEntriesTogether = 1000;
+
+}  // namespace
+
+PoolImpl::Hold::Hold(PoolImpl& pool, std::vector<DiskId> disks, const char* command)
+    : pool_(&pool), disks_(std::move(disks)) {
+    pool.commands_.Enter();
+    for (const DiskId id : disks_) {
+        Disk& disk = pool.disks_.at(id);
+        disk.command = command;
+        disk.command_since_us = pool.ticker_.NowUs();
+    }
+}
+
+PoolImpl::Hold::~Hold() {
+    if (!pool_) return;
+    for (const DiskId id : disks_) {
+        const auto disk = pool_->disks_.find(id);
+        if (disk != pool_->disks_.end()) disk->second.command = nullptr;
+    }
+    pool_->command_ended_.WakeAll();
+    pool_->commands_.Leave();
+}
+
+Error PoolImpl::Stopping() {
+    return MakeError(ErrorKind::kBusy, "the server is stopping; send it again to the next one");
+}
+
+Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks find) {
+    Result<std::vector<DiskId>> found = std::vector<DiskId>();
+    DiskId blocked;
+    std::function<bool(int64_t*)> free = [&](int64_t*) {
+        found = find();
+        if (core_.closing) found = Stopping();
+        if (!found.ok()) return true;
+        for (const DiskId id : found.value()) {
+            blocked = id;
+            if (disks_.at(id).command) return false;
+        }
+        return true;
+    };
+    const bool ended = co_await ticker_.Wait(command_ended_, kCommandWaitUs, std::move(free));
+    if (!ended) {
+        const Disk& disk = disks_.at(blocked);
+        co_return MakeError(
+            ErrorKind::kBusy,
+            fmt::format("disk '{}' is busy: {} has been at work on it for {} s; try again",
+                        catalog_.disk(blocked).record.name, disk.command,
+                        (ticker_.NowUs() - disk.command_since_us) / 1'000'000));
+    }
+    if (!found.ok()) co_return found.error();
+    Hold hold(*this, std::move(found.value()), command);
+    co_return std::move(hold);
+}
+
+PoolImpl::FindDisks PoolImpl::DiskNamed(const std::string& name) const {
+    return [this, &name]() -> Result<std::vector<DiskId>> {
+        const Result<DiskId> id = FindIdle(name);
+        if (!id.ok()) return id.error();
+        return std::vector<DiskId>{id.value()};
+    };
+}
+
+PoolImpl::FindDisks PoolImpl::DiskOf(const std::string& snapshot) const {
+    return [this, &snapshot]() -> Result<std::vector<DiskId>> {
+        const Result<SnapshotId> id = catalog_.FindSnapshot(snapshot);
+        if (!id.ok()) return id.error();
+        return std::vector<DiskId>{catalog_.snapshot(id.value()).disk};
+    };
+}
+
+// ---- what may hang, watched
+
+/// Waits until the disk's newest snapshot is in map rows; one at a time for each disk.
+Task<void> PoolImpl::WatchSealed(DiskId id) {
+    background_.Enter();
+    disks_.at(id).watched = true;
+    co_await FoldSealed(id);
+    const auto disk = disks_.find(id);
+    if (disk != disks_.end()) {
+        disk->second.watched = false;
+        ++disk->second.seen_sealed;
+    }
+    sealed_seen_.WakeAll();
+    background_.Leave();
+}
+
+Task<bool> PoolImpl::SealedWithin(DiskId id, int64_t us) {
+    const auto disk = disks_.find(id);
+    if (disk == disks_.end()) co_return true;
+    const uint64_t seen = disk->second.seen_sealed;
+    if (!disk->second.watched) Spawn(WatchSealed(id));
+    std::function<bool(int64_t*)> done = [this, id, seen](int64_t* until_us) {
+        if (core_.closing) *until_us = 0;
+        const auto now = disks_.find(id);
+        return now == disks_.end() || now->second.seen_sealed != seen;
+    };
+    co_return co_await ticker_.Wait(sealed_seen_, us, std::move(done));
+}
+
+Task<void> PoolImpl::Refreshes() {
+    background_.Enter();
+    while (refreshes_started_ < refreshes_wanted_) {
+        const uint64_t mine = ++refreshes_started_;
+        co_await FoldAll();
+        uint64_t used = 0;
+        for (const auto& lane : lanes_) {
+            co_await Hop(lane->executor);
+            used += lane->cache.used() + lane->sums.used();
+        }
+        co_await Hop(core_.home());
+        map_cache_used_ = used;
+        refreshes_done_ = mine;
+        refreshed_.WakeAll();
+    }
+    refreshing_ = false;
+    background_.Leave();
+}
+
+/// Brings into map rows what was answered before. False if that takes too long: figures are those
+/// of memory then. However many ask, one refresh is under way, and one to come.
+Task<bool> PoolImpl::Refreshed() {
+    const uint64_t mine = refreshes_started_ + 1;  // one that runs already may have missed some
+    refreshes_wanted_ = std::max(refreshes_wanted_, mine);
+    if (!refreshing_) {
+        refreshing_ = true;
+        Spawn(Refreshes());
+    }
+    std::function<bool(int64_t*)> done = [this, mine](int64_t* until_us) {
+        if (core_.closing) *until_us = 0;
+        return refreshes_done_ >= mine;
+    };
+    co_return co_await ticker_.Wait(refreshed_, kFreshUs, std::move(done));
+}
+
+/// Counts what deleting the snapshot would free.
+Task<void> PoolImpl::CountUnique(SnapshotId id, std::shared_ptr<Counting> counting) {
+    background_.Enter();
+    DoomedViews views;
+    views.snapshots.push_back(id);
+    const Result<uint64_t> unique = co_await BytesFreedWithout(std::move(views), &counting->steps);
+    counting->error = unique.status();
+    if (unique.ok() && catalog_.snapshots().contains(id)) unique_[id] = unique.value();
+    counting->done = true;
+    counting_.erase(id);
+    counted_.WakeAll();
+    background_.Leave();
+}
+
+/// Puts `unique` into unique_. False if that takes too long without going on.
+Task<Result<bool>> PoolImpl::Counted(SnapshotId id) {
+    std::shared_ptr<Counting> other;
+    std::function<bool(int64_t*)> free = [this, id](int64_t* until_us) {
+        if (core_.closing) *until_us = 0;
+        return !counting_.contains(id);  // it may have begun before something was deleted
+    };
+    const bool mine = co_await ticker_.Wait(counted_, kCountUs, std::move(free));
+    if (!mine) co_return false;
+    auto counting = std::make_shared<Counting>();
+    counting_[id] = counting;
+    std::shared_ptr<Counting> shared = counting;
+    Spawn(CountUnique(id, std::move(shared)));
+    uint64_t steps = 0;
+    std::function<bool(int64_t*)> done = [&](int64_t* until_us) {
+        const uint64_t now = counting->steps;
+        if (now != std::exchange(steps, now)) *until_us = ticker_.NowUs() + kCountUs;
+        if (core_.closing) *until_us = 0;
+        return counting->done;
+    };
+    const bool counted = co_await ticker_.Wait(counted_, kCountUs, std::move(done));
+    if (counted && !counting->error.ok()) co_return counting->error.error();
+    co_return counted;
+}
+
+// ---- the list of exports
+
+/// In pieces, since there may be many. Made once for each state of the catalog.
+Task<void> PoolImpl::MakeExports() {
+    background_.Enter();
+    const uint64_t version = catalog_.names_version();
+    auto entries = std::make_shared<std::vector<ExportEntry>>();
+    for (const auto& [id, disk] : catalog_.disks()) {
+        entries->push_back({disk.record.name, disk.record.size, false});
+    }
+    for (SnapshotId last;;) {
+        auto at = catalog_.snapshots().upper_bound(last);
+        for (size_t i = 0; at != catalog_.snapshots().end() && i < kEntriesTogether; ++i, ++at) {
+            last = at->first;
+            const std::string& disk = catalog_.disk(at->second.disk).record.name;
+            entries->push_back({disk + "@" + at->second.name, at->second.size, true});
+        }
+        if (at == catalog_.snapshots().end()) break;
+        co_await Hop(core_.home());
+    }
+    exports_list_ = std::move(entries);
+    exports_version_ = version;  // if names changed meanwhile, it is made again next time
+    making_exports_ = false;
+    exports_made_.WakeAll();
+    background_.Leave();
+}
+
+Task<std::shared_ptr<const std::vector<ExportEntry>>> PoolImpl::ListExports() {
+    // One that is being made may lack what came since it began.
+    const uint64_t version = catalog_.names_version();
+    while (!exports_list_ || exports_version_ < version) {
+        if (!std::exchange(making_exports_, true)) Spawn(MakeExports());
+        while (making_exports_) co_await exports_made_.Wait();
+    }
+    co_return exports_list_;
+}
+
+}  // namespace varve::cow
