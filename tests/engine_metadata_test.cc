@@ -66,7 +66,8 @@ TEST_F(MetadataTest, GrowthIsRefusedAndTheRestGoesOn) {
     EXPECT_EQ(ErrorKind::kNoSpace, Fails(pool().CreateSnapshots({"d@no"})));
     EXPECT_EQ(ErrorKind::kNoSpace, Fails(pool().CreateDisk("e", kMiB)));
     EXPECT_EQ(ErrorKind::kNoSpace, Fails(pool().CloneSnapshot("d@s0", "e")));
-    EXPECT_EQ(ErrorKind::kNoSpace, Fails(pool().RestoreSnapshot("d@s0", std::nullopt, true, false)));
+    EXPECT_EQ(ErrorKind::kNoSpace,
+              Fails(pool().RestoreSnapshot("d@s0", std::nullopt, true, false)));
     EXPECT_EQ(ENOSPC, Write("d", 48 * kMiB, 4096, 'b'));
     EXPECT_EQ(ENOSPC, Trim("d", 0, 4096));  // a hole makes the row longer
     EXPECT_EQ(ENOSPC, Zeroes("d", 0, 4096));
