@@ -353,6 +353,18 @@ class FullDevice {
     std::string place_, device_;
 };
 
+TEST(RingStore, ADeviceIsNotInMemoryThoughItsNodeIs) {
+    FullDevice device;
+    for (const bool direct : {false, true}) {
+        const int flags = O_RDWR | O_CLOEXEC | (direct ? O_DIRECT : 0);
+        const int fd = open(device.path().c_str(), flags);
+        const FileTraits traits = Probe(fd, direct);
+        EXPECT_FALSE(traits.in_memory);
+        EXPECT_GE(traits.alignment, direct ? 512u : 1u);
+        close(fd);
+    }
+}
+
 TEST(RingStore, SyncsAtTheSameTimeShareALostWrite) {
     FullDevice device;
     const int fd = open(device.path().c_str(), O_RDWR | O_CLOEXEC);

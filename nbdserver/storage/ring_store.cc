@@ -44,7 +44,11 @@ Result<FileTraits> ProbeFile(int fd, bool direct) {
     FileTraits traits;
     struct statfs fs {};
     if (fstatfs(fd, &fs) < 0) return SystemError(errno, "cannot examine the data file");
-    traits.in_memory = fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC;
+    struct stat about {};
+    if (fstat(fd, &about) < 0) return SystemError(errno, "cannot examine the data file");
+    // A device's node lies on a file system in memory, what it stands for does not.
+    const bool device = S_ISBLK(about.st_mode);
+    traits.in_memory = !device && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC);
     // tmpfs accepts O_DIRECT at any alignment and has nothing to be direct with.
     if (!direct || traits.in_memory) return traits;
 
