@@ -26,6 +26,7 @@ class PoolDirectoryTest : public testing::Test {
         root_ = ::mkdtemp(pattern.data());
         options_.path = root_ / "pool";
         options_.direct = false;
+        options_.lock_wait_ms = 0;
     }
     ~PoolDirectoryTest() override {
         pool_.reset();
@@ -211,16 +212,16 @@ TEST_F(PoolDirectoryTest, DamagedSuperblockIsRefused) {
     MustOpen();
     pool_.reset();
     std::string bytes = ReadFile(root_ / "pool/data");
-    bytes[2000] ^= 1;
+    bytes[300] ^= 1;
     WriteFile(root_ / "pool/data", bytes);
     Refused(ErrorKind::kDamaged, "superblock");
 }
 
 TEST_F(PoolDirectoryTest, OtherVersionsAreRefused) {
     MustOpen();
-    std::string bytes = ReadFile(root_ / "pool/data");
     std::string row = *pool_->metadata().View()->Get(kDirectoryKey).value();
     pool_.reset();
+    std::string bytes = ReadFile(root_ / "pool/data");
     bytes[11] = 9;
     WriteFile(root_ / "pool/data", bytes);
     Refused(ErrorKind::kInvalid, "format version 9");

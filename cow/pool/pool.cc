@@ -56,14 +56,16 @@ PoolImpl::~PoolImpl() {
     VARVE_CHECK(disks_.empty() && snapshots_.empty());
 }
 
-Task<Result<std::unique_ptr<Pool>>> Pool::Open(Environment environment, PoolOptions options) {
+Task<Result<std::unique_ptr<Pool>>> Pool::Open(Environment environment, PoolOptions options,
+                                               std::function<Status()> recovered) {
     VARVE_CHECK(!environment.lanes.empty());
     const std::unique_ptr<MetadataView> view = environment.metadata->View();
     Result<Catalog> catalog = Catalog::Load(*view);
     if (!catalog.ok()) co_return catalog.error();
     auto pool =
         std::make_unique<PoolImpl>(std::move(environment), options, std::move(catalog.value()));
-    const Status s = co_await pool->Recover();
+    Status s = co_await pool->Recover();
+    if (s.ok() && recovered) s = recovered();
     if (!s.ok()) co_return s.error();
     pool->Start();
     co_return std::unique_ptr<Pool>(std::move(pool));

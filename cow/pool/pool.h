@@ -139,7 +139,10 @@ class Pool {
 
     /// Reads the catalog and resumes interrupted deletions in the background. An empty store
     /// becomes a new pool. Runs on home. kDamaged or kInvalid (other version) with a message.
-    static Task<Result<std::unique_ptr<Pool>>> Open(Environment environment, PoolOptions options);
+    /// `recovered`, if any, is called on home when all is known to be sound, before anything
+    /// changes in the data file; its error is this function's.
+    static Task<Result<std::unique_ptr<Pool>>> Open(Environment environment, PoolOptions options,
+                                                    std::function<Status()> recovered = nullptr);
 
     /// Shutdown will follow: long work ends early, to be taken up at the next start; a writer that
     /// waits for space gets ENOSPC. From any thread.

@@ -8,40 +8,17 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
-#include <cstring>
 #include <filesystem>
 
+#include "base/log.h"
 #include "cow/pool/data_end.h"
+#include "cow/pool/epoch.h"
 #include "cow/store/rocks_store.h"
 
 namespace varve::cow {
 namespace {
 
 namespace fs = std::filesystem;
-
-constexpr uint8_t kRowVersion = 1;
-constexpr size_t kRowHeader = 1 + sizeof(Uuid);  // version, uuid; the data file's path follows
-constexpr size_t kBlankBytes = 128 << 10;        // of a device, before it is taken for unused
-
-enum class Content { kAbsent, kEmpty, kPool, kForeign };
-
-/// What lies at `path`. A directory with what an interrupted creation leaves is empty.
-Content Inspect(const std::string& path) {
-    std::error_code error;
-    if (!fs::exists(path, error)) return Content::kAbsent;
-    if (fs::exists(path + "/meta", error)) return Content::kPool;
-    fs::directory_iterator entries(path, error);
-    if (error) return Content::kForeign;
-    for (const fs::directory_entry& entry : entries) {
-        const std::string name = entry.path().filename().string();
-        if (name == "lock" || name == "meta.new" || name == "admin.sock") continue;
-        const bool just_superblock = name == "data" && entry.is_regular_file(error) &&
-                                     entry.file_size(error) <= kSuperblockBytes;
-        if (!just_superblock) return Content::kForeign;
-    }
-    return Content::kEmpty;
-}
 
 Error NoPool(const std::string& path, Content content) {
     if (content == Content::kForeign) {
@@ -57,52 +34,19 @@ std::string Parent(const std::string& path) {
     return fs::path(path).parent_path().string();
 }
 
-Status MakeDirectory(const std::string& path) {
-    if (::mkdir(path.c_str(), 0750) != 0) {
-        return SystemError(errno, fmt::format("cannot make the directory {}", path));
-    }
-    return SyncDirectory(Parent(path));
+/// Empty if `path` is.
+std::string Absolute(const std::string& path) {
+    std::error_code error;
+    return path.empty() ? path : fs::absolute(path, error).lexically_normal().string();
 }
 
-Status LockData(const File& data, const std::string& path) {
-    if (::flock(data.fd(), LOCK_EX | LOCK_NB) == 0) return Status();
-    if (errno != EWOULDBLOCK) return SystemError(errno, fmt::format("cannot lock {}", path));
-    return MakeError(ErrorKind::kBusy,
-                     fmt::format("the data file {} is in use by another process", path));
-}
-
-/// Whether nobody seems to use the block device: a file system, a partition table or a pool would
-/// show at its beginning.
-Status CheckBlank(const File& device, const std::string& path) {
-    const Result<std::string> begin = ReadAt(device, 0, kBlankBytes, path);
-    if (!begin.ok()) return begin.error();
-    const std::string& bytes = begin.value();
-    if (std::all_of(bytes.begin(), bytes.end(), [](char c) { return c == 0; })) return Status();
-    return MakeError(ErrorKind::kExists,
-                     fmt::format("{} is not blank; to give it up for a pool, run: dd if=/dev/zero "
-                                 "of={} bs=128K count=1 oflag=direct",
-                                 path, path));
-}
-
-/// A new, empty data file, or a device that nobody uses.
-Result<File> ClaimData(const std::string& path) {
-    struct stat about;
-    const bool exists = ::stat(path.c_str(), &about) == 0;
-    const bool device = exists && S_ISBLK(about.st_mode);
-    if (exists && !device && (!S_ISREG(about.st_mode) || about.st_size != 0)) {
-        return MakeError(ErrorKind::kExists,
-                         fmt::format("cannot make the data file {}: it exists already", path));
-    }
-    // For a device, O_EXCL means: not mounted and not used by another driver.
-    File file = OpenFile(path, device ? O_RDWR | O_EXCL : O_RDWR | O_CREAT);
-    if (!file.valid() && errno == EBUSY) {
-        return MakeError(ErrorKind::kBusy, fmt::format("{} is mounted or in use", path));
-    }
-    if (!file.valid()) return SystemError(errno, fmt::format("cannot open {}", path));
-    Status status = LockData(file, path);
-    if (status.ok() && device) status = CheckBlank(file, path);
-    if (!status.ok()) return status.error();
-    return file;
+/// Also of a directory that was there: who made it may have been an interrupted creation.
+Status SyncName(const std::string& path) {
+    const File directory = OpenFile(Parent(path), O_RDONLY | O_DIRECTORY);
+    if (directory.valid()) return SyncFile(directory, Parent(path));
+    // Then it was made by somebody else.
+    if (errno == EACCES) return Status();
+    return SystemError(errno, fmt::format("cannot open {}", Parent(path)));
 }
 
 /// Of memory tables: what data leaves free beside metadata. They need seven, three may be rows.
@@ -118,16 +62,17 @@ uint64_t BufferBytes(const std::string& path) {
     return std::clamp(uint64_t{system.f_blocks} * system.f_frsize / 256, kLeast, kMost);
 }
 
-std::string EncodeRow(const Uuid& uuid, const std::string& data_path) {
-    std::string row(1, static_cast<char>(kRowVersion));
-    row.append(reinterpret_cast<const char*>(uuid.data()), uuid.size());
-    return row + data_path;
-}
-
 }  // namespace
 
 PoolDirectory::~PoolDirectory() {
+    if (in_epoch_) (void)BeginEpoch().ok();  // if it fails, it is as after a crash
     metadata_.reset();
+}
+
+Status PoolDirectory::BeginEpoch() {
+    const Status status = cow::BeginEpoch(*metadata_, plain_, data_path_, &superblock_);
+    in_epoch_ = status.ok();
+    return status;
 }
 
 Result<std::unique_ptr<PoolDirectory>> PoolDirectory::Open(const PoolDirectoryOptions& options) {
@@ -141,13 +86,15 @@ Result<std::unique_ptr<PoolDirectory>> PoolDirectory::Open(const PoolDirectoryOp
         content == Content::kPool || (options.create && content != Content::kForeign);
     if (options.path.empty() || !usable) return NoPool(pool->path_, content);
     Status status;
-    if (content == Content::kAbsent) status = MakeDirectory(pool->path_);
+    if (content == Content::kAbsent && ::mkdir(pool->path_.c_str(), 0750) != 0) {
+        return SystemError(errno, fmt::format("cannot make the directory {}", pool->path_));
+    }
     if (status.ok()) status = pool->Lock();
     if (!status.ok()) return status.error();
     // Now that nobody else can change it, see whether another server was just making it.
     content = Inspect(pool->path_);
     if (content == Content::kForeign) return NoPool(pool->path_, content);
-    if (content != Content::kPool) status = pool->Create(options);
+    status = content != Content::kPool ? pool->Create(options) : TidyCreation(pool->path_);
     if (status.ok()) status = pool->OpenMetadata(options);
     if (status.ok()) status = pool->OpenData(options);
     if (!status.ok()) return status.error();
@@ -175,44 +122,15 @@ Status PoolDirectory::Lock() {
 }
 
 Status PoolDirectory::Create(const PoolDirectoryOptions& options) {
-    std::error_code error;
-    const std::string unfinished = path_ + "/meta.new";
-    fs::remove_all(unfinished, error);
-    const bool elsewhere =
-        !options.data.empty() &&
-        fs::absolute(options.data, error).lexically_normal() != fs::path(path_ + "/data");
-    if (elsewhere) remembered_ = fs::absolute(options.data, error).lexically_normal().string();
-    const std::string data_path = elsewhere ? remembered_ : path_ + "/data";
-    if (!elsewhere) fs::remove(data_path, error);  // of an interrupted creation: Inspect() saw it
-
-    Result<File> data = ClaimData(data_path);
-    if (!data.ok()) return data.error();
-    Superblock superblock;
-    superblock.uuid = NewUuid();
-    superblock.created_ms = std::chrono::duration_cast<std::chrono::milliseconds>(
-                                std::chrono::system_clock::now().time_since_epoch())
-                                .count();
-    Status status = WriteAt(data.value(), 0, EncodeSuperblock(superblock), data_path);
-    if (status.ok()) status = SyncFile(data.value(), data_path);
-    if (status.ok()) status = SyncDirectory(Parent(data_path));
-    if (!status.ok()) return status;
-
-    RocksOptions rocks;
-    rocks.create = true;
-    rocks.reserve = true;
-    rocks.buffer_bytes = BufferBytes(path_);
-    Result<std::unique_ptr<MetadataStore>> metadata = OpenRocksStore(unfinished, rocks);
-    if (!metadata.ok()) return metadata.error();
-    Batch batch;
-    batch.Put(kDirectoryKey, EncodeRow(superblock.uuid, remembered_));
-    status = metadata.value()->Commit(batch);
-    metadata.value().reset();
-    if (!status.ok()) return status;
-    if (::rename(unfinished.c_str(), (path_ + "/meta").c_str()) != 0) {
-        return SystemError(errno, fmt::format("cannot rename {}", unfinished));
-    }
+    PoolCreation creation;
+    creation.path = path_;
+    creation.buffer_bytes = BufferBytes(path_);
+    creation.lock_wait_ms = options.lock_wait_ms;
+    const std::string given = Absolute(options.data);
+    if (given != path_ + "/data") creation.elsewhere = given;
     created_ = true;
-    return SyncDirectory(path_);
+    const Status status = SyncName(path_);
+    return status.ok() ? CreatePool(creation) : status;
 }
 
 Status PoolDirectory::OpenMetadata(const PoolDirectoryOptions& options) {
@@ -226,65 +144,19 @@ Status PoolDirectory::OpenMetadata(const PoolDirectoryOptions& options) {
     metadata_ = std::move(metadata.value());
     const Result<std::optional<std::string>> row = metadata_->View()->Get(kDirectoryKey);
     if (!row.ok()) return row.error();
-    if (!row.value() || row.value()->size() < kRowHeader) {
-        return MakeError(ErrorKind::kDamaged,
-                         fmt::format("the metadata in {}/meta lacks the pool's identity; restore "
-                                     "the pool from a backup",
-                                     path_));
-    }
-    const std::string& bytes = *row.value();
-    if (static_cast<uint8_t>(bytes[0]) != kRowVersion) {
-        return MakeError(ErrorKind::kInvalid,
-                         fmt::format("the pool {} has format version {}, but this varved reads "
-                                     "version {}; use the varved that wrote it",
-                                     path_, static_cast<uint8_t>(bytes[0]), kRowVersion));
-    }
-    std::copy_n(bytes.begin() + 1, uuid_.size(), uuid_.begin());
-    remembered_ = bytes.substr(kRowHeader);
+    Result<DirectoryRow> identity = DecodeDirectoryRow(row.value().value_or(""), path_);
+    if (!identity.ok()) return identity.error();
+    uuid_ = identity.value().uuid;
+    remembered_ = std::move(identity.value().data_path);
     return Status();
 }
 
+/// Nothing of the file counts before it is locked: another may still write to it.
 Status PoolDirectory::OpenData(const PoolDirectoryOptions& options) {
-    std::error_code error;
-    const std::string own = path_ + "/data";
-    data_path_ = remembered_.empty() ? own : remembered_;
-    if (!options.data.empty()) {
-        data_path_ = fs::absolute(options.data, error).lexically_normal().string();
-    }
-    // Through the page cache, so that neither length nor memory must suit O_DIRECT.
-    const File plain = OpenFile(data_path_, O_RDONLY);
-    if (!plain.valid() && errno == ENOENT) {
-        return MakeError(ErrorKind::kNotFound,
-                         fmt::format("the data file {} of the pool {} is missing; if it has moved, "
-                                     "start once with --data and its new path",
-                                     data_path_, path_));
-    }
-    if (!plain.valid()) return SystemError(errno, fmt::format("cannot open {}", data_path_));
-    const Result<std::string> begin = ReadAt(plain, 0, kSuperblockBytes, data_path_);
-    if (!begin.ok()) return begin.error();
-    const Result<Superblock> superblock = DecodeSuperblock(begin.value(), data_path_);
-    if (!superblock.ok()) return superblock.error();
-    if (superblock.value().uuid != uuid_) {
-        return MakeError(
-            ErrorKind::kInvalid,
-            fmt::format("{} is the data file of pool {}, but {} is pool {}; give the "
-                        "right one with --data",
-                        data_path_, FormatUuid(superblock.value().uuid), path_, FormatUuid(uuid_)));
-    }
-    struct stat about;
-    const bool device = ::fstat(plain.fd(), &about) == 0 && S_ISBLK(about.st_mode);
-    data_ = OpenFile(data_path_, O_RDWR | (options.direct ? O_DIRECT : 0) | (device ? O_EXCL : 0));
-    if (!data_.valid() && errno == EINVAL && options.direct) {
-        return MakeError(ErrorKind::kInvalid,
-                         fmt::format("the file system of {} does not support O_DIRECT; use "
-                                     "--cache buffered",
-                                     data_path_));
-    }
-    if (!data_.valid()) return SystemError(errno, fmt::format("cannot open {}", data_path_));
-    Status status = LockData(data_, data_path_);
-    if (!status.ok()) return status;
+    Status status = OpenDataFile(options);
     // What a crash left in the page cache must not look durable to those who rely on it now.
-    status = SyncFile(data_, data_path_);
+    if (status.ok()) status = SyncFile(data_, data_path_);
+    if (status.ok()) status = CheckSuperblock(options);
     if (!status.ok()) return status;
     constexpr uint64_t kReserveMax = 256 << 20;
     const std::string metadata = path_ + "/meta";
@@ -293,12 +165,73 @@ Status PoolDirectory::OpenData(const PoolDirectoryOptions& options) {
     if (!space.ok()) return space.error();
     space_ = std::make_unique<DataSpace>(std::move(space.value()));
     status = CheckDataEnd();
-    if (!status.ok()) return status;
+    return status.ok() ? RememberData() : status;
+}
 
-    const std::string remember = data_path_ == own ? "" : data_path_;
+Status PoolDirectory::OpenDataFile(const PoolDirectoryOptions& options) {
+    data_path_ = remembered_.empty() ? path_ + "/data" : remembered_;
+    if (!options.data.empty()) data_path_ = Absolute(options.data);
+    struct stat about;
+    const bool device = ::stat(data_path_.c_str(), &about) == 0 && S_ISBLK(about.st_mode);
+    // For a device, O_EXCL means: not mounted and not used by another driver.
+    data_ = OpenFile(data_path_, O_RDWR | (options.direct ? O_DIRECT : 0) | (device ? O_EXCL : 0));
+    if (!data_.valid()) return CannotOpen(errno, options.direct);
+    return LockData(data_, data_path_, options.lock_wait_ms);
+}
+
+Error PoolDirectory::CannotOpen(Errno error, bool direct) const {
+    switch (error) {
+        case ENOENT:
+            return MakeError(ErrorKind::kNotFound,
+                             fmt::format("the data file {} of the pool {} is missing; if it has "
+                                         "moved, start once with --data and its new path",
+                                         data_path_, path_));
+        case EBUSY:
+            return MakeError(ErrorKind::kBusy, fmt::format("{} is mounted or in use", data_path_));
+        case EINVAL:
+            if (!direct) break;
+            return MakeError(ErrorKind::kInvalid,
+                             fmt::format("the file system of {} does not support O_DIRECT; use "
+                                         "--cache buffered",
+                                         data_path_));
+        default:
+            break;
+    }
+    return SystemError(error, fmt::format("cannot open {}", data_path_));
+}
+
+Status PoolDirectory::CheckSuperblock(const PoolDirectoryOptions& options) {
+    // Through the page cache, so that neither length nor memory must suit O_DIRECT. It carries
+    // transfers, too, so it has the lock.
+    plain_ = OpenFile(fmt::format("/proc/self/fd/{}", data_.fd()), O_RDWR);
+    if (!plain_.valid() || ::flock(plain_.fd(), LOCK_SH | LOCK_NB) != 0) {
+        return SystemError(errno, fmt::format("cannot open {} again", data_path_));
+    }
+    const Result<std::string> begin = ReadAt(plain_, 0, kSuperblockBytes, data_path_);
+    if (!begin.ok()) return begin.error();
+    const Result<Superblock> superblock = DecodeSuperblock(begin.value(), data_path_);
+    if (!superblock.ok()) return superblock.error();
+    superblock_ = superblock.value();
+    if (superblock_.uuid != uuid_) {
+        return MakeError(
+            ErrorKind::kInvalid,
+            fmt::format("{} is the data file of pool {}, but {} is pool {}; give the "
+                        "right one with --data",
+                        data_path_, FormatUuid(superblock_.uuid), path_, FormatUuid(uuid_)));
+    }
+    const Result<EpochRow> row = ReadEpochRow(*metadata_);
+    if (!row.ok()) return row.error();
+    Status status = CheckEpoch(row.value(), superblock_.epoch, path_, data_path_);
+    if (status.ok() || !options.force_epoch) return status;
+    Log(LogLevel::kWarning, "opened by force: " + status.error().message);
+    return Status();
+}
+
+Status PoolDirectory::RememberData() {
+    const std::string remember = data_path_ == path_ + "/data" ? "" : data_path_;
     if (remember == remembered_) return Status();
     Batch batch;
-    batch.Put(kDirectoryKey, EncodeRow(uuid_, remember));
+    batch.Put(kDirectoryKey, EncodeDirectoryRow({uuid_, remember}));
     return metadata_->Commit(batch);
 }
 

@@ -3,10 +3,9 @@
 // Not the engine: it knows nothing of disks; Pool::Open() goes on from here.
 //
 //   DIR/lock     flock'ed while a server has the pool; holds its process id
-//   DIR/meta/    RocksDB; the row kDirectoryKey holds the pool's uuid and where its data is
+//   DIR/meta/    RocksDB; rows say whose data it is of, where these are, and of which time
 //   DIR/data     the data file, unless it is elsewhere; begins with a superblock (superblock.h)
-// A pool exists once DIR/meta does. It is renamed into place when everything in it is durable, so
-// an interrupted creation is simply begun again.
+// A pool exists once DIR/meta does: pool_creation.h. docs/design/pool-directory.md has the reasons.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +14,12 @@
 
 #include "base/result.h"
 #include "cow/format/superblock.h"
+#include "cow/pool/pool_creation.h"
 #include "cow/space/data_space.h"
 #include "cow/store/files.h"
 #include "cow/store/stores.h"
 
 namespace varve::cow {
-
-inline constexpr char kDirectoryKey[] = "Upool";
 
 struct PoolDirectoryOptions {
     std::string path;
@@ -32,6 +30,10 @@ struct PoolDirectoryOptions {
     bool direct = true;  // open the data file with O_DIRECT
     uint64_t metadata_cache_bytes = 32 << 20;
     unsigned metadata_files_max = 1024;  // see RocksOptions::open_files_max
+    /// How long to wait for what a server that has ended left under way on the data file.
+    uint64_t lock_wait_ms = 5000;
+    /// Opens data and metadata of different times; disks may show wrong data then.
+    bool force_epoch = false;
 };
 
 class PoolDirectory {
@@ -39,12 +41,17 @@ class PoolDirectory {
     /// Blocks. kBusy if another process has the pool or its data file (with its process id);
     /// kNotFound for a missing pool or data file; kExists if the directory or the data file holds
     /// something else; kInvalid for another version, for a data file of another pool, and where
-    /// O_DIRECT is not supported; kDamaged, also for a data file whose end is missing; kIo;
-    /// kNoSpace.
+    /// O_DIRECT is not supported; kDamaged, also for a data file whose end is missing or that is of
+    /// another time than the metadata; kIo; kNoSpace.
     static Result<std::unique_ptr<PoolDirectory>> Open(const PoolDirectoryOptions& options);
 
-    /// Closes everything and gives the lock up. REQUIRES: nobody uses what it handed out.
+    /// Closes everything and gives the lock up; begins another epoch first if BeginEpoch() did.
+    /// REQUIRES: nobody uses what it handed out.
     ~PoolDirectory();
+
+    /// Begins an epoch: no copy of one half from before fits the other from now on. To be called
+    /// before the first change of data. Blocks; afterwards the pool must be closed if it fails.
+    Status BeginEpoch();
 
     MetadataStore& metadata() { return *metadata_; }
     SpaceStore& space() { return *space_; }
@@ -62,15 +69,22 @@ class PoolDirectory {
     Status Create(const PoolDirectoryOptions& options);
     Status OpenMetadata(const PoolDirectoryOptions& options);
     Status OpenData(const PoolDirectoryOptions& options);
+    Status OpenDataFile(const PoolDirectoryOptions& options);
+    Error CannotOpen(Errno error, bool direct) const;
+    Status CheckSuperblock(const PoolDirectoryOptions& options);
     Status CheckDataEnd() const;
+    Status RememberData();
 
     std::string path_;
     std::string data_path_;
     std::string remembered_;  // data path as the pool knows it; empty: DIR/data
     Uuid uuid_{};
+    Superblock superblock_;
     bool created_ = false;
-    File lock_;  // before the others: released after them
+    bool in_epoch_ = false;  // of its own: another is to begin at the end
+    File lock_;              // before the others: released after them
     File data_;
+    File plain_;  // the same, through the page cache, for the superblock
     std::unique_ptr<MetadataStore> metadata_;
     std::unique_ptr<DataSpace> space_;
 };

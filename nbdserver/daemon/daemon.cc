@@ -99,6 +99,7 @@ Status Daemon::OpenPool(const Options& options) {
     place.path = options.pool;
     place.data = options.data;
     place.direct = options.direct;
+    place.force_epoch = options.force_epoch;
     place.metadata_cache_bytes = options.metadata_cache_bytes;
     descriptors_max_ = RaiseDescriptorLimit();
     place.metadata_files_max = MetadataTables(descriptors_max_);
@@ -136,7 +137,8 @@ Status Daemon::OpenPool(const Options& options) {
     environment.now_ms = NowMs;
     environment.clock = clock_.get();
     Result<std::unique_ptr<cow::Pool>> pool =
-        RunOn(*home_, cow::Pool::Open(std::move(environment), options.pool_options));
+        RunOn(*home_, cow::Pool::Open(std::move(environment), options.pool_options,
+                                      [this] { return directory_->BeginEpoch(); }));
     if (!pool.ok()) return pool.error();
     pool_ = std::move(pool.value());
     return Status();

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <malloc.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,11 +19,18 @@ constexpr uint64_t kLargeLoadBytes = 64 << 20;
 
 /// An open file of its own for each lane. The system tells a lost write once to each open file that
 /// is synced: with one for all, a lane's sync could succeed because another's has just failed.
+/// Each has the lock: should this process be killed, the system keeps the file open, and locked,
+/// until the last transfer on it has ended.
 int OpenAgain(int fd) {
     const int flags = ::fcntl(fd, F_GETFL);
     if (flags < 0) return -1;
     const int kept = flags & (O_ACCMODE | O_DIRECT);
-    return ::open(fmt::format("/proc/self/fd/{}", fd).c_str(), kept | O_CLOEXEC);
+    const int again = ::open(fmt::format("/proc/self/fd/{}", fd).c_str(), kept | O_CLOEXEC);
+    if (again >= 0 && ::flock(again, LOCK_SH | LOCK_NB) != 0) {
+        ::close(again);
+        return -1;
+    }
+    return again;
 }
 
 }  // namespace

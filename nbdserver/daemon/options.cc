@@ -90,6 +90,13 @@ const Setting kSettings[] = {
              MakeError(ErrorKind::kInvalid, fmt::format("'{}' is not direct or buffered", t)));
      },
      "O_DIRECT (default) or the page cache"},
+    {"force-epoch", "", Form::kFlag,
+     [](Options& o, Text) {
+         o.force_epoch = true;
+         return Status();
+     },
+     "opens a pool although its data file and metadata come from different copies: disks may\n"
+     "show each other's data; see docs/operations.md"},
     {"map-cache", "SIZE", Form::kOnce,
      [](Options& o, Text t) { return SetSize(o.pool_options.map_cache_bytes, t, kMiB, kTiB); },
      "memory of the block-map cache (default 256M)"},

@@ -26,7 +26,8 @@ struct Options {
     unsigned threads = 0;  // 0: one per CPU
     uint64_t poll_us = 50;
     bool direct = true;
-    std::string config;  // file
+    bool force_epoch = false;  // see cow::PoolDirectoryOptions
+    std::string config;        // file
     LogFormat log_format = LogFormat::kText;
     LogLevel log_level = LogLevel::kInfo;
 

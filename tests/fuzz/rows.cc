@@ -113,11 +113,14 @@ void VerifySuperblock(fuzz::Input input) {
     Superblock superblock;
     superblock.created_ms = static_cast<int64_t>(input.Number(8));
     for (uint8_t& byte : superblock.uuid) byte = input.Byte();
+    superblock.epoch.number = static_cast<uint64_t>(superblock.created_ms) * 3;
+    superblock.epoch.tag = ~superblock.epoch.number;
     std::string bytes = EncodeSuperblock(superblock);
     const Result<Superblock> sound = DecodeSuperblock(bytes, "data");
     VARVE_CHECK(sound.ok() && sound.value().uuid == superblock.uuid);
     VARVE_CHECK(sound.value().created_ms == superblock.created_ms);
-    const size_t at = input.Number(2) % bytes.size();
+    VARVE_CHECK(sound.value().epoch == superblock.epoch);
+    const size_t at = input.Number(2) % kSuperblockSector;
     const uint8_t change = input.Byte();
     bytes[at] = static_cast<char>(bytes[at] ^ change);
     VARVE_CHECK(DecodeSuperblock(bytes, "data").ok() == (change == 0));
