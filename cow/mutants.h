@@ -26,6 +26,7 @@ enum class Mutant {
     kMappedBeforeWritten,
     kFailedWriteMapped,
     kNoRangeLock,
+    kLockedInPart,
     kGoneWorkGoesOn,
     kPartOfBlockLosesRest,
     kZeroesMissTheEdges,

@@ -20,8 +20,10 @@ constexpr uint64_t kLeaseGrowth = 4;
 constexpr uint64_t kLeaseLow = 1024;
 /// A lease of a tight region may be smaller than what a write needs: 64 blocks at most.
 constexpr unsigned kLeaseTries = 64;
-/// Chunks that are unmapped without letting others run.
-constexpr uint64_t kUnmapTogether = 256;
+/// What a write to a chunk, or unmapping some of it, costs the lane in units of Turns; and what
+/// each of its runs adds to that.
+constexpr uint64_t kSegmentCost = 64;
+constexpr uint64_t kRunCost = 4;
 
 alignas(kBlockBytes) std::byte zeros[kChunkBytes];  // never written
 
@@ -81,7 +83,6 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       disk_(disk),
       branch_(place.line.front().branch),
       writers_gone_(lane.executor),
-      unlocked_(lane.executor),
       unheld_(lane.executor),
       refilled_(lane.executor),
       round_done_(lane.executor),
@@ -109,31 +110,16 @@ void Head::Rebase(Place place) {
 
 // ---- locks
 
-Chunk* Head::TryLock(ChunkIndex index, uint64_t mask) {
-    Chunk* chunk = Find(index);
-    if (!chunk) return nullptr;
-    if ((chunk->locked & mask) != 0 && !Mutated(Mutant::kNoRangeLock)) return nullptr;
-    chunk->locked |= mask;
-    ++chunk->pins;
-    return chunk;
-}
-
-Task<Errno> Head::Lock(ChunkIndex index, uint64_t mask, Chunk** chunk) {
-    while (!(*chunk = TryLock(index, mask))) {
-        if (Find(index)) {
-            co_await unlocked_.Wait();
-        } else {
-            const Loaded loaded = co_await Load(index);
-            if (loaded.error != 0) co_return loaded.error;
-        }
+Task<Errno> Head::Lock(ChunkIndex index, uint64_t mask, Requester* requester, Chunk** chunk) {
+    while (!(*chunk = Find(index))) {
+        const Loaded loaded = co_await Load(index);
+        if (loaded.error != 0) co_return loaded.error;
+        if (Gone(requester)) co_return ECANCELED;
     }
-    co_return 0;
-}
-
-void Head::Unlock(Chunk& chunk, uint64_t mask) {
-    chunk.locked &= ~mask;
-    --chunk.pins;
-    if (!unlocked_.empty()) unlocked_.WakeAll();
+    if (TryLock(**chunk, mask)) co_return 0;
+    LockWait wait(**chunk, mask, lane_.executor, requester);
+    const bool locked = co_await wait;
+    co_return locked ? 0 : ECANCELED;
 }
 
 // ---- space
@@ -154,30 +140,41 @@ Task<bool> Head::Growable() {
     co_return co_await host_.FindMetadataSpace(lane_.executor);
 }
 
-Task<Errno> Head::EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end) {
+Task<Errno> Head::EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end,
+                              Requester* requester) {
     // The generation may change while this waits, and with it what is needed. In a pool that is
     // almost full, disks may take the last blocks from each other for a while.
     for (unsigned tries = 0; FreshNeeded(chunk, first, end) > lease_blocks_; ++tries) {
         if (tries == kLeaseTries) co_return ENOSPC;
         const uint64_t needed = FreshNeeded(chunk, first, end);
-        const Errno error = co_await Refill(needed, true);
+        const Errno error = co_await Refilled(needed, requester);
         if (error != 0) co_return error;
     }
     co_return 0;
 }
 
-Task<Errno> Head::Refill(uint64_t needed, bool urgent) {
-    if (refilling_) {
-        co_await refilled_.Wait();
-        // What the other refill could not get, an urgent one still may.
-        co_return urgent&& refill_error_ == EAGAIN ? 0 : refill_error_;
+/// The next refill is over; one is begun if need be.
+Task<Errno> Head::Refilled(uint64_t needed, Requester* requester) {
+    const bool joined = refilling_;
+    if (!joined) Spawn(Refill(needed, true));
+    const uint64_t mine = refills_ + (joined || refilling_ ? 1 : 0);
+    while (refills_ < mine) {
+        if (Gone(requester)) co_return ECANCELED;
+        WaitFor refilled(refilled_, requester);
+        co_await refilled;
     }
+    // What a refill ahead could not get, an urgent one still may.
+    co_return refill_error_ == EAGAIN ? 0 : refill_error_;
+}
+
+Task<void> Head::Refill(uint64_t needed, bool urgent) {
     refilling_ = true;
     const uint64_t larger = lease_size_ == 0 ? kLeaseFirst : lease_size_ * kLeaseGrowth;
     const uint64_t size = std::clamp(larger, std::min(needed, kRegionBlocks), kRegionBlocks);
     Result<std::vector<Extent>> lease =
         co_await host_.LeaseBlocks(disk_, lane_.executor, size, urgent);
     refilling_ = false;
+    ++refills_;
     refill_error_ = 0;
     if (lease.ok()) {
         for (const Extent& extent : lease.value()) {
@@ -193,11 +190,6 @@ Task<Errno> Head::Refill(uint64_t needed, bool urgent) {
     }
     refill_ahead_ = lease.ok();
     refilled_.WakeAll();
-    co_return refill_error_;
-}
-
-Task<void> Head::RefillAhead() {
-    co_await Refill(0, false);
 }
 
 Extent Head::Allocate(uint64_t most) {
@@ -228,7 +220,7 @@ void Head::Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& str
         first += count;
     }
     const bool low = lease_blocks_ < std::min(kLeaseLow, lease_size_ / 2);
-    if (low && refill_ahead_ && !refilling_) Spawn(RefillAhead());
+    if (low && refill_ahead_ && !refilling_) Spawn(Refill(0, false));
 }
 
 std::vector<Extent> Head::TakeLease() {
@@ -263,16 +255,21 @@ bool Head::Overladen() const {
            journal_.changes.size() > kJournalHard;
 }
 
-Task<void> Head::Answerable() {
-    while (hold_) co_await unheld_.Wait();
+Task<void> Head::Answerable(Requester* requester) {
+    while (hold_ && !Gone(requester)) {
+        WaitFor unheld(unheld_, requester);
+        co_await unheld;
+    }
     if (journal_.changes.size() >= kJournalSoft) RequestRound();
     Relieve();
-    while (Overladen()) {
+    while (Overladen() && !Gone(requester)) {
         const uint64_t done = rounds_done_;
         RequestRound();
         Relieve();
         // A round that has nothing to commit is over by now.
-        if (rounds_done_ == done) co_await round_done_.Wait();
+        if (rounds_done_ != done) continue;
+        WaitFor round(round_done_, requester);
+        co_await round;
     }
 }
 
@@ -302,7 +299,7 @@ Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer, Requ
     } else {
         error = co_await WriteMany(offset, buffer.size(), buffer.data(), requester);
     }
-    if (Laden() && !Gone(requester)) co_await Answerable();
+    if (Laden()) co_await Answerable(requester);
     co_return error;
 }
 
@@ -329,7 +326,12 @@ Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* d
             if (data) data += part;
         }
         co_await join;
-        if (length > 0 && Laden() && !Gone(requester)) co_await Answerable();
+        if (length == 0 || error != 0) break;
+        if (Laden()) co_await Answerable(requester);
+        if (Gone(requester)) co_return ECANCELED;
+        if (lane_.turns.Spend(kSegmentsTogether * kSegmentCost)) {
+            co_await Turns::Next(lane_.turns);
+        }
     }
     co_return error;
 }
@@ -337,16 +339,18 @@ Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* d
 Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffer,
                                Requester* requester) {
     const BlockRange blocks(offset, buffer.size());
-    Chunk* chunk = TryLock(blocks.chunk, blocks.mask);
+    Chunk* chunk = Find(blocks.chunk);
     Errno error = 0;
-    if (!chunk) error = co_await Lock(blocks.chunk, blocks.mask, &chunk);
-    if (error != 0) co_return error;
+    if (!chunk || !TryLock(*chunk, blocks.mask)) {
+        error = co_await Lock(blocks.chunk, blocks.mask, requester, &chunk);
+        if (error != 0) co_return error;
+    }
     if (core_.metadata().full() && FreshNeeded(*chunk, blocks.first, blocks.end) > 0) {
         const bool growable = co_await Growable();
         if (!growable) error = ENOSPC;
     }
     if (error == 0 && FreshNeeded(*chunk, blocks.first, blocks.end) > lease_blocks_) {
-        error = co_await EnsureLease(*chunk, blocks.first, blocks.end);
+        error = co_await EnsureLease(*chunk, blocks.first, blocks.end, requester);
     }
     if (Gone(requester)) error = ECANCELED;
     if (error != 0) {
@@ -442,38 +446,55 @@ Task<Errno> Head::RoomToUnmap(bool whole) {
 Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester) {
     ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
     uint64_t settled = 0;
-    uint64_t visited = 0;
     while (begin_block < end_block) {
+        if (Gone(requester)) co_return ECANCELED;
         const ChunkIndex index{begin_block / kChunkBlocks};
         const uint64_t stop = std::min(end_block, (index.value + 1) * kChunkBlocks);
         const auto first = static_cast<uint32_t>(begin_block % kChunkBlocks);
         const auto end = static_cast<uint32_t>(stop - index.value * kChunkBlocks);
         begin_block = stop;
-        if (++visited % kUnmapTogether == 0) {
-            co_await Hop(lane_.executor);
-            co_await Answerable();
-        }
-        if (!Find(index)) {
-            if (index >= nothing_from && index < nothing_to && settled == settled_) continue;
+        uint64_t cost = 1;
+        const Chunk* chunk = Find(index);
+        const bool absent = index >= nothing_from && index < nothing_to && settled == settled_;
+        if (!chunk && !absent) {
             const Loaded loaded = co_await Load(index);
             if (loaded.error != 0) co_return loaded.error;
             nothing_from = GroupEnd(index);
             nothing_to = loaded.next;
             settled = loaded.settled;
         }
-        Chunk* chunk = TryLock(index, MaskOf(first, end));
-        Errno error = 0;
-        if (!chunk) error = co_await Lock(index, MaskOf(first, end), &chunk);
-        if (error != 0) co_return error;
-        const bool mapped = MappedBlocks(chunk->runs) > 0;
-        if (mapped && core_.metadata().full())
-            error = co_await RoomToUnmap(end - first == kChunkBlocks);
-        if (Gone(requester)) error = ECANCELED;
-        if (error == 0 && mapped) UnmapNow(*chunk, first, end);
-        Unlock(*chunk, MaskOf(first, end));
-        if (error != 0) co_return error;
+        if (chunk || !absent) {
+            const Errno error = co_await UnmapChunk(index, first, end, requester, &cost);
+            if (error != 0) co_return error;
+        }
+        if (lane_.turns.Spend(cost)) co_await Turns::Next(lane_.turns);
+        if (Laden()) co_await Answerable(requester);
     }
     co_return 0;
+}
+
+/// Adds what it cost, in units of Turns.
+Task<Errno> Head::UnmapChunk(ChunkIndex index, uint32_t first, uint32_t end, Requester* requester,
+                             uint64_t* cost) {
+    const uint64_t mask = MaskOf(first, end);
+    Chunk* chunk = Find(index);
+    if (!chunk || !TryLock(*chunk, mask)) {
+        const Errno error = co_await Lock(index, mask, requester, &chunk);
+        if (error != 0) co_return error;
+    }
+    const bool mapped = MappedBlocks(chunk->runs) > 0;
+    Errno error = 0;
+    if (mapped && core_.metadata().full()) {
+        error = co_await RoomToUnmap(end - first == kChunkBlocks);
+    }
+    if (Gone(requester)) error = ECANCELED;
+    *cost += chunk->runs.size();
+    if (error == 0 && mapped) {
+        *cost += kSegmentCost + kRunCost * chunk->runs.size();
+        UnmapNow(*chunk, first, end);
+    }
+    Unlock(*chunk, mask);
+    co_return error;
 }
 
 Task<Errno> Head::Trim(uint64_t offset, uint64_t length, Requester* requester) {
@@ -484,7 +505,7 @@ Task<Errno> Head::Trim(uint64_t offset, uint64_t length, Requester* requester) {
     const uint64_t end = (offset + length) / kBlockBytes;
     Errno error = 0;
     if (begin < end) error = co_await UnmapBlocks(begin, end, requester);
-    co_await Answerable();
+    co_await Answerable(requester);
     co_return error;
 }
 
@@ -520,7 +541,7 @@ Task<Errno> Head::UnmapFrom(uint64_t from) {
         const uint64_t begin = std::max(first_block, index * kChunkBlocks);
         const Errno error = co_await UnmapBlocks(begin, (index + 1) * kChunkBlocks, nullptr);
         if (error != 0) co_return error;
-        co_await Answerable();
+        co_await Answerable(nullptr);
         ++index;
         if (index == GroupEnd(chunk).value) index = std::max(index, next_stored);
     }
@@ -548,7 +569,7 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
     Errno error = 0;
     if (allocate) {
         error = co_await WriteMany(offset, length, nullptr, requester);
-        co_await Answerable();
+        co_await Answerable(requester);
         co_return error;
     }
     const uint64_t end = offset + length;
@@ -564,7 +585,7 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
     if (error == 0 && last_whole < end && last_whole >= first_whole) {
         error = co_await ZeroPart(last_whole, end - last_whole, requester);
     }
-    co_await Answerable();
+    co_await Answerable(requester);
     co_return error;
 }
 

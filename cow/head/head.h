@@ -32,6 +32,7 @@
 #include <deque>
 #include <functional>
 
+#include "cow/head/chunk_lock.h"
 #include "cow/head/journal.h"
 #include "cow/volume/mapped_volume.h"
 
@@ -174,23 +175,23 @@ class Head : public MappedVolume {
     Task<Errno> UnmapFrom(uint64_t from);
     Task<Errno> RoomToUnmap(bool whole);
     Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester);
+    Task<Errno> UnmapChunk(ChunkIndex index, uint32_t first, uint32_t end, Requester* requester,
+                           uint64_t* cost);
     Task<Errno> ZeroPart(uint64_t offset, uint64_t length, Requester* requester);
     bool Laden() const;
-    Task<void> Answerable();
+    Task<void> Answerable(Requester* requester);
     bool ManyUnfolded() const;
     bool Overladen() const;
     void Relieve();
     void FoldLane();
-    Chunk* TryLock(ChunkIndex index, uint64_t mask);
-    Task<Errno> Lock(ChunkIndex index, uint64_t mask, Chunk** chunk);
-    void Unlock(Chunk& chunk, uint64_t mask);
+    Task<Errno> Lock(ChunkIndex index, uint64_t mask, Requester* requester, Chunk** chunk);
 
     // head.cc: space
     uint64_t FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) const;
     Task<bool> Growable();
-    Task<Errno> EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end);
-    Task<Errno> Refill(uint64_t needed, bool urgent);
-    Task<void> RefillAhead();
+    Task<Errno> EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end, Requester* requester);
+    Task<Errno> Refilled(uint64_t needed, Requester* requester);
+    Task<void> Refill(uint64_t needed, bool urgent);
     Extent Allocate(uint64_t most);
     void Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& stretches);
 
@@ -229,7 +230,6 @@ class Head : public MappedVolume {
     uint64_t writers_[2] = {0, 0};
     unsigned era_ = 0;
     WaitList writers_gone_;
-    WaitList unlocked_;
     bool shrinking_ = false;
     bool hold_ = false;
     WaitList unheld_;
@@ -242,6 +242,7 @@ class Head : public MappedVolume {
     bool refilling_ = false;
     bool refill_ahead_ = true;  // no use once the pool was full
     Errno refill_error_ = 0;
+    uint64_t refills_ = 0;  // done
     WaitList refilled_;
 
     // Changed chunks, by what they wait for:

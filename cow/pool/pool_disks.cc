@@ -478,6 +478,7 @@ Task<void> PoolImpl::DropHead(DiskId id) {
     co_await Hop(head->executor());
     co_await head->Quiesce();
     const std::vector<Extent> lease = head->TakeLease();
+    co_await head->Empty();
     head.reset();
     co_await Hop(core_.home());
     lanes_.Remove(id);

@@ -143,6 +143,7 @@ Task<void> PoolImpl::DropSnapshotVolume(SnapshotId id) {
     if (!open.fenced) snapshots_.erase(id);
     background_.Enter();
     co_await Hop(volume->executor());
+    co_await volume->Empty();
     volume.reset();
     co_await Hop(core_.home());
     background_.Leave();

@@ -377,6 +377,7 @@ Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::stri
         Head::Place place = PlaceOf(id);
         disk.depth = place.line.size();
         co_await Hop(disk.head->executor());
+        co_await disk.head->Empty();
         disk.head->Rebase(std::move(place));
         co_await Hop(core_.home());
     }

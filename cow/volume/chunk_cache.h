@@ -14,6 +14,7 @@
 
 namespace varve::cow {
 
+class LockWait;
 class MappedVolume;
 
 struct Chunk {
@@ -30,7 +31,8 @@ struct Chunk {
     Runs runs;                 // the state now
     std::optional<RowAt> row;  // where the last encoded state is stored; none: no row, zeros
     std::unique_ptr<Pending> pending;
-    uint64_t locked = 0;  // blocks that a request is changing, a bit each
+    uint64_t locked = 0;       // blocks that a request is changing, a bit each
+    LockWait* line = nullptr;  // the first that waits for some of them
     uint32_t pins = 0;
     bool referenced = true;   // since the clock's hand passed
     uint32_t bytes = 0;       // as charged

@@ -12,6 +12,7 @@
 #include "cow/core/core.h"
 #include "cow/volume/checksums.h"
 #include "cow/volume/chunk_cache.h"
+#include "cow/volume/turns.h"
 
 namespace varve::cow {
 
@@ -77,6 +78,7 @@ struct LaneState {
         : executor(*lane.executor),
           blocks(*lane.blocks),
           epochs(executor),
+          turns(executor),
           cache(memory.chunks),
           sums(memory.sums),
           shared(memory) {}
@@ -84,6 +86,7 @@ struct LaneState {
     Executor& executor;
     BlockStore& blocks;
     ReadEpochs epochs;
+    Turns turns;
     ChunkCache cache;
     SumsCache sums;
     LoadMeter load;

@@ -12,6 +12,19 @@ namespace {
 
 /// Chunks loaded together: 4 MiB of a disk. One seek costs about as much as decoding 16 rows.
 constexpr uint64_t kGroupChunks = 16;
+/// Bytes of one request that are read together; bounds the memory of a large scattered one.
+constexpr uint64_t kReadTogether = 4 << 20;
+/// What one Status() may cost, in units of Turns: 1 GiB of a disk whose blocks alternate with
+/// holes, 16 GiB without anything. Beyond it the answer is shorter than the question.
+constexpr uint64_t kStatusMost = 32 * Turns::kShare;
+/// What a transfer costs beside its transfer, in units of Turns.
+constexpr uint64_t kTransferCost = 12;
+/// What it costs to forget a chunk, and how many are looked for together: the table is walked from
+/// its beginning each time.
+constexpr uint64_t kEvictCost = 4;
+constexpr size_t kEmptyTogether = 512;
+/// Bytes zeroed for a unit of Turns.
+constexpr uint64_t kZeroedPerUnit = 256;
 
 }  // namespace
 
@@ -28,7 +41,7 @@ void AppendAllocation(std::vector<Allocation>& map, uint64_t length, bool hole) 
 }
 
 MappedVolume::MappedVolume(Core& core, LaneState& lane, Line line, uint64_t size)
-    : core_(core), lane_(lane), size_(size), line_(std::move(line)), loaded_(lane.executor) {}
+    : core_(core), lane_(lane), size_(size), line_(std::move(line)) {}
 
 MappedVolume::~MappedVolume() {
     Reset({}, 0);
@@ -52,6 +65,18 @@ void MappedVolume::Evict(Chunk& chunk) {
     delete &chunk;
 }
 
+Task<void> MappedVolume::Empty() {
+    std::vector<Chunk*> some;
+    do {
+        some.clear();
+        for (auto it = chunks_.begin(); it != chunks_.end() && some.size() < kEmptyTogether; ++it) {
+            if (it->second->pins == 0) some.push_back(it->second);
+        }
+        for (Chunk* chunk : some) Evict(*chunk);
+        if (lane_.turns.Spend(some.size() * kEvictCost)) co_await Turns::Next(lane_.turns);
+    } while (!some.empty());
+}
+
 Chunk* MappedVolume::Find(ChunkIndex index) {
     const auto found = chunks_.find(index.value);
     if (found == chunks_.end()) return nullptr;
@@ -62,11 +87,12 @@ Chunk* MappedVolume::Find(ChunkIndex index) {
 Task<MappedVolume::Loaded> MappedVolume::Load(ChunkIndex index) {
     const uint64_t group = index.value / kGroupChunks;
     Loaded result;
-    if (loading_.contains(group)) {
-        while (loading_.contains(group)) co_await loaded_.Wait();
+    if (const auto other = loading_.find(group); other != loading_.end()) {
+        co_await other->second->Wait();
         co_return result;  // the caller looks again
     }
-    loading_[group] = true;
+    WaitList loaded(lane_.executor);
+    loading_[group] = &loaded;
     // A chunk that is in memory now may be changed, committed and dropped before the rows arrive:
     // only those that are absent now are taken from them.
     const ChunkIndex first{group * kGroupChunks};
@@ -81,7 +107,7 @@ Task<MappedVolume::Loaded> MappedVolume::Load(ChunkIndex index) {
     Result<MapRows> rows = ReadMap(*view, line, first, ChunkIndex{first.value + kGroupChunks});
     co_await Hop(lane_.executor);
     loading_.erase(group);
-    loaded_.WakeAll();
+    loaded.WakeAll();
     if (!rows.ok()) {
         Log(LogLevel::kError, rows.error().message);
         result.error = EIO;
@@ -115,10 +141,11 @@ Task<MappedVolume::Loaded> MappedVolume::Load(ChunkIndex index) {
     co_return result;
 }
 
-void MappedVolume::Gather(const Chunk& chunk, uint64_t offset, std::span<std::byte> buffer,
-                          IoPieces& pieces, FrozenList& frozen,
-                          std::vector<Allocation>* map) const {
+uint64_t MappedVolume::Gather(const Chunk& chunk, uint64_t offset, std::span<std::byte> buffer,
+                              IoPieces& pieces, FrozenList& frozen,
+                              std::vector<Allocation>* map) const {
     const uint64_t base = chunk.index.value * kChunkBytes;
+    uint64_t cost = 1;
     for (uint64_t done = 0; done < buffer.size();) {
         const uint64_t at = offset + done - base;  // in the chunk
         const uint64_t stop = offset + buffer.size() - base;
@@ -127,6 +154,7 @@ void MappedVolume::Gather(const Chunk& chunk, uint64_t offset, std::span<std::by
         const Piece piece = PieceAt(chunk.runs, first, end);
         const uint64_t piece_end = std::min(stop, (first + piece.count) * kBlockBytes);
         const uint64_t length = piece_end - at;
+        cost += piece.mapped ? kTransferCost : length / kZeroedPerUnit;
         if (piece.mapped) {
             AppendPiece(pieces, piece.place * kBlockBytes + at % kBlockBytes, &buffer[done],
                         length);
@@ -139,10 +167,21 @@ void MappedVolume::Gather(const Chunk& chunk, uint64_t offset, std::span<std::by
         if (map) AppendAllocation(*map, length, !piece.mapped);
         done += length;
     }
+    return cost;
 }
 
 Task<Errno> MappedVolume::ReadBlocks(uint64_t offset, std::span<std::byte> buffer,
                                      std::vector<Allocation>* map, Requester* requester) {
+    Errno error = 0;
+    for (size_t done = 0; done < buffer.size() && error == 0; done += kReadTogether) {
+        const size_t length = std::min(buffer.size() - done, kReadTogether);
+        error = co_await ReadSome(offset + done, buffer.subspan(done, length), map, requester);
+    }
+    co_return error;
+}
+
+Task<Errno> MappedVolume::ReadSome(uint64_t offset, std::span<std::byte> buffer,
+                                   std::vector<Allocation>* map, Requester* requester) {
     const ReadEpochs::Guard guard(lane_.epochs);
     IoPieces pieces;
     FrozenList frozen;
@@ -158,9 +197,12 @@ Task<Errno> MappedVolume::ReadBlocks(uint64_t offset, std::span<std::byte> buffe
         }
         const uint64_t length =
             std::min<uint64_t>(buffer.size() - done, kChunkBytes - at % kChunkBytes);
-        Gather(*chunk, at, buffer.subspan(done, length), pieces, frozen, map);
+        const uint64_t cost = Gather(*chunk, at, buffer.subspan(done, length), pieces, frozen, map);
         done += length;
+        const bool more = done < buffer.size();
+        if (more && lane_.turns.Spend(cost)) co_await Turns::Next(lane_.turns);
     }
+    if (Gone(requester)) co_return ECANCELED;
     const bool skip = Mutated(Mutant::kHeadReadsUnverified) && !read_only();
     if (!frozen.empty() && !skip) co_return co_await ReadVerified(core_, lane_, pieces, frozen);
     co_return co_await TransferAll(lane_.blocks, BlockIo::Kind::kRead, pieces);
@@ -229,6 +271,7 @@ Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most
     if (!InRange(offset, length)) co_return EINVAL;
     ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
     uint64_t settled = 0;
+    uint64_t cost = 0;
     const uint64_t end = offset + length;
     while (offset < end) {
         if (Gone(requester)) co_return ECANCELED;
@@ -244,6 +287,7 @@ Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most
             chunk = Find(index);
             if (!chunk) continue;
         }
+        uint64_t units = 1;
         while (offset < stop) {
             const uint64_t base = index.value * kChunkBytes;
             const auto first = static_cast<uint32_t>((offset - base) / kBlockBytes);
@@ -253,11 +297,15 @@ Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most
             const uint64_t piece_end = std::min(stop, base + (first + piece.count) * kBlockBytes);
             AppendAllocation(*map, piece_end - offset, !piece.mapped);
             offset = piece_end;
+            ++units;
             if (map->size() > most) {  // the one too many ends what is known of the last
                 map->pop_back();
                 co_return 0;
             }
         }
+        cost += units;
+        if (cost >= kStatusMost) co_return 0;
+        if (offset < end && lane_.turns.Spend(units)) co_await Turns::Next(lane_.turns);
     }
     co_return 0;
 }

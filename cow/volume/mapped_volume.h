@@ -39,6 +39,10 @@ class MappedVolume : public Volume {
     /// Another line that leads to the same rows. On the lane.
     void SetLine(Line line) { line_ = std::move(line); }
 
+    /// Forgets the chunks, some in each turn: to be done before the destructor, for which many are
+    /// too much at once. REQUIRES: nothing under way.
+    Task<void> Empty();
+
     /// Forgets a clean chunk. For the cache.
     void Evict(Chunk& chunk);
 
@@ -76,9 +80,10 @@ class MappedVolume : public Volume {
     uint64_t settled_ = 0;
 
   private:
-    /// Appends what [offset, end) maps to, all in one chunk: pieces to read, zeros filled in.
-    void Gather(const Chunk& chunk, uint64_t offset, std::span<std::byte> buffer, IoPieces& pieces,
-                FrozenList& frozen, std::vector<Allocation>* map) const;
+    /// Appends what [offset, end) maps to, all in one chunk: pieces to read, zeros filled in. Gives
+    /// what it cost, in units of Turns.
+    uint64_t Gather(const Chunk& chunk, uint64_t offset, std::span<std::byte> buffer,
+                    IoPieces& pieces, FrozenList& frozen, std::vector<Allocation>* map) const;
     Task<Errno> ReadEdges(uint64_t offset, std::span<std::byte> buffer,
                           std::vector<Allocation>* map, Requester* requester);
     Task<Errno> ReadDetour(uint64_t offset, std::span<std::byte> buffer,
@@ -86,11 +91,13 @@ class MappedVolume : public Volume {
     /// REQUIRES: whole blocks, and memory aligned for the store.
     Task<Errno> ReadBlocks(uint64_t offset, std::span<std::byte> buffer,
                            std::vector<Allocation>* map, Requester* requester);
+    /// The same for at most kReadTogether.
+    Task<Errno> ReadSome(uint64_t offset, std::span<std::byte> buffer, std::vector<Allocation>* map,
+                         Requester* requester);
 
     Line line_;
     boost::unordered_flat_map<uint64_t, Chunk*> chunks_;
-    boost::unordered_flat_map<uint64_t, bool> loading_;  // groups
-    WaitList loaded_;
+    boost::unordered_flat_map<uint64_t, WaitList*> loading_;  // groups, with who waits for them
 };
 
 /// Adds a stretch to a map, joined with the last if that is of the same kind.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "base/check.h"
+#include "base/sync.h"
 
 namespace varve::cow {
 
@@ -57,6 +58,25 @@ class Requester {
   private:
     bool gone_ = false;
     Waiting* first_ = nullptr;
+};
+
+/// Waits on a list, as list.Wait() does, but not after its requester, if it has one, has left: then
+/// all who wait on the list look again.
+class WaitFor : private Requester::Waiting {
+  public:
+    WaitFor(WaitList& list, Requester* requester)
+        : Waiting(requester, &WaitFor::Left), list_(list), waiter_(list) {}
+    bool await_ready() const noexcept { return false; }
+    void await_suspend(std::coroutine_handle<> handle) { waiter_.await_suspend(handle); }
+    void await_resume() const noexcept {}
+
+  private:
+    static void Left(Requester::Waiting* waiting) {
+        static_cast<WaitFor*>(waiting)->list_.WakeAll();
+    }
+
+    WaitList& list_;
+    WaitList::Waiter waiter_;
 };
 
 }  // namespace varve::cow

@@ -9,8 +9,8 @@
 namespace varve::cow {
 namespace {
 
-/// Blocks that are compared without letting others run: 0.1 ms.
-constexpr size_t kCompareTogether = 256;
+/// What it costs to compare a block, in units of Turns.
+constexpr uint64_t kCompareCost = 12;
 
 /// What must be found once the read is done.
 struct Expected {
@@ -88,9 +88,9 @@ Task<Errno> ReadVerified(Core& core, LaneState& lane, const IoPieces& pieces,
     co_await Expect(core, lane, frozen, &expected);
     Errno error = co_await TransferAll(lane.blocks, BlockIo::Kind::kRead, pieces);
     if (error != 0) co_return error;
-    size_t compared = 0;
     for (const Expected& block : expected) {
-        if (++compared % kCompareTogether == 0) co_await Hop(lane.executor);
+        const bool first = &block == &expected.front();
+        if (!first && lane.turns.Spend(kCompareCost)) co_await Turns::Next(lane.turns);
         if (BlockSum(block.memory) == block.sum) continue;
         error = EIO;
         core.FoundDamage(block.place, block.birth,
