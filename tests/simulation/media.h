@@ -6,10 +6,12 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "cow/volume/requester.h"
 #include "tests/simulation/content.h"
 #include "tests/simulation/scheduler.h"
 
@@ -155,6 +157,29 @@ class Media {
     uint64_t metadata_bytes = 0, journal_weight = 0;
     std::string broken;          // the first bound that was
     uint64_t largest_batch = 0;  // bytes
+
+    /// What a client that may go is writing, as long as this exists.
+    class Payload {
+      public:
+        Payload(Media& media, std::span<const std::byte> bytes, const cow::Requester& requester)
+            : media_(media), begin_(bytes.data()) {
+            media_.payloads_[begin_] = {begin_ + bytes.size(), &requester};
+        }
+        Payload(const Payload&) = delete;
+        ~Payload() { media_.payloads_.erase(begin_); }
+
+      private:
+        Media& media_;
+        const std::byte* const begin_;
+    };
+    /// A write from `memory` begins.
+    void LookForAbandoned(const std::byte* memory) {
+        for (const auto& [begin, payload] : payloads_) {
+            const bool inside = memory >= begin && memory < payload.end;
+            abandoned_begun |= inside && payload.requester->gone();
+        }
+    }
+    bool abandoned_begun = false;  // a write of a client that has gone
     std::shared_ptr<const std::map<std::string, std::string>> metadata() const { return metadata_; }
     void SetMetadata(std::shared_ptr<const std::map<std::string, std::string>> rows) {
         metadata_ = std::move(rows);
@@ -182,6 +207,11 @@ class Media {
         uint64_t order;
         Content content;
     };
+    struct Abandonable {
+        const std::byte* end;
+        const cow::Requester* requester;
+    };
+    std::map<const std::byte*, Abandonable> payloads_;  // by their first byte
     Scheduler& scheduler_;
     const uint64_t capacity_;
     bool power_ = true;

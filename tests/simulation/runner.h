@@ -1,8 +1,8 @@
 // Runner: one simulation: clients, commands, power cuts and restarts, and what was promised.
 // Not the model, which is model.h; not the engine's surroundings, which are world.h.
 //
-// simulation.cc: rounds; clients.cc: requests; commands.cc: commands; settle.cc: what must be
-// there; damage.cc: checksums.
+// simulation.cc: rounds; clients.cc, rude.cc: requests; commands.cc: commands; settle.cc: what must
+// be there; damage.cc: checksums.
 #pragma once
 
 #include <fmt/format.h>
@@ -146,7 +146,15 @@ class Runner {
     // ---- steps
 
     // Who begins one. Clients count on from kClients.
-    enum Actor : uint64_t { kRound, kCommander, kQuiet, kRestart, kVerifier, kClients };
+    enum Actor : uint64_t {
+        kRound,
+        kCommander,
+        kQuiet,
+        kRestart,
+        kVerifier,
+        kClients,
+        kLeaver = 255
+    };
 
     /// The next draws, until the first wait, are those of this step. False if it is left out.
     bool Begin(uint64_t actor, uint64_t index) {
@@ -243,6 +251,15 @@ class Runner {
     Task<void> TrimOnce(Disk* disk, cow::Volume* volume, Range range);
     Task<void> FlushOnce(Disk* disk, cow::Volume* volume);
     Task<void> ReadOnce(std::string name, Disk* disk, cow::Volume* volume, Range range);
+
+    // ---- clients that go away
+    struct Abandoned;
+    uint64_t StartRude(std::vector<uint64_t>* exports);
+    Task<void> RudeClient(std::string name, Disk* disk, cow::Volume* volume);
+    Task<void> GoAway(const std::string& name, Disk* disk, cow::Volume* volume);
+    Range DrawLarge(uint64_t size);
+    Task<void> Abandon(const std::string& name, Disk* disk, cow::Volume* volume, Range range,
+                       Abandoned* abandoned);
 
     // ---- commands beside clients
 

@@ -140,6 +140,7 @@ void Runner::BusyRound() {
     Begin(kRound, 3);
     const uint64_t commands = dice_.Draw(scale_.commands);
     clients_ += StartClients(&exports);
+    if (Fine()) clients_ += StartRude(&exports);
     if (!Fine()) return;
     Spawn(Commands(static_cast<unsigned>(commands)));
     {

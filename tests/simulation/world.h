@@ -33,6 +33,9 @@ class SimBlockStore : public cow::BlockStore {
         VARVE_CHECK(io.offset % traits_.alignment == 0);
         const bool on = media_.Next(Call::kSubmit) != Fate::kDark;
         const Start start{media_.write_order(), on};
+        if (io.kind == cow::BlockIo::Kind::kWrite) {
+            media_.LookForAbandoned(static_cast<const std::byte*>(io.vectors[0].iov_base));
+        }
         cow::BlockIo* op = &io;
         media_.scheduler().Later([this, op, start] { Complete(*op, start); });
     }
