@@ -148,32 +148,6 @@ TEST_F(ScarceTest, AWriterThatWaitsForSpaceGivesUpWhenThePoolCloses) {
     Expect("d", 0, kMiB, 'w');
 }
 
-TEST_F(ScarceTest, AChainOfRestoresHasAnEndThatSaysSo) {
-    Ok(pool().CreateDisk("d", kMiB));
-    uint64_t restores = 0;
-    for (;; ++restores) {
-        ASSERT_LT(restores, 1000U);
-        ASSERT_EQ(0, Write("d", restores % 200 * 4096, 4096, 'r'));
-        Close("d");
-        const std::string name = "d@s" + std::to_string(restores);
-        std::vector<std::string> names{name};
-        Ok(pool().CreateSnapshots(std::move(names)));
-        const Status s = machine->Do(pool().RestoreSnapshot(name, std::nullopt, false, false));
-        if (s.ok()) continue;
-        EXPECT_EQ(ErrorKind::kLimit, s.error().kind) << s.error().message;
-        EXPECT_EQ(ErrorKind::kLimit, Fails(pool().CloneSnapshot(name, "c")));
-        break;
-    }
-    EXPECT_EQ(255U, restores);
-    Expect("d", 0, 200 * 4096, 'r');
-    // Deleting what the chain went through does not shorten it, but loses nothing either.
-    for (uint64_t i = 0; i < restores; i += 2) {
-        Ok(pool().DeleteSnapshot("d@s" + std::to_string(i), false));
-    }
-    Reclaim();
-    Expect("d", 0, 200 * 4096, 'r');
-}
-
 TEST_F(ScarceTest, ASnapshotWhoseCommitFailedIsNotServed) {
     Ok(pool().CreateDisk("d", kMiB));
     ASSERT_EQ(0, Write("d", 0, 4096, 'a'));
