@@ -9,7 +9,7 @@
 namespace varve::cow {
 namespace {
 
-constexpr char kRowVersion = 1;
+constexpr char kEpochRowVersion = 1;
 constexpr size_t kEpochBytes = 2 * sizeof(uint64_t);
 
 void Append(std::string& bytes, const Epoch& epoch) {
@@ -30,7 +30,7 @@ Status Put(MetadataStore& metadata, const EpochRow& row) {
 }  // namespace
 
 std::string EncodeEpochRow(const EpochRow& row) {
-    std::string bytes(1, kRowVersion);
+    std::string bytes(1, kEpochRowVersion);
     Append(bytes, row.current);
     if (row.next) Append(bytes, *row.next);
     return bytes;
@@ -38,7 +38,7 @@ std::string EncodeEpochRow(const EpochRow& row) {
 
 Result<EpochRow> DecodeEpochRow(std::string_view bytes) {
     const bool whole = bytes.size() == 1 + kEpochBytes || bytes.size() == 1 + 2 * kEpochBytes;
-    if (!whole || bytes[0] != kRowVersion) {
+    if (!whole || bytes[0] != kEpochRowVersion) {
         return MakeError(ErrorKind::kDamaged,
                          "the metadata's row about the epoch is damaged; restore the pool from a "
                          "backup");
