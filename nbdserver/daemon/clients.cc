@@ -82,7 +82,7 @@ Task<void> DrainOnReactor(std::shared_ptr<Client> client) {
     if (client->connection) ::shutdown(client->fd, SHUT_RD);
 }
 
-int64_t NowMs() {
+int64_t UnixMs() {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     return std::chrono::duration_cast<std::chrono::milliseconds>(now).count();
 }
@@ -130,7 +130,7 @@ Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std
     client->opened = opened.value();
     client->description.name = pool_.ExportName(client->opened.id);
     client->address = std::move(address);
-    client->since_ms = NowMs();
+    client->since_ms = UnixMs();
     client->active = std::chrono::steady_clock::now();
     client->reactor = &volume.executor();
     clients_.emplace(client->opened.id, client);  // from now on it can be fenced

@@ -74,7 +74,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kShrinkKeepsData, "shrink-keeps-data",
      "what is beyond a shrunk disk's end stays mapped", 20},
     {Mutant::kShrinkNotResumed, "shrink-not-resumed",
-     "a shrink that a crash met is not finished later", 50},
+     "a shrink that a crash met is not finished later", 400},
     // A snapshot is one moment and never changes
     {Mutant::kHeldBlockOverwritten, "held-block-overwritten",
      "a block that a snapshot holds is overwritten in place", 20},
@@ -128,11 +128,11 @@ constexpr Entry kEntries[] = {
     {Mutant::kFlattenedEarly, "flattened-early", "a branch counts as flattened after one step",
      100},
     {Mutant::kFlattenNotResumed, "flatten-not-resumed",
-     "a flattening that a crash met counts as done", 100},
+     "a flattening that a crash met counts as done", 500},
     {Mutant::kFlattenLeavesRows, "flatten-leaves-rows",
      "a flattening leaves no jobs for the rows that nobody reads any more", 100},
     {Mutant::kFlattenUnnoted, "flatten-unnoted",
-     "a fold that replaces a row that a flattened branch inherited leaves no note", 150},
+     "a fold that replaces a row that a flattened branch inherited leaves no note", 600},
     // Damage is noticed, and nothing else is taken for it
     {Mutant::kSumOfAnotherBirth, "stale-checksum",
      "a checksum counts for whatever block is at its place now", 20},
