@@ -4,12 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <deque>
-#include <mutex>
 #include <random>
-#include <thread>
 #include <vector>
 
 namespace varve::nbdserver {
@@ -30,7 +26,6 @@ struct Holder : MemoryBudget::Share {
         wake = [](Share* share) { ++static_cast<Holder*>(share)->woken; };
     }
     uint64_t woken = 0;
-    uint64_t wanted = 0;
     std::vector<Piece> pieces;
 };
 
@@ -170,108 +165,6 @@ TEST_F(MemoryBudgetTest, APieceThatIsLargerThanTheFundIsGrantedAlone) {
     EXPECT_EQ(other.woken, 1U);
     EXPECT_EQ(budget.Take(other, 32 * kMiB), Fund::kLarge);
     budget.GiveBack(other, Fund::kLarge, 32 * kMiB);
-}
-
-/// As many threads have it: each had a sixteenth of the memory once.
-TEST(MemoryPotTest, WhoIsModestIsPaidAtOnceBesideManyWhoHoardOnTheSameThread) {
-    auto pot = std::make_shared<MemoryPot>(kBytes, 16);
-    std::deque<MemoryBudget> budgets;
-    for (int i = 0; i < 16; ++i) budgets.emplace_back(pot, kSmall, nullptr);
-    std::deque<Holder> hoarders(20);
-    for (Holder& hoarder : hoarders) {
-        const Fund fund = budgets[0].Take(hoarder, 2 * kMiB);
-        if (fund != Fund::kNone) hoarder.pieces.push_back({fund, 2 * kMiB});
-    }
-    EXPECT_TRUE(budgets[1].anybody_waits()) << "known to all";
-    Holder modest;
-    EXPECT_EQ(budgets[0].Take(modest, 64 * kKiB), Fund::kModest);
-    budgets[0].GiveBack(modest, Fund::kModest, 64 * kKiB);
-    for (Holder& hoarder : hoarders) {
-        budgets[0].Leave(hoarder);
-        for (const Holder::Piece& piece : hoarder.pieces) {
-            budgets[0].GiveBack(hoarder, piece.fund, piece.bytes);
-        }
-    }
-}
-
-/// A thread with a budget and holders that want pieces of all sizes, each many times.
-class BudgetThread {
-  public:
-    BudgetThread(std::shared_ptr<MemoryPot> pot, uint32_t seed, std::atomic<int64_t>& held)
-        : budget_(std::move(pot), kSmall, [this] { Wake(); }), random_(seed), held_(held) {}
-
-    void Run() {
-        std::deque<Holder> holders(8);
-        int left = 3000;
-        while (left > 0 || HoldsAny(holders)) {
-            bool moved = false;
-            for (Holder& holder : holders) {
-                if (left > 0 && (!holder.waiting() || holder.woken > 0)) {
-                    if (!holder.waiting()) holder.wanted = 4 * kKiB << random_() % 14;
-                    holder.woken = 0;
-                    const Fund fund = budget_.Take(holder, holder.wanted);
-                    if (fund == Fund::kNone) continue;
-                    Hold(static_cast<int64_t>(fund == Fund::kSmall ? 0 : holder.wanted));
-                    holder.pieces.push_back({fund, holder.wanted});
-                    --left;
-                    moved = true;
-                }
-            }
-            for (Holder& holder : holders) {
-                if (holder.pieces.empty() || random_() % 4 == 0) continue;
-                const Holder::Piece piece = holder.pieces.back();
-                holder.pieces.pop_back();
-                Hold(-static_cast<int64_t>(piece.fund == Fund::kSmall ? 0 : piece.bytes));
-                budget_.GiveBack(holder, piece.fund, piece.bytes);
-                moved = true;
-            }
-            if (!moved && !HoldsAny(holders)) WaitForPoke(holders);
-            if (poked_.exchange(false)) budget_.LookAgain();
-        }
-        for (Holder& holder : holders) budget_.Leave(holder);
-    }
-
-  private:
-    static bool HoldsAny(const std::deque<Holder>& holders) {
-        return std::any_of(holders.begin(), holders.end(),
-                           [](const Holder& holder) { return !holder.pieces.empty(); });
-    }
-    void Hold(int64_t bytes) {
-        EXPECT_LE(held_.fetch_add(bytes) + bytes, static_cast<int64_t>(kBytes));
-    }
-    void Wake() {
-        const std::lock_guard lock(mutex_);
-        poked_ = true;
-        changed_.notify_one();
-    }
-    void WaitForPoke(const std::deque<Holder>& holders) {
-        for (const Holder& holder : holders) {
-            if (holder.woken > 0) return;
-        }
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [this] { return poked_.load(); });
-    }
-
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    std::atomic<bool> poked_{false};
-    MemoryBudget budget_;
-    std::mt19937 random_;
-    std::atomic<int64_t>& held_;
-};
-
-TEST(MemoryPotTest, NobodyStarvesOnAnyThreadAndTheBoundHolds) {
-    const uint32_t seed = std::random_device()();
-    SCOPED_TRACE(testing::Message() << "seed " << seed);
-    auto pot = std::make_shared<MemoryPot>(kBytes, 4);
-    std::atomic<int64_t> held{0};
-    std::deque<BudgetThread> budgets;
-    for (uint32_t i = 0; i < 4; ++i) budgets.emplace_back(pot, seed + i, held);
-    std::vector<std::thread> threads;
-    for (BudgetThread& budget : budgets) threads.emplace_back([&budget] { budget.Run(); });
-    for (std::thread& thread : threads) thread.join();
-    EXPECT_EQ(held, 0);
-    EXPECT_FALSE(pot->anybody_waits());
 }
 
 /// Holders that ask for pieces of all sizes, finish them in any order and ask again when woken:

@@ -97,8 +97,8 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
       volume_(volume),
       counters_(std::move(options.counters)),
       ended_(std::move(ended)),
-      receiving_(shared_.received),
-      kept_(shared_.received) {
+      receiving_(shared_.received_bytes),
+      kept_(shared_.received_bytes) {
     rules_.structured_replies = options.structured_replies;
     rules_.base_allocation = options.base_allocation && options.structured_replies;
     rules_.base_allocation_id = options.base_allocation_id;

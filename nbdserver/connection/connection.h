@@ -35,7 +35,7 @@ struct ConnectionLimits {
     uint64_t bytes_max = 64 << 20;         // payloads in flight, for each connection
     uint64_t work_bytes_max = 64 << 20;    // that requests without payload work on, likewise: one
                                            // that is larger alone, the others wait
-    uint64_t host_bytes_max = 512 << 20;   // memory in flight, all connections of all reactors
+    uint64_t host_bytes_max = 512 << 20;   // memory in flight, all connections of a reactor
     uint64_t unused_bytes_max = 64 << 20;  // pooled memory kept for later, for each reactor
     uint64_t stall_ms_max = 5000;          // without progress, while others wait for its memory
     uint64_t leave_ms_max = 2000;          // to finish what is outstanding when others come
@@ -65,15 +65,11 @@ struct TransmissionOptions {
 /// were negotiated before the flags are sent.
 uint16_t TransmissionFlags(bool read_only, bool structured_replies);
 
-class MemoryPot;
-
 /// The connections of one reactor. All methods on the reactor's thread, except construction and
 /// destruction, which may happen anywhere while the reactor does not use it.
 class ConnectionHost {
   public:
-    /// `pot`: the memory that the hosts of all reactors share. Null: one of its own.
-    ConnectionHost(Reactor& reactor, ConnectionLimits limits,
-                   std::shared_ptr<MemoryPot> pot = nullptr);
+    ConnectionHost(Reactor& reactor, ConnectionLimits limits);
     /// REQUIRES: no connection is left.
     ~ConnectionHost();
 

@@ -127,12 +127,8 @@ constexpr Entry kEntries[] = {
     // Flattening
     {Mutant::kFlattenedEarly, "flattened-early", "a branch counts as flattened after one step",
      100},
-    {Mutant::kFlattenNotResumed, "flatten-not-resumed",
-     "a flattening that a crash met counts as done", 500},
     {Mutant::kFlattenLeavesRows, "flatten-leaves-rows",
      "a flattening leaves no jobs for the rows that nobody reads any more", 100},
-    {Mutant::kFlattenUnnoted, "flatten-unnoted",
-     "a fold that replaces a row that a flattened branch inherited leaves no note", 600},
     // Damage is noticed, and nothing else is taken for it
     {Mutant::kSumOfAnotherBirth, "stale-checksum",
      "a checksum counts for whatever block is at its place now", 20},
