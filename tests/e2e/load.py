@@ -267,6 +267,7 @@ class Load:
             parameters = {"snapshot": full, "disconnect": True}
             if len(snapshots) < SNAPSHOTS_MAX and source.random() < 0.5:
                 parameters["keep_as"] = self.fresh("k", snapshots)
+            parameters["online"] = True  # its clients come back
             self._send("snapshot.restore", parameters)
             return disk
         elif what == "clone" and known and len(disks) < DISKS_MAX:
