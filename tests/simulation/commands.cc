@@ -194,6 +194,9 @@ void Runner::Resize(const std::string& name, Disk& disk) {
 void Runner::ResizeTo(const std::string& name, Disk& disk, uint64_t size) {
     Note("resize {} {}", name, size);
     const Status s = machine_->Do(pool().ResizeDisk(name, size, true, false));
+    // The rest of its last block may have to be zeroed, in a new one. Nothing has changed then.
+    const bool full = tight_ && !s.ok() && s.error().kind == ErrorKind::kNoSpace;
+    if (full && media_.power() && !Faulty()) return;
     if (s.ok() && media_.power()) {
         disk.model.Resize(size);
     } else {
