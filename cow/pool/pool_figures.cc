@@ -15,6 +15,7 @@ constexpr size_t kCandidatesTogether = 4096;
 /// A part of the tree that views would be gone from.
 struct Part {
     Region with;
+    std::vector<int> from;             // segments to sweep from
     std::vector<CandidateScan> scans;  // of each of them
 
     /// The chunks that may have something dead then. A chunk comes up once for each generation
@@ -55,8 +56,8 @@ struct Part {
         for (const ChunkIndex chunk : chunks.value()) {
             SweepPlan now, then;
             ++steps;
-            if (Status s = sweep_with.Sweep(chunk, with.gone, now); !s.ok()) return s.error();
-            if (Status s = sweep_without.Sweep(chunk, with.gone, then); !s.ok()) return s.error();
+            if (Status s = sweep_with.Sweep(chunk, from, now); !s.ok()) return s.error();
+            if (Status s = sweep_without.Sweep(chunk, from, then); !s.ok()) return s.error();
             blocks += then.freed_blocks - now.freed_blocks;
         }
         return blocks;
@@ -90,7 +91,14 @@ void PoolImpl::LookAtFreed(const DoomedViews& doomed, FreedScan* at) {
     at->view = core_.metadata().View();
     for (const auto& [branch, generation] : places) {
         Part& part = at->parts[history.RegionKeyOf(branch, generation, gone)];
-        if (part.scans.empty()) part.with = history.RegionWithout(branch, generation, gone);
+        if (part.scans.empty()) {
+            part.with = history.RegionWithout(branch, generation, gone);
+            part.from = part.with.gone;
+            // To a sweep, what waits elsewhere in the region holds what it names. Here it is dead.
+            for (size_t i = 0; i < part.with.segments.size() && !reclaimer_.idle(); ++i) {
+                part.from.push_back(static_cast<int>(i));
+            }
+        }
         part.scans.emplace_back(history.StretchesBelow(branch, generation, gone),
                                 history.StretchesAbove(branch, generation, gone));
     }

@@ -224,7 +224,6 @@ void Runner::DeleteDisk(const std::string& name) {
 void Runner::DeleteCounted(const std::string& name, Disk& disk) {
     std::string victim;
     if (!DrawSnapshot(disk, &victim)) return;
-    if (rude_ && !Quiet()) return;  // `unique` leaves out too much while many notes wait
     const auto info = machine_->Do(pool().ShowSnapshot(name + "@" + victim));
     if (!Quiet() || !info.ok() || info.value().approximate) return;
     const auto before = machine_->Do(pool().GetStatus());
