@@ -161,6 +161,16 @@ void PoolImpl::Disconnect(DiskId disk, SnapshotId snapshot) {
     if (disconnect_) disconnect_(ids);
 }
 
+/// Waits until nobody is counted in `clients`, who were told to go; false if that takes too long.
+Task<bool> PoolImpl::ClientsGone(const uint64_t* clients) {
+    const Waits::Scope waiting(core_.waits, "requests of clients that were cut off");
+    std::function<bool(int64_t*)> gone = [this, clients](int64_t* until_us) {
+        if (core_.closing) *until_us = 0;
+        return *clients == 0;
+    };
+    co_return co_await ticker_.Wait(export_closed_, kFenceUs, std::move(gone));
+}
+
 Task<Status> PoolImpl::FenceDisk(DiskId id, bool disconnect, bool* cut_off) {
     Disk& disk = disks_.at(id);
     if (disk.clients > 0 && !disconnect) {
@@ -174,13 +184,8 @@ Task<Status> PoolImpl::FenceDisk(DiskId id, bool disconnect, bool* cut_off) {
     if (disk.clients == 0) co_return Status();
     *cut_off = true;
     Disconnect(id, SnapshotId{});
-    const Waits::Scope waiting(core_.waits, "requests of clients that were cut off");
-    std::function<bool(int64_t*)> gone = [this, &disk](int64_t* until_us) {
-        if (core_.closing) *until_us = 0;
-        return disk.clients == 0;
-    };
-    const bool fenced = co_await ticker_.Wait(export_closed_, kFenceUs, std::move(gone));
-    if (fenced) co_return Status();
+    const bool gone = co_await ClientsGone(&disk.clients);
+    if (gone) co_return Status();
     disk.fenced = false;
     co_return StillThere("disk '" + catalog_.disk(id).record.name + "'", disk.clients,
                          core_.closing);
@@ -198,13 +203,8 @@ Task<Status> PoolImpl::FenceSnapshot(SnapshotId id, bool disconnect) {
     open.fenced = true;
     if (open.clients == 0) co_return Status();
     Disconnect(DiskId{}, id);
-    const Waits::Scope waiting(core_.waits, "requests of clients that were cut off");
-    std::function<bool(int64_t*)> gone = [this, &open](int64_t* until_us) {
-        if (core_.closing) *until_us = 0;
-        return open.clients == 0;
-    };
-    const bool fenced = co_await ticker_.Wait(export_closed_, kFenceUs, std::move(gone));
-    if (fenced) co_return Status();
+    const bool gone = co_await ClientsGone(&open.clients);
+    if (gone) co_return Status();
     const Error still =
         StillThere("snapshot '" + catalog_.snapshot(id).name + "'", open.clients, core_.closing);
     UnfenceSnapshot(id);

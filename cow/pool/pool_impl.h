@@ -200,6 +200,7 @@ class PoolImpl : public Pool, public HeadHost {
 
     // pool_exports.cc
     std::string ExportAsked(std::string name) const;
+    Task<bool> ClientsGone(const uint64_t* clients);
     Task<Status> FenceDisk(DiskId id, bool disconnect, bool* cut_off);
     Task<Status> FenceSnapshot(SnapshotId id, bool disconnect);
     void Disconnect(DiskId disk, SnapshotId snapshot);
