@@ -109,7 +109,9 @@ TEST_F(MetadataTest, WhatIsFilledForAMomentByOthersIsNoFailure) {
     EXPECT_EQ(0, Write("d", 0, 4096, 'c'));  // its own block
     EXPECT_EQ(0, Flush("d"));
     EXPECT_EQ(Health::kFull, Figures().health);
+    EXPECT_EQ(ErrorKind::kNoSpace, machine->Do(pool().CreateDisk("e", kMiB)).error().kind);
     media.metadata_capacity = before;
+    Ok(pool().CreateDisk("e", kMiB));  // at once: a command that would be refused looks again
     Measure();
     EXPECT_EQ(0, Write("d", kMiB, 4096, 'b'));
     EXPECT_EQ(Health::kOk, Figures().health);

@@ -30,7 +30,10 @@ void Worsen(PoolStatus& status, Health health, std::string warning) {
 
 /// Of a command that adds rows.
 Status PoolImpl::Growable() const {
-    if (!core_.environment.metadata->full()) return Status();
+    MetadataStore& metadata = *core_.environment.metadata;
+    if (!metadata.full()) return Status();
+    metadata.Space();  // somebody may have made room a moment ago
+    if (!metadata.full()) return Status();
     return MakeError(ErrorKind::kNoSpace,
                      "the pool's metadata is full; delete snapshots or disks, or make room on its "
                      "file system");
