@@ -67,7 +67,6 @@ enum class Mutant {
     kFlattenedEarly,
     kFlattenNotResumed,
     kFlattenLeavesRows,
-    kFlattenUnnoted,
     // Damage is noticed, and nothing else is taken for it
     kSumOfAnotherBirth,
     kSumOfUnsealed,

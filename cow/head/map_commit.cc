@@ -13,7 +13,7 @@ Extent ExtentOf(const Run& run) {
 /// replaces: docs/design/flatten.md.
 bool InheritedRow(const Catalog& catalog, const HeadCommit::Row& row, BranchId id,
                   Generation snapshot_below) {
-    if (!row.previous || Mutated(Mutant::kFlattenUnnoted)) return false;
+    if (!row.previous) return false;
     while (id.value != 0 && id != row.previous->branch && InheritedAt(id) > snapshot_below) {
         if (catalog.IsFlattened(id)) return true;
         id = catalog.history().Get(id).parent;

@@ -127,6 +127,8 @@ constexpr Entry kEntries[] = {
     // Flattening
     {Mutant::kFlattenedEarly, "flattened-early", "a branch counts as flattened after one step",
      100},
+    {Mutant::kFlattenNotResumed, "flatten-not-resumed",
+     "a flattening that a crash met counts as done", 150},
     {Mutant::kFlattenLeavesRows, "flatten-leaves-rows",
      "a flattening leaves no jobs for the rows that nobody reads any more", 100},
     // Damage is noticed, and nothing else is taken for it

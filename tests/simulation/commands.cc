@@ -166,7 +166,10 @@ void Runner::Clone(const std::string& name, Disk& disk) {
 
 void Runner::Flatten(const std::string& name) {
     Note("flatten {}", name);
-    if (dice_.Chance(0.3)) media_.CutAfter(1 + dice_.Draw(6));
+    if (dice_.Chance(0.5)) {
+        Quiet();  // so that what is cut off is the flattening
+        media_.CutAfter(1 + dice_.Draw(6));
+    }
     const Status s = machine_->Do(pool().FlattenDisk(name));
     Do(s);
     if (!s.ok() || !media_.power()) return;
