@@ -93,7 +93,7 @@ constexpr Entry kEntries[] = {
      "a snapshot is opened before its map rows are written", 20},
     {Mutant::kJournalKept, "journal-kept", "journal rows stay when they are folded", 20},
     {Mutant::kJournalForgottenEarly, "journal-forgotten-early",
-     "journal rows go before all their chunks are folded", 50},
+     "journal rows go before all their chunks are folded", 100},
     {Mutant::kJournalOutOfOrder, "journal-out-of-order",
      "recovery applies the journal's changes in the wrong order", 50},
     {Mutant::kJournalUnbounded, "journal-unbounded", "nothing but changed chunks starts a pass",
