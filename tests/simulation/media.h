@@ -148,6 +148,7 @@ class Media {
     Faults faults;
     uint64_t seeks = 0;       // in the metadata store, point lookups included
     uint64_t steps = 0;       // from one row to the next
+    uint64_t cursors = 0, cursors_most = 0;
     std::set<uint64_t> held;  // stretches of the data file that take space, by offset
 
     // ---- bounds of the metadata, and what it has now

@@ -224,7 +224,10 @@ class SimMetadata : public cow::MetadataStore {
               rows_(std::move(rows)),
               lower_(lower),
               upper_(upper),
-              at_(rows_->end()) {}
+              at_(rows_->end()) {
+            media_.cursors_most = std::max(media_.cursors_most, ++media_.cursors);
+        }
+        ~RowsCursor() override { --media_.cursors; }
         void Seek(std::string_view key) override {
             ++media_.seeks;
             status_ = Lookup(media_);
