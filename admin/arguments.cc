@@ -352,7 +352,12 @@ std::string HelpText(const Verb* verb) {
         text += fmt::format("  {:<36} {}\n", fmt::format("{} {}", each.name, each.operands),
                             each.summary);
     }
-    text += "\nOptions of every verb:\n";
+    text +=
+        "\nOn the machine that uses a disk (varve attach --help):\n\n"
+        "  attach DISK|NBD-URI [/dev/nbdN]      make a disk a device, and keep it one\n"
+        "  detach DEVICE                        end that\n"
+        "  attached                             the devices of this machine\n"
+        "\nOptions of every verb:\n";
     for (const Option& option : Options()) {
         if (option.global) text += OptionLine(option);
     }

@@ -194,6 +194,8 @@ std::string RenderDisk(const json::value& disk) {
         {{"disk", Text(disk, "name")},
          {"size", ExactSize(disk, "size")},
          {"used", About(disk) + ExactSize(disk, "used")},
+         {"unique", Find(disk, "unique") ? About(disk) + ExactSize(disk, "unique") : "not known"},
+         {"depth", Count(disk, "depth")},
          {"snapshots", Count(disk, "snapshots")},
          {"clients", Flag(disk, "offline") ? "none: the disk is offline" : Count(disk, "clients")},
          {"created", Text(disk, "created")},
