@@ -37,6 +37,15 @@ class MetadataTest : public EngineTest {
         cow::Volume& v = Volume(name);
         return Await(scheduler, v.executor(), v.WriteZeroes(offset, length, false));
     }
+    static Task<void> WriteTask(cow::Volume* v, cow::Requester* requester, Errno* result) {
+        co_await Hop(v->executor());
+        const std::vector<std::byte> data(4096);
+        *result = co_await v->Write(48 * kMiB, data, requester);
+    }
+    static Task<void> TrimTask(cow::Volume* v, cow::Requester* requester, Errno* result) {
+        co_await Hop(v->executor());
+        *result = co_await v->Trim(0, 4096, requester);
+    }
     /// Every second block, with a snapshot after each chunk, until it is refused. Returns how many
     /// snapshots there are.
     unsigned FillUp() {
@@ -116,6 +125,32 @@ TEST_F(MetadataTest, WhatIsFilledForAMomentByOthersIsNoFailure) {
     EXPECT_EQ(0, Write("d", kMiB, 4096, 'b'));
     EXPECT_EQ(Health::kOk, Figures().health);
     Expect("d", 0, 4096, 'c');
+}
+
+// Deletions may take hours: who waits for what they give back is let go when his client is gone.
+TEST_F(MetadataTest, WhoWaitsForRoomMayLeave) {
+    const unsigned snapshots = FillUp();
+    Stop();
+    media.metadata_capacity = media.metadata_spare + 1;
+    Start({.reclaim_step_chunks = 1});
+    cow::Volume& v = Volume("d");
+    for (unsigned i = 0; i < snapshots; ++i) {
+        Ok(pool().DeleteSnapshot("d@s" + std::to_string(i), false));
+    }
+    cow::Requester requester;
+    Errno write = -1, trim = -1;
+    Spawn(WriteTask(&v, &requester, &write));
+    Spawn(TrimTask(&v, &requester, &trim));
+    for (unsigned step = 0; step < 20; ++step) scheduler.Step();
+    ASSERT_EQ(-1, write);
+    ASSERT_EQ(-1, trim);
+    requester.Leave();
+    for (unsigned step = 0; step < 20; ++step) scheduler.Step();
+    EXPECT_EQ(ECANCELED, write);
+    EXPECT_EQ(ECANCELED, trim);
+    EXPECT_LT(0u, Figures().reclaim_pending);
+    Reclaim();
+    EXPECT_EQ(ENOSPC, Write("d", 48 * kMiB, 4096, 'b'));
 }
 
 // Sums wait for room, and are made when there is some.

@@ -20,6 +20,9 @@ constexpr uint64_t kLeaseGrowth = 4;
 constexpr uint64_t kLeaseLow = 1024;
 /// A lease of a tight region may be smaller than what a write needs: 64 blocks at most.
 constexpr unsigned kLeaseTries = 64;
+/// A request waits so long for room of metadata: less than the patience of the kernel's client (30
+/// seconds by default).
+constexpr int64_t kSeekRoomUs = 10'000'000;
 /// What a write to a chunk, or unmapping some of it, costs the lane in units of Turns; and what
 /// each of its runs adds to that.
 constexpr uint64_t kSegmentCost = 64;
@@ -85,6 +88,7 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       writers_gone_(lane.executor),
       unheld_(lane.executor),
       refilled_(lane.executor),
+      room_sought_(lane.executor),
       round_done_(lane.executor),
       limits_(HeadLimits::Of(lane.shared.chunks.total(), core.owed_by_lane)) {
     generation_ = place.generation;
@@ -134,10 +138,35 @@ uint64_t Head::FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) con
     return needed;
 }
 
-/// Whether the map may grow, as far as metadata goes.
-Task<bool> Head::Growable() {
-    if (!core_.metadata().full()) co_return true;
-    co_return co_await host_.FindMetadataSpace(lane_.executor);
+/// Whether the map may grow, as far as metadata goes: 0, ENOSPC, or ECANCELED.
+Task<Errno> Head::Growable(Requester* requester) {
+    if (!core_.metadata().full()) co_return 0;
+    ++room_seekers_;
+    if (!seeking_room_) Spawn(SeekRoom());
+    const uint64_t mine = room_searches_ + (seeking_room_ ? 1 : 0);
+    while (room_searches_ < mine && !Gone(requester)) {
+        WaitFor searched(room_sought_, requester);
+        co_await searched;
+    }
+    --room_seekers_;
+    if (Gone(requester)) co_return ECANCELED;
+    co_return core_.metadata().full() ? ENOSPC : 0;
+}
+
+/// One search for all who wait: as long as deletions are under way and somebody waits, but not
+/// for ever, as a client has its own patience.
+Task<void> Head::SeekRoom() {
+    seeking_room_ = true;
+    Clock* const clock = core_.environment.clock;
+    const int64_t until = clock ? clock->NowUs() + kSeekRoomUs : 0;
+    bool more = true;
+    do {
+        more = co_await host_.FreeMetadata(lane_.executor);
+        more = more && core_.metadata().full() && room_seekers_ > 0;
+    } while (more && (!clock || clock->NowUs() < until));
+    seeking_room_ = false;
+    ++room_searches_;
+    room_sought_.WakeAll();
 }
 
 Task<Errno> Head::EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end,
@@ -346,8 +375,7 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
         if (error != 0) co_return error;
     }
     if (core_.metadata().full() && FreshNeeded(*chunk, blocks.first, blocks.end) > 0) {
-        const bool growable = co_await Growable();
-        if (!growable) error = ENOSPC;
+        error = co_await Growable(requester);
     }
     if (error == 0 && FreshNeeded(*chunk, blocks.first, blocks.end) > lease_blocks_) {
         error = co_await EnsureLease(*chunk, blocks.first, blocks.end, requester);
@@ -436,11 +464,11 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const S
 
 /// The metadata is full: what leaves nothing of a chunk makes its row shorter, in the end; a hole
 /// makes it longer.
-Task<Errno> Head::RoomToUnmap(bool whole) {
+Task<Errno> Head::RoomToUnmap(bool whole, Requester* requester) {
     if (shrinking_) co_return 0;
-    bool room = !core_.metadata().exhausted();
-    if (room && !whole) room = co_await Growable();
-    co_return room ? 0 : ENOSPC;
+    if (core_.metadata().exhausted()) co_return ENOSPC;
+    if (whole) co_return 0;
+    co_return co_await Growable(requester);
 }
 
 Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester) {
@@ -485,7 +513,7 @@ Task<Errno> Head::UnmapChunk(ChunkIndex index, uint32_t first, uint32_t end, Req
     const bool mapped = MappedBlocks(chunk->runs) > 0;
     Errno error = 0;
     if (mapped && core_.metadata().full()) {
-        error = co_await RoomToUnmap(end - first == kChunkBlocks);
+        error = co_await RoomToUnmap(end - first == kChunkBlocks, requester);
     }
     if (Gone(requester)) error = ECANCELED;
     *cost += chunk->runs.size();

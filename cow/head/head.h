@@ -83,8 +83,9 @@ class HeadHost {
     /// been tried. Not `urgent`: only those that are at hand.
     virtual Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane,
                                                           uint64_t most, bool urgent) = 0;
-    /// The metadata store is full: waits for deletions under way. Whether it is not full any more.
-    virtual Task<bool> FindMetadataSpace(Executor& lane) = 0;
+    /// The metadata store is full: waits for a step of the deletions under way, and measures again.
+    /// Whether there may be more such steps.
+    virtual Task<bool> FreeMetadata(Executor& lane) = 0;
     /// Commits what a round gives; its data has been synced.
     virtual Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) = 0;
 };
@@ -173,7 +174,7 @@ class Head : public MappedVolume {
                             uint64_t offset, std::span<const std::byte> buffer,
                             Requester* requester);
     Task<Errno> UnmapFrom(uint64_t from);
-    Task<Errno> RoomToUnmap(bool whole);
+    Task<Errno> RoomToUnmap(bool whole, Requester* requester);
     Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester);
     Task<Errno> UnmapChunk(ChunkIndex index, uint32_t first, uint32_t end, Requester* requester,
                            uint64_t* cost);
@@ -188,7 +189,8 @@ class Head : public MappedVolume {
 
     // head.cc: space
     uint64_t FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) const;
-    Task<bool> Growable();
+    Task<Errno> Growable(Requester* requester);
+    Task<void> SeekRoom();
     Task<Errno> EnsureLease(const Chunk& chunk, uint32_t first, uint32_t end, Requester* requester);
     Task<Errno> Refilled(uint64_t needed, Requester* requester);
     Task<void> Refill(uint64_t needed, bool urgent);
@@ -244,6 +246,11 @@ class Head : public MappedVolume {
     Errno refill_error_ = 0;
     uint64_t refills_ = 0;  // done
     WaitList refilled_;
+
+    bool seeking_room_ = false;   // of metadata
+    uint64_t room_seekers_ = 0;   // requests that wait for it
+    uint64_t room_searches_ = 0;  // done
+    WaitList room_sought_;
 
     // Changed chunks, by what they wait for:
     std::vector<Chunk*> dirty_;     // the next pass

@@ -224,9 +224,10 @@ Task<Errno> Head::Fold() {
 }
 
 Task<void> Head::Quiesce() {
-    while (rounds_running_ || refilling_) {
+    while (rounds_running_ || refilling_ || seeking_room_) {
         if (rounds_running_) co_await round_done_.Wait();
         if (refilling_) co_await refilled_.Wait();
+        if (seeking_room_) co_await room_sought_.Wait();
     }
 }
 

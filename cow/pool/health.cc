@@ -20,6 +20,8 @@ constexpr uint64_t kLowDataMax = 1 << 30;
 constexpr uint64_t kDataForByte = 128;
 /// A full store is compacted again after so many commits, or what was swept.
 constexpr uint64_t kCommitsToCompact = 64;
+/// Or, while there is more to sweep, after so many chunks of it: some 60 MiB of rows.
+constexpr uint64_t kSweptToCompact = 1 << 18;
 
 void Worsen(PoolStatus& status, Health health, std::string warning) {
     status.health = std::max(status.health, health);
@@ -102,20 +104,20 @@ Task<void> PoolImpl::CompactMetadata() {
     compacting_ = false;
 }
 
-Task<bool> PoolImpl::FindMetadataSpace(Executor& lane) {
+Task<bool> PoolImpl::FreeMetadata(Executor& lane) {
     MetadataStore& metadata = core_.metadata();
     co_await Hop(core_.home());
     background_.Enter();
+    bool more = false;
     {
         const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
-        for (bool more = true; metadata.full() && more && !core_.closing;) {
-            more = co_await reclaimer_.WaitStep();
-            metadata.Space();
-        }
+        metadata.Space();
+        if (metadata.full() && !core_.closing) more = co_await reclaimer_.WaitStep();
+        metadata.Space();
     }
     background_.Leave();
     co_await Hop(lane);
-    co_return !metadata.full();
+    co_return more && !core_.closing;
 }
 
 /// Once in a while: measures, and logs what has become worse.
@@ -130,9 +132,9 @@ void PoolImpl::WatchHealth() {
     if (status.metadata_free > 0 && !catalog_.flattening().empty()) reclaimer_.Wake({});
     // What was deleted takes room until it is compacted, which a store that has little to write
     // does not do by itself.
-    const bool due = reclaimer_.swept_chunks() != compacted_chunks_ ||
-                     committer_.commits() >= compacted_commits_ + kCommitsToCompact;
-    const bool compact = full && reclaimer_.idle() && due;
+    const uint64_t swept = reclaimer_.swept_chunks() - compacted_chunks_;
+    const bool due = swept > 0 || committer_.commits() >= compacted_commits_ + kCommitsToCompact;
+    const bool compact = full && ((reclaimer_.idle() && due) || swept >= kSweptToCompact);
     if (compact && !compacting_) Spawn(CompactMetadata());
     // By kind, not by figure: a line that counts down would fill the log.
     const std::string now = fmt::format("{} {}", NameOf(status.health), status.warnings.size());

@@ -69,7 +69,7 @@ class PoolImpl : public Pool, public HeadHost {
     // HeadHost
     Task<Result<std::vector<Extent>>> LeaseBlocks(DiskId disk, Executor& lane, uint64_t most,
                                                   bool urgent) override;
-    Task<bool> FindMetadataSpace(Executor& lane) override;
+    Task<bool> FreeMetadata(Executor& lane) override;
     Task<Status> CommitHead(DiskId disk, HeadCommit& commit, Executor& lane) override;
 
   private:
