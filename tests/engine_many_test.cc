@@ -3,6 +3,7 @@
 
 #include <map>
 
+#include "cow/volume/chunk_cache.h"
 #include "tests/engine_fixture.h"
 
 namespace varve {
@@ -166,6 +167,19 @@ class SharedCacheTest : public ManyTest {
     }
     uint64_t lookups_ = 0, commits_ = 0;
 };
+
+TEST(ChunkCacheTest, ACallLooksAtFewChunksHoweverManyThereAre) {
+    cow::CacheBudget budget(1 << 20, 1);
+    cow::ChunkCache cache(budget);
+    std::vector<cow::Chunk> chunks(100'000);
+    for (cow::Chunk& chunk : chunks) {
+        chunk.pins = 1;
+        cache.Add(chunk);
+    }
+    ASSERT_GT(cache.used(), budget.total());
+    for (unsigned i = 0; i < 10; ++i) EXPECT_LE(cache.Shrink(), 256u);
+    for (cow::Chunk& chunk : chunks) cache.Remove(chunk);
+}
 
 TEST_F(SharedCacheTest, ALaneHasAllThatOthersDoNotNeed) {
     Restart(128 << 10);

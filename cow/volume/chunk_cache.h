@@ -50,9 +50,10 @@ class ChunkCache {
     void Remove(Chunk& chunk);
     /// After the chunk's runs changed in number.
     void Recharge(Chunk& chunk);
-    /// Drops unpinned chunks until the bound is kept, or as far as possible.
+    /// Drops unpinned chunks until the bound is kept, or some of them: it may be passed by a 64th
+    /// for a while. Returns how many were looked at, a few hundred at most, however many there are.
     /// REQUIRES: the caller holds no pointer to an unpinned chunk.
-    void Shrink();
+    uint64_t Shrink();
     /// The same with another bound, or some steps towards it; what is free then goes back to the
     /// budget.
     void GiveBack(uint64_t limit);
@@ -61,7 +62,7 @@ class ChunkCache {
     CacheShare& share() { return share_; }
 
   private:
-    void Step();
+    void Step(bool second_chance);
 
     CacheShare share_;
     uint64_t used_ = 0;
