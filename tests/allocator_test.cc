@@ -81,7 +81,7 @@ class MadeUpRows : public MetadataStore {
             ++rows_.rows_read;
             return rows_.Row(KeyNumber(key, 0));
         }
-        std::unique_ptr<Cursor> Range(std::string_view, std::string_view upper) override {
+        std::unique_ptr<Cursor> Range(std::string_view, std::string_view upper, uint64_t) override {
             return std::make_unique<RegionsCursor>(rows_, KeyNumber(upper, 0));
         }
 

@@ -184,6 +184,35 @@ TEST_F(ReclaimTest, ADroppedBlockCostsTheSameHoweverManyClonesThereAre) {
     EXPECT_LT(seeks[128], seeks[8] * 1.5);
 }
 
+// A store that deletes leaves something behind until it is compacted. Clones of a deleted golden
+// disk used to ask for each other's notes across all that had been deleted.
+TEST_F(ReclaimTest, WhatWasDeletedLatelyIsNotPassedAgainAndAgain) {
+    media.remembers_deleted = true;
+    std::map<uint64_t, double> work;
+    for (const uint64_t chunks : {32, 256}) {
+        constexpr unsigned kClones = 4;
+        MakeClones(chunks, kClones);
+        media.deleted_rows.clear();
+        uint64_t before = media.seeks + media.steps;
+        for (unsigned i = 0; i < kClones; ++i) {
+            const std::string name = "c" + std::to_string(i);
+            for (uint64_t c = 0; c < chunks; ++c) Write(name, c * kChunkBytes, 4096, 'w');
+            Flush(name);
+            Close(name);
+        }
+        Reclaim();
+        for (unsigned i = 0; i < kClones; ++i) {
+            Ok(pool().DeleteDisk("c" + std::to_string(i), false, false));
+            Reclaim();
+        }
+        EXPECT_EQ(0u, Used());
+        work[chunks] = static_cast<double>(media.seeks + media.steps - before) /
+                       static_cast<double>(chunks * kClones);
+    }
+    std::printf("seeks and steps for each chunk: %.1f, %.1f\n", work[32], work[256]);
+    EXPECT_LT(work[256], work[32] * 1.5);
+}
+
 TEST_F(ReclaimTest, WhatSeveralShareIsFreedByDeletingThemTogether) {
     Ok(pool().CreateDisk("d", 8 * kChunkBytes));
     Write("d", 0, kMiB, 'a');

@@ -22,11 +22,12 @@ Generation LowestView(const History::Branch& branch) {
 }
 
 /// Whether the view at `lowest` resolves the chunk to a row of the branch's own.
-Result<bool> HasRow(Cursor& map, BranchId branch, Generation lowest, ChunkIndex chunk) {
-    map.Seek(MapKey(branch, chunk, lowest));
-    if (Status s = map.status(); !s.ok()) return s.error();
-    return map.valid() && KeyNumber(map.key(), 0) == branch.value &&
-           KeyNumber(map.key(), 1) == chunk.value;
+Result<bool> HasRow(MetadataView& view, BranchId branch, Generation lowest, ChunkIndex chunk) {
+    const std::string newest = MapKey(branch, chunk, lowest);
+    const auto cursor = view.Range(newest, MapKey(branch, chunk, Generation{0}));
+    cursor->Seek(newest);
+    if (Status s = cursor->status(); !s.ok()) return s.error();
+    return cursor->valid();
 }
 
 }  // namespace
@@ -39,9 +40,8 @@ Flattener::Rows Flattener::Read(MetadataView& view, BranchId branch, const Line&
     found.status = rows.ok() ? rows.value().AllReadable() : rows.status();
     if (!found.status.ok()) return found;
     found.next = rows.value().next;
-    const auto map = MapCursor(view);
     for (MapRow& row : rows.value().rows) {
-        const Result<bool> there = HasRow(*map, branch, lowest, row.chunk);
+        const Result<bool> there = HasRow(view, branch, lowest, row.chunk);
         if (!there.ok()) found.status = there.error();
         if (!there.ok()) break;
         if (!there.value()) found.rows.push_back(std::move(row));

@@ -14,16 +14,12 @@
 namespace varve::cow {
 namespace {
 
-bool Empty(const std::vector<Runs>& list) {
-    return std::all_of(list.begin(), list.end(), [](const Runs& runs) { return runs.empty(); });
-}
-
-Generation OldestBirth(const std::vector<Runs>& list) {
-    Generation oldest = kHead;
-    for (const Runs& runs : list) {
-        for (const Run& run : runs) oldest = std::min(oldest, run.birth);
-    }
-    return oldest;
+/// Whether some of it was born at `end` or before.
+bool BornBy(Generation end, const std::vector<Runs>& list) {
+    const auto early = [end](const Run& run) { return run.birth <= end; };
+    return std::any_of(list.begin(), list.end(), [&](const Runs& runs) {
+        return std::any_of(runs.begin(), runs.end(), early);
+    });
 }
 
 }  // namespace
@@ -39,12 +35,7 @@ void SweepHints::Set(BranchId below, ChunkIndex chunk, BranchId witness) {
 }
 
 Sweeper::Sweeper(MetadataView& view, Region region, SweepHints& hints)
-    : view_(view),
-      region_(std::move(region)),
-      hints_(hints),
-      children_(region_.segments.size()),
-      map_(MapCursor(view)) {
-    notes_ = view_.Range("W", PrefixEnd("W"));
+    : view_(view), region_(std::move(region)), hints_(hints), children_(region_.segments.size()) {
     for (size_t i = 0; i < region_.segments.size(); ++i) {
         const int parent = region_.segments[i].parent;
         if (parent >= 0) children_[static_cast<size_t>(parent)].push_back(static_cast<int>(i));
@@ -117,7 +108,7 @@ Status Sweeper::ReadPath(ChunkIndex chunk) {
         rows_[segment].read = true;
     }
     for (const auto& [branch, stretch] : stretches) {
-        Result<std::vector<MapRow>> rows = ReadVersions(*map_, stretch, chunk);
+        Result<std::vector<MapRow>> rows = ReadVersions(view_, stretch, chunk);
         if (!rows.ok()) return rows.error();
         for (MapRow& row : rows.value()) {
             const auto holds = [&row](const Segment& s) {
@@ -135,7 +126,7 @@ Status Sweeper::ReadPath(ChunkIndex chunk) {
 Status Sweeper::Read(int segment, ChunkIndex chunk) {
     Rows& found = rows_[segment];
     if (found.read) return Status();
-    Result<std::vector<MapRow>> rows = ReadVersions(*map_, At(segment), chunk);
+    Result<std::vector<MapRow>> rows = ReadVersions(view_, At(segment), chunk);
     if (!rows.ok()) return rows.error();
     found.rows = std::move(rows.value());
     found.read = true;
@@ -186,11 +177,19 @@ Result<bool> Sweeper::Needed(int segment, ChunkIndex chunk) {
 
 /// Takes out of `dead` what rows and notes beside the path name.
 Status Sweeper::KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead) {
-    if (Empty(dead) || Mutated(Mutant::kSweepFreesVisible)) return Status();
-    // A block is named on the line from its birth upwards, and on what forks off from there.
-    const Generation oldest = OldestBirth(dead);
-    const auto on_path = [this](int segment) {
-        return std::binary_search(path_.begin(), path_.end(), segment, std::greater<>());
+    if (Mutated(Mutant::kSweepFreesVisible)) return Status();
+    for (const int segment : path_) {
+        if (Status s = KeepNamedAbove(segment, chunk, dead); !s.ok()) return s;
+    }
+    return Status();
+}
+
+/// A block is named on the line from its birth upwards, and on what forks off from there: so what
+/// leaves the path at the end of `segment` names nothing that was born later.
+Status Sweeper::KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>& dead) {
+    const Generation end = At(segment).to;
+    const auto on_path = [this](int other) {
+        return std::binary_search(path_.begin(), path_.end(), other, std::greater<>());
     };
     std::vector<int> open;
     const auto look_at_children = [&](int of) {
@@ -201,14 +200,13 @@ Status Sweeper::KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead) {
             if (!on_path(child)) open.push_back(child);
         }
     };
-    for (const int segment : path_) {
-        if (At(segment).to >= oldest) look_at_children(segment);
-    }
+    if (!BornBy(end, dead)) return Status();
+    look_at_children(segment);
     while (!open.empty()) {
         const int here = open.back();
         open.pop_back();
         if (Status s = SubtractNamed(here, chunk, dead); !s.ok()) return s;
-        if (Empty(dead)) {
+        if (!BornBy(end, dead)) {
             hints_.Set(At(At(here).parent).branch, chunk, At(here).branch);
             return Status();
         }
@@ -234,11 +232,13 @@ Status Sweeper::CollectNotes(int segment, ChunkIndex chunk, SweepPlan* plan,
     const Stretch& stretch = At(segment);
     const std::string lower =
         NoteKey(stretch.branch, chunk, Generation{stretch.after.value + 1}, 0);
-    const std::string prefix = lower.substr(0, 17);
-    for (notes_->Seek(lower); notes_->valid(); notes_->Next()) {
-        const std::string_view key = notes_->key();
-        if (!key.starts_with(prefix) || Generation{KeyNumber(key, 2)} > stretch.to) break;
-        std::optional<NoteRecord> note = DecodeNote(notes_->value());
+    const std::string upper =
+        stretch.to == kHead ? PrefixEnd(lower.substr(0, 17))
+                            : NoteKey(stretch.branch, chunk, Generation{stretch.to.value + 1}, 0);
+    const auto notes = view_.Range(lower, upper);
+    for (notes->Seek(lower); notes->valid(); notes->Next()) {
+        const std::string_view key = notes->key();
+        std::optional<NoteRecord> note = DecodeNote(notes->value());
         if (!note) {
             return MakeError(
                 ErrorKind::kDamaged,
@@ -248,7 +248,7 @@ Status Sweeper::CollectNotes(int segment, ChunkIndex chunk, SweepPlan* plan,
         named.push_back(std::move(*note));
         if (plan) plan->deletes.emplace_back(key);
     }
-    return notes_->status();
+    return notes->status();
 }
 
 CandidateScan::CandidateScan(Line below, Line above) {

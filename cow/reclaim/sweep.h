@@ -78,14 +78,13 @@ class Sweeper {
     size_t FirstToAsk(int segment, ChunkIndex chunk) const;
     Result<bool> Needed(int segment, ChunkIndex chunk);
     Status KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead);
+    Status KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>& dead);
     Status SubtractNamed(int segment, ChunkIndex chunk, std::vector<Runs>& dead);
 
     MetadataView& view_;
     const Region region_;
     SweepHints& hints_;
     std::vector<std::vector<int>> children_;  // of each segment
-    std::unique_ptr<Cursor> map_;
-    std::unique_ptr<Cursor> notes_;
     // Of the present chunk:
     std::vector<int> path_;  // the segments from which it began down to the floor, highest first
     std::unordered_map<int, Rows> rows_;

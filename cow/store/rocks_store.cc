@@ -98,13 +98,14 @@ class Pinned {
 class RocksCursor : public Cursor {
   public:
     RocksCursor(std::shared_ptr<const Pinned> pinned, const std::string& path,
-                std::string_view lower, std::string_view upper)
+                std::string_view lower, std::string_view upper, uint64_t deleted_most)
         : pinned_(std::move(pinned)), path_(path), lower_(lower), upper_(upper) {
         lower_slice_ = lower_;
         upper_slice_ = upper_;
         rocksdb::ReadOptions options = pinned_->ReadOptions();
         options.iterate_lower_bound = &lower_slice_;
         options.iterate_upper_bound = &upper_slice_;
+        options.max_skippable_internal_keys = deleted_most;
         iterator_.reset(pinned_->db().NewIterator(options));
     }
 
@@ -115,8 +116,9 @@ class RocksCursor : public Cursor {
     std::string_view value() const override { return ToView(iterator_->value()); }
     Status status() const override {
         const rocksdb::Status status = iterator_->status();
-        return status.ok() ? Status() : Status(ToError(status, path_));
+        return status.ok() || gave_up() ? Status() : Status(ToError(status, path_));
     }
+    bool gave_up() const override { return iterator_->status().IsIncomplete(); }
 
   private:
     const std::shared_ptr<const Pinned> pinned_;
@@ -142,8 +144,9 @@ class RocksView : public MetadataView {
         return std::optional<std::string>(std::move(value));
     }
 
-    std::unique_ptr<Cursor> Range(std::string_view lower, std::string_view upper) override {
-        return std::make_unique<RocksCursor>(pinned_, path_, lower, upper);
+    std::unique_ptr<Cursor> Range(std::string_view lower, std::string_view upper,
+                                  uint64_t deleted_most) override {
+        return std::make_unique<RocksCursor>(pinned_, path_, lower, upper, deleted_most);
     }
 
   private:

@@ -137,6 +137,9 @@ class Cursor {
     virtual std::string_view value() const = 0;  // REQUIRES: valid(); until the next move
     /// Why valid() is false, if not for the end of the range.
     virtual Status status() const = 0;
+    /// valid() is false, status() is ok, and the end was not reached: the last move met more
+    /// deleted rows than Range() allowed.
+    virtual bool gave_up() const { return false; }
 };
 
 /// A consistent view: later commits do not show in it. Any thread, one at a time.
@@ -144,8 +147,12 @@ class MetadataView {
   public:
     virtual ~MetadataView() = default;
     virtual Result<std::optional<std::string>> Get(std::string_view key) = 0;
-    /// A cursor over keys in [lower, upper), to be placed by Seek.
-    virtual std::unique_ptr<Cursor> Range(std::string_view lower, std::string_view upper) = 0;
+    /// A cursor over keys in [lower, upper), to be placed by Seek. A row that was deleted costs a
+    /// step until the store has been compacted, so a cursor that is to find out that there is
+    /// nothing needs bounds as close as can be, or gives up after `deleted_most` in one move (0: it
+    /// never does).
+    virtual std::unique_ptr<Cursor> Range(std::string_view lower, std::string_view upper,
+                                          uint64_t deleted_most = 0) = 0;
 };
 
 /// The room of a metadata store, in bytes. What it needs for itself is not counted.

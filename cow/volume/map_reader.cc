@@ -11,6 +11,10 @@ namespace varve::cow {
 namespace {
 
 constexpr uint64_t kNoChunk = ~uint64_t{0};
+/// Deleted rows that a move of a cursor may meet: some 0.1 ms.
+constexpr uint64_t kDeletedMost = 1024;
+/// Chunks that are looked at for the next row when there were more: a GiB.
+constexpr uint64_t kLookAhead = 4096;
 
 Result<MapRow> DecodeRow(std::string_view key, std::string_view value) {
     if (KeyNumbers(key) == 3) {
@@ -61,13 +65,17 @@ struct Found {
     std::vector<DamagedRow> damaged;
 };
 
-/// Adds to `found` what `stretch` resolves of [first, end); slots that are known stay.
-/// Gives the next chunk at or after `end` that has any row in the branch.
-Result<uint64_t> ScanBranch(MetadataView& view, const Stretch& stretch, uint64_t first,
-                            uint64_t end, Found& found) {
+/// Adds to `found` what `stretch` resolves of [first, end); slots that are known stay. Gives the
+/// next chunk at or after `end`, and before `look_to`, that has any row in the branch; nothing if
+/// it met more deleted rows than `deleted_most` in one move.
+Result<std::optional<uint64_t>> ScanBranch(MetadataView& view, const Stretch& stretch,
+                                           uint64_t first, uint64_t end, uint64_t look_to,
+                                           uint64_t deleted_most, Found& found) {
     const std::string lower = MapKey(stretch.branch, ChunkIndex{first}, kHead);
-    const std::string upper = PrefixEnd(MapKey(stretch.branch, ChunkIndex{0}, kHead).substr(0, 9));
-    const auto cursor = view.Range(lower, upper);
+    const std::string upper =
+        look_to == kNoChunk ? PrefixEnd(MapKey(stretch.branch, ChunkIndex{0}, kHead).substr(0, 9))
+                            : MapKey(stretch.branch, ChunkIndex{look_to}, kHead);
+    const auto cursor = view.Range(lower, upper, deleted_most);
     cursor->Seek(MapKey(stretch.branch, ChunkIndex{first}, stretch.to));
     BranchScan scan{*cursor, stretch};
     for (uint64_t chunk = first;;) {
@@ -86,15 +94,24 @@ Result<uint64_t> ScanBranch(MetadataView& view, const Stretch& stretch, uint64_t
         ++chunk;
         cursor->Next();
     }
-    if (Status s = cursor->status(); !s.ok()) return s.error();
-    if (!cursor->valid()) return kNoChunk;
     // The cursor may stand at an old version of the range's last chunk.
-    if (KeyNumber(cursor->key(), 1) < end) {
+    if (cursor->valid() && KeyNumber(cursor->key(), 1) < end) {
         cursor->Seek(MapKey(stretch.branch, ChunkIndex{end}, kHead));
-        if (Status s = cursor->status(); !s.ok()) return s.error();
-        if (!cursor->valid()) return kNoChunk;
     }
-    return KeyNumber(cursor->key(), 1);
+    if (Status s = cursor->status(); !s.ok()) return s.error();
+    if (cursor->gave_up()) return std::optional<uint64_t>();
+    return std::optional<uint64_t>(cursor->valid() ? KeyNumber(cursor->key(), 1) : look_to);
+}
+
+/// The same, looking as far as it may.
+Result<uint64_t> ScanBranch(MetadataView& view, const Stretch& stretch, uint64_t first,
+                            uint64_t end, Found& found) {
+    auto next = ScanBranch(view, stretch, first, end, kNoChunk, kDeletedMost, found);
+    const bool gave_up = next.ok() && !next.value();
+    // What was found stays; it is looked for again, now in a range that is closed.
+    if (gave_up) next = ScanBranch(view, stretch, first, end, end + kLookAhead, 0, found);
+    if (!next.ok()) return next.error();
+    return *next.value();
 }
 
 }  // namespace
@@ -123,22 +140,17 @@ Status MapRows::AllReadable() const {
     return MakeError(ErrorKind::kDamaged, damaged.front().what);
 }
 
-std::unique_ptr<Cursor> MapCursor(MetadataView& view) {
-    return view.Range("M", PrefixEnd("M"));
-}
-
-Result<std::vector<MapRow>> ReadVersions(Cursor& map, const Stretch& stretch, ChunkIndex chunk) {
+Result<std::vector<MapRow>> ReadVersions(MetadataView& view, const Stretch& stretch,
+                                         ChunkIndex chunk) {
+    const std::string newest = MapKey(stretch.branch, chunk, stretch.to);
+    const auto cursor = view.Range(newest, MapKey(stretch.branch, chunk, stretch.after));
     std::vector<MapRow> rows;
-    for (map.Seek(MapKey(stretch.branch, chunk, stretch.to)); map.valid(); map.Next()) {
-        const std::string_view key = map.key();
-        if (KeyNumbers(key) != 3) return MakeError(ErrorKind::kDamaged, "a map key is too short");
-        if (KeyNumber(key, 0) != stretch.branch.value || KeyNumber(key, 1) != chunk.value) break;
-        if (Generation{~KeyNumber(key, 2)} <= stretch.after) break;
-        Result<MapRow> row = DecodeRow(key, map.value());
+    for (cursor->Seek(newest); cursor->valid(); cursor->Next()) {
+        Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
         if (!row.ok()) return row.error();
         rows.push_back(std::move(row.value()));
     }
-    if (Status s = map.status(); !s.ok()) return s.error();
+    if (Status s = cursor->status(); !s.ok()) return s.error();
     return rows;
 }
 

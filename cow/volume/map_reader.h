@@ -38,13 +38,13 @@ struct MapRows {
     Status AllReadable() const;
 };
 
-/// The rows that `line` resolves chunks [first, end) to. An error is the store's.
+/// The rows that `line` resolves chunks [first, end) to. An error is the store's. Costs a seek for
+/// each stretch, and steps over rows that were deleted lately: some thousand at most, or those of
+/// the next GiB.
 Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end);
 
 /// All rows of `chunk` in `stretch`, newest first.
-Result<std::vector<MapRow>> ReadVersions(Cursor& map, const Stretch& stretch, ChunkIndex chunk);
-
-/// A cursor over all map rows, as ReadVersions wants it.
-std::unique_ptr<Cursor> MapCursor(MetadataView& view);
+Result<std::vector<MapRow>> ReadVersions(MetadataView& view, const Stretch& stretch,
+                                         ChunkIndex chunk);
 
 }  // namespace varve::cow

@@ -24,7 +24,9 @@ class RowsView : public MetadataView {
         if (found == rows_.end()) return std::optional<std::string>();
         return std::optional<std::string>(found->second);
     }
-    std::unique_ptr<Cursor> Range(std::string_view, std::string_view) override { return nullptr; }
+    std::unique_ptr<Cursor> Range(std::string_view, std::string_view, uint64_t) override {
+        return nullptr;
+    }
 
   private:
     const Rows& rows_;

@@ -146,9 +146,12 @@ class Media {
 
     Scheduler& scheduler() { return scheduler_; }
     Faults faults;
-    uint64_t seeks = 0;       // in the metadata store, point lookups included
-    uint64_t steps = 0;       // from one row to the next
+    uint64_t seeks = 0;  // in the metadata store, point lookups included
+    uint64_t steps = 0;  // from one row to the next
     uint64_t cursors = 0, cursors_most = 0;
+    /// A store that has not been compacted for long: cursors meet what was deleted.
+    bool remembers_deleted = false;
+    std::set<std::string> deleted_rows;
     std::set<uint64_t> held;  // stretches of the data file that take space, by offset
 
     // ---- bounds of the metadata, and what it has now

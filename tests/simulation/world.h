@@ -175,8 +175,10 @@ class SimMetadata : public cow::MetadataStore {
             if (old != rows->end()) {
                 Count(old->first, old->second, false);
                 rows->erase(old);
+                if (media_.remembers_deleted) media_.deleted_rows.insert(op.key);
             }
             if (!op.value) continue;
+            media_.deleted_rows.erase(op.key);
             Count(op.key, *op.value, true);
             rows->emplace(op.key, *op.value);
         }
@@ -219,8 +221,9 @@ class SimMetadata : public cow::MetadataStore {
     class RowsCursor : public cow::Cursor {
       public:
         RowsCursor(Media& media, std::shared_ptr<const Rows> rows, std::string_view lower,
-                   std::string_view upper)
+                   std::string_view upper, uint64_t deleted_most)
             : media_(media),
+              deleted_most_(deleted_most),
               rows_(std::move(rows)),
               lower_(lower),
               upper_(upper),
@@ -231,22 +234,44 @@ class SimMetadata : public cow::MetadataStore {
         void Seek(std::string_view key) override {
             ++media_.seeks;
             status_ = Lookup(media_);
-            at_ = status_.ok() ? rows_->lower_bound(std::max(lower_, std::string(key)))
-                               : rows_->end();
+            const std::string from = std::max(lower_, std::string(key));
+            at_ = status_.ok() ? rows_->lower_bound(from) : rows_->end();
+            PassDeleted(from);
         }
         void Next() override {
             ++media_.steps;
+            const std::string from = at_->first;
             ++at_;
+            PassDeleted(from);
         }
         bool valid() const override {
             return at_ != rows_->end() && (upper_.empty() || at_->first < upper_);
         }
+        bool gave_up() const override { return gave_up_; }
         std::string_view key() const override { return at_->first; }
         std::string_view value() const override { return at_->second; }
         Status status() const override { return status_; }
 
       private:
+        /// As RocksDB does it, each is a step.
+        void PassDeleted(const std::string& from) {
+            gave_up_ = false;
+            const auto& deleted = media_.deleted_rows;
+            uint64_t passed = 0;
+            for (auto row = deleted.lower_bound(from); row != deleted.end(); ++row) {
+                if (!upper_.empty() && *row >= upper_) break;
+                if (at_ != rows_->end() && *row >= at_->first) break;
+                ++media_.steps;
+                if (++passed <= deleted_most_ || deleted_most_ == 0) continue;
+                gave_up_ = true;
+                at_ = rows_->end();
+                break;
+            }
+        }
+
         Media& media_;
+        const uint64_t deleted_most_;
+        bool gave_up_ = false;
         std::shared_ptr<const Rows> rows_;
         const std::string lower_, upper_;
         Status status_;
@@ -263,9 +288,9 @@ class SimMetadata : public cow::MetadataStore {
             if (row == rows_->end()) return std::optional<std::string>();
             return std::optional<std::string>(row->second);
         }
-        std::unique_ptr<cow::Cursor> Range(std::string_view lower,
-                                           std::string_view upper) override {
-            return std::make_unique<RowsCursor>(media_, rows_, lower, upper);
+        std::unique_ptr<cow::Cursor> Range(std::string_view lower, std::string_view upper,
+                                           uint64_t deleted_most) override {
+            return std::make_unique<RowsCursor>(media_, rows_, lower, upper, deleted_most);
         }
 
       private:
