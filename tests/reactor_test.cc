@@ -546,22 +546,5 @@ TEST(ReactorDeathTest, SaysWhyIoUringCannotBeUsed) {
     EXPECT_EXIT(StartWithoutUring(EINVAL), testing::ExitedWithCode(1), "Linux 6.1 or later");
 }
 
-TEST(BufferPool, GivesAlignedMemoryAndKeepsABoundedAmount) {
-    BufferPool pool(64 << 10);
-    {
-        std::vector<Buffer> buffers;
-        for (const size_t bytes : {1u, 4096u, 4097u, 65536u, 1u << 20, 33u << 20}) {
-            buffers.push_back(pool.Take(bytes));
-            ASSERT_TRUE(buffers.back());
-            EXPECT_EQ(reinterpret_cast<uintptr_t>(buffers.back().data()) % 4096, 0u);
-            EXPECT_EQ(buffers.back().size(), bytes);
-            buffers.back().data()[bytes - 1] = std::byte{1};
-        }
-        EXPECT_GE(pool.taken_bytes(), size_t{34} << 20);
-    }
-    EXPECT_EQ(pool.taken_bytes(), 0u);
-    EXPECT_LE(pool.kept_bytes(), size_t{64} << 10);
-}
-
 }  // namespace
 }  // namespace varve

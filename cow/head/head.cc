@@ -428,12 +428,13 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const S
                               uint64_t offset, std::span<const std::byte> buffer,
                               Requester* requester) {
     const BlockRange blocks(offset, buffer.size());
-    const AlignedBuffer detour = AllocateAligned(blocks.bytes());
+    const Buffer detour = lane_.detours.Take(blocks.bytes());
+    if (!detour) co_return ENOMEM;
     // The blocks at the edges that are written in part keep the rest of their old content.
     IoPieces old;
     FrozenList frozen;  // the damage of a block must not become part of a new one
     const auto keep = [&](uint32_t block) {
-        std::byte* memory = detour.get() + (block - blocks.first) * kBlockBytes;
+        std::byte* memory = detour.data() + (block - blocks.first) * kBlockBytes;
         const Piece piece = PieceAt(chunk.runs, block, block + 1);
         if (piece.mapped && !Mutated(Mutant::kPartOfBlockLosesRest)) {
             AppendPiece(old, piece.place * kBlockBytes, memory, kBlockBytes);
@@ -450,11 +451,11 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const S
     const Errno error = co_await ReadVerified(core_, lane_, old, frozen);
     if (error != 0) co_return error;
     if (Gone(requester)) co_return ECANCELED;
-    std::memcpy(detour.get() + (offset - blocks.offset()), buffer.data(), buffer.size());
+    std::memcpy(detour.data() + (offset - blocks.offset()), buffer.data(), buffer.size());
     IoPieces pieces;
     for (const Stretch& stretch : stretches) {
         AppendPiece(pieces, stretch.place * kBlockBytes,
-                    detour.get() + (stretch.first - blocks.first) * kBlockBytes,
+                    detour.data() + (stretch.first - blocks.first) * kBlockBytes,
                     stretch.count * kBlockBytes);
     }
     co_return co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/buffers.h"
 #include "base/sync.h"
 #include "cow/core/core.h"
 #include "cow/volume/checksums.h"
@@ -91,6 +92,8 @@ struct LaneState {
     SumsCache sums;
     LoadMeter load;
     SharedMemory& shared;
+    /// For what is not aligned; who asks for a transfer is charged for its detour.
+    BufferPool detours{1 << 20};
 
     /// Changed chunks whose rows are not written yet, and the heads that have any, in the order in
     /// which they came to have some.

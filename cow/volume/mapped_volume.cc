@@ -249,8 +249,9 @@ Task<Errno> MappedVolume::ReadDetour(uint64_t offset, std::span<std::byte> buffe
                                      std::vector<Allocation>* map, Requester* requester) {
     const uint64_t first = offset / kBlockBytes * kBlockBytes;
     const uint64_t end = (offset + buffer.size() + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
-    const AlignedBuffer detour = AllocateAligned(end - first);
-    const std::span<std::byte> whole(detour.get(), end - first);
+    const Buffer detour = lane_.detours.Take(end - first);
+    if (!detour) co_return ENOMEM;
+    const std::span<std::byte> whole = detour.span();
     std::vector<Allocation> whole_map;
     const Errno error = co_await ReadBlocks(first, whole, map ? &whole_map : nullptr, requester);
     if (error != 0) co_return error;

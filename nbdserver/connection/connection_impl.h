@@ -29,9 +29,11 @@
 namespace varve::nbdserver {
 
 constexpr size_t kSendPiecesMax = 1024;  // IOV_MAX
-// What a request costs besides its payload, roughly: its state and the frames of its coroutines.
-constexpr uint64_t kRequestBytes = 2048;
-// A request with a payload of 16 KiB, whatever its reply looks like.
+// What a request costs besides its payload, measured while many wait for the device: its state and
+// the frames of its coroutines.
+constexpr uint64_t kRequestBytes = 2560;
+// A request with a payload of 16 KiB, or one of 4 KiB that takes a detour, whatever its reply looks
+// like.
 constexpr uint64_t kSmallRequestBytes = 24 << 10;
 static_assert(kReplyPiecesMax <= kSendPiecesMax);
 

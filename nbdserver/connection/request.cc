@@ -194,6 +194,56 @@ void BuildStatus(Request& request, const RequestRules& rules, BufferPool& pool) 
     request.reply_bytes = bytes;
 }
 
+// The volume reads and writes whole blocks, and at aligned addresses: what does not fit takes a
+// detour through memory of its own. It reads a slice at a time, writes 32 chunks of 256 KiB at a
+// time, and zeroes without holes at most the first and the last chunk in this way.
+constexpr uint64_t kWriteDetourMax = 8 << 20;
+constexpr uint64_t kZeroesDetourMax = 512 << 10;
+constexpr uint64_t kDetourFrames = 1 << 10;  // of coroutines, measured
+
+uint64_t DetourNeeded(const Request& request) {
+    const uint64_t end = request.offset + request.length;
+    if (request.length == 0 || (request.offset | end) % cow::kBlockBytes == 0) return 0;
+    const uint64_t first_block = request.offset / cow::kBlockBytes;
+    const uint64_t end_block = (end + cow::kBlockBytes - 1) / cow::kBlockBytes;
+    const uint64_t bytes = (end_block - first_block) * cow::kBlockBytes;
+    switch (request.type) {
+        case wire::kCmdRead:
+            return kDetourFrames + BufferPool::Rounded(std::min<uint64_t>(bytes, kReadSliceBytes));
+        case wire::kCmdWrite:
+            return kDetourFrames + BufferPool::Rounded(std::min(bytes, kWriteDetourMax));
+        case wire::kCmdWriteZeroes:
+            if (!(request.flags & wire::kFlagNoHole)) return kDetourFrames + cow::kBlockBytes;
+            return kDetourFrames + BufferPool::Rounded(std::min(bytes, kZeroesDetourMax));
+        default:
+            return 0;
+    }
+}
+
+/// For what is sent or received, and to make the reply.
+uint64_t PayloadNeeded(const Request& request, bool structured_replies) {
+    const uint32_t length = request.length;
+    switch (request.type) {
+        case wire::kCmdRead: {
+            if (length == 0) return 0;
+            const uint64_t payload = BufferPool::Rounded(length);
+            if (!structured_replies || length <= kHoleBytesMin) return payload;
+            const uint64_t stretches = length / cow::kBlockBytes + 2;
+            const uint64_t chunks = std::min<uint64_t>(stretches, kChunksMax);
+            return payload + stretches * sizeof(cow::Allocation) +
+                   BufferPool::Rounded(chunks * kLayoutBytes);
+        }
+        case wire::kCmdWrite:
+            return length ? BufferPool::Rounded(length) : 0;
+        case wire::kCmdBlockStatus:
+            if (request.flags & wire::kFlagReqOne) return 0;
+            return kStatusExtentsMax * sizeof(cow::Allocation) +
+                   BufferPool::Rounded(StatusBytes(kStatusExtentsMax));
+        default:
+            return 0;
+    }
+}
+
 }  // namespace
 
 bool Decode(const std::byte* header, Request& request) {
@@ -226,34 +276,8 @@ Errno Validate(const Request& request, const RequestRules& rules, uint64_t size,
     return 0;
 }
 
-// What small unaligned reads take for a moment counts as part of the request itself.
-constexpr uint32_t kSmallBytes = 16 << 10;
-
 uint64_t MemoryNeeded(const Request& request, bool structured_replies) {
-    const uint32_t length = request.length;
-    switch (request.type) {
-        case wire::kCmdRead: {
-            if (length == 0) return 0;
-            uint64_t payload = BufferPool::Rounded(length);
-            if (length > kSmallBytes && (request.offset | length) % cow::kBlockBytes != 0) {
-                // The volume reads whole blocks and copies.
-                payload += std::min(length, kReadSliceBytes) + 2 * cow::kBlockBytes;
-            }
-            if (!structured_replies || length <= kHoleBytesMin) return payload;
-            const uint64_t stretches = length / cow::kBlockBytes + 2;
-            const uint64_t chunks = std::min<uint64_t>(stretches, kChunksMax);
-            return payload + stretches * sizeof(cow::Allocation) +
-                   BufferPool::Rounded(chunks * kLayoutBytes);
-        }
-        case wire::kCmdWrite:
-            return length ? BufferPool::Rounded(length) : 0;
-        case wire::kCmdBlockStatus:
-            if (request.flags & wire::kFlagReqOne) return 0;
-            return kStatusExtentsMax * sizeof(cow::Allocation) +
-                   BufferPool::Rounded(StatusBytes(kStatusExtentsMax));
-        default:
-            return 0;
-    }
+    return PayloadNeeded(request, structured_replies) + DetourNeeded(request);
 }
 
 uint64_t WorkNeeded(const Request& request) {
