@@ -20,6 +20,7 @@
 #include <thread>
 #include <vector>
 
+#include "nbdserver/connection/memory_pot.h"
 #include "nbdserver/wire/wire.h"
 #include "tests/fake_volume.h"
 #include "tests/polling.h"
@@ -200,7 +201,8 @@ class ConnectionTest : public testing::Test {
     }
 
     void SetUp() override { Start({}); }
-    void Start(ConnectionLimits limits, ReactorOptions options = {}) {
+    void Start(ConnectionLimits limits, ReactorOptions options = {},
+               std::shared_ptr<MemoryPot> pot = nullptr) {
         if (reactor_) reactor_->Stop();
         host_.reset();
         Result<std::unique_ptr<Reactor>> reactor = Reactor::Start(std::move(options));
@@ -208,7 +210,7 @@ class ConnectionTest : public testing::Test {
         volume_.reset();
         reactor_ = std::move(reactor.value());
         volume_ = std::make_unique<FakeVolume>(*reactor_, kSize);
-        host_ = std::make_unique<ConnectionHost>(*reactor_, limits);
+        host_ = std::make_unique<ConnectionHost>(*reactor_, limits, std::move(pot));
     }
 
     struct Served {
@@ -1140,6 +1142,33 @@ TEST_F(ConnectionTest, AClientThatTakesItsRepliesSlowlyIsNotStalled) {
     }
     EXPECT_EQ(came, 4 * kMiB + sizeof(wire::SimpleReply));
     EXPECT_EQ(other.Next().error, 0u);
+}
+
+TEST_F(ConnectionTest, AClientWaitsForMemoryOnAnotherReactorAndWhoStallsThereIsClosed) {
+    ConnectionLimits limits;
+    limits.stall_ms_max = 200;
+    auto pot = std::make_shared<MemoryPot>(32 * kMiB, 2);
+    Start(limits, {}, pot);
+    Client& hoarder = Connect();
+    hoarder.SendBytes(Client::Header(wire::kCmdRead, 0, 16 * kMiB, 1));
+    int there = 0;
+    while (ioctl(hoarder.fd(), FIONREAD, &there) == 0 && there == 0) std::this_thread::yield();
+
+    Result<std::unique_ptr<Reactor>> reactor = Reactor::Start({});
+    ASSERT_TRUE(reactor.ok()) << reactor.error().message;
+    FakeVolume volume(*reactor.value(), kSize);
+    ConnectionHost host(*reactor.value(), limits, pot);
+    int fds[2];
+    ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+    std::promise<void> ended;
+    RunOn(*reactor.value(),
+          [&] { host.Start(fds[0], TransmissionOptions(), volume, [&] { ended.set_value(); }); });
+    Client client(fds[1], false);
+    EXPECT_EQ(client.Ask(wire::kCmdRead, 0, 16 * kMiB).error, 0u);
+    WaitUntilEnded(0);
+    client.Close();
+    ended.get_future().wait();
+    reactor.value()->Stop();
 }
 
 TEST_F(ConnectionTest, ConnectionsShareTheHostsMemoryWhenThereIsLittle) {

@@ -4,9 +4,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <deque>
+#include <iostream>
+#include <mutex>
 #include <random>
+#include <thread>
 #include <vector>
+
+#include "base/check.h"
 
 namespace varve::nbdserver {
 namespace {
@@ -26,6 +34,7 @@ struct Holder : MemoryBudget::Share {
         wake = [](Share* share) { ++static_cast<Holder*>(share)->woken; };
     }
     uint64_t woken = 0;
+    uint64_t wanted = 0;
     std::vector<Piece> pieces;
 };
 
@@ -165,6 +174,169 @@ TEST_F(MemoryBudgetTest, APieceThatIsLargerThanTheFundIsGrantedAlone) {
     EXPECT_EQ(other.woken, 1U);
     EXPECT_EQ(budget.Take(other, 32 * kMiB), Fund::kLarge);
     budget.GiveBack(other, Fund::kLarge, 32 * kMiB);
+}
+
+/// As many threads have it: each had a sixteenth of the memory once.
+TEST(MemoryPotTest, WhoIsModestIsPaidAtOnceBesideManyWhoHoardOnTheSameThread) {
+    auto pot = std::make_shared<MemoryPot>(kBytes, 16);
+    std::deque<MemoryBudget> budgets;
+    for (int i = 0; i < 16; ++i) budgets.emplace_back(pot, kSmall, nullptr);
+    std::deque<Holder> hoarders(20);
+    for (Holder& hoarder : hoarders) {
+        const Fund fund = budgets[0].Take(hoarder, 2 * kMiB);
+        if (fund != Fund::kNone) hoarder.pieces.push_back({fund, 2 * kMiB});
+    }
+    EXPECT_TRUE(budgets[1].anybody_waits()) << "known to all";
+    Holder modest;
+    EXPECT_EQ(budgets[0].Take(modest, 64 * kKiB), Fund::kModest);
+    budgets[0].GiveBack(modest, Fund::kModest, 64 * kKiB);
+    for (Holder& hoarder : hoarders) {
+        budgets[0].Leave(hoarder);
+        for (const Holder::Piece& piece : hoarder.pieces) {
+            budgets[0].GiveBack(hoarder, piece.fund, piece.bytes);
+        }
+    }
+}
+
+TEST(MemoryPotTest, WhatAnIdleThreadHasBorrowedAheadComesBackWhenSomebodyWaits) {
+    auto pot = std::make_shared<MemoryPot>(kBytes, 2);
+    uint64_t pokes = 0;
+    MemoryBudget idle(pot, kSmall, [&pokes] { ++pokes; });
+    Holder once;
+    ASSERT_EQ(idle.Take(once, 4 * kKiB), Fund::kModest);
+    idle.GiveBack(once, Fund::kModest, 4 * kKiB);
+    EXPECT_LT(pot->modest_bytes_free(), pot->modest_bytes_max());
+    EXPECT_EQ(pokes, 0U);
+
+    MemoryBudget busy(pot, kSmall, nullptr);
+    Holder large, waits;
+    ASSERT_EQ(busy.Take(large, 32 * kMiB), Fund::kLarge);
+    std::deque<Holder> many(64);
+    for (Holder& holder : many) {
+        while (busy.Take(holder, 64 * kKiB) == Fund::kModest) {
+            holder.pieces.push_back({Fund::kModest, 64 * kKiB});
+        }
+        busy.Leave(holder);
+    }
+    ASSERT_EQ(busy.Take(waits, 256 * kKiB), Fund::kNone);
+    EXPECT_GT(pokes, 0U);
+    const uint64_t before = pot->modest_bytes_free();
+    idle.LookAgain();
+    EXPECT_GT(pot->modest_bytes_free(), before);
+    busy.Leave(waits);
+    busy.GiveBack(large, Fund::kLarge, 32 * kMiB);
+    for (Holder& holder : many) {
+        for (const Holder::Piece& piece : holder.pieces) {
+            busy.GiveBack(holder, piece.fund, piece.bytes);
+        }
+    }
+}
+
+TEST(MemoryPotTest, ThreadsTakeTurnsForLargePieces) {
+    auto pot = std::make_shared<MemoryPot>(kBytes, 2);
+    uint64_t pokes = 0;
+    MemoryBudget crowd(pot, kSmall, nullptr), single(pot, kSmall, [&pokes] { ++pokes; });
+    std::deque<Holder> many(3);
+    Holder one;
+    ASSERT_EQ(crowd.Take(many[0], 32 * kMiB), Fund::kLarge);
+    ASSERT_EQ(crowd.Take(many[1], 32 * kMiB), Fund::kNone);
+    ASSERT_EQ(crowd.Take(many[2], 32 * kMiB), Fund::kNone);
+    ASSERT_EQ(single.Take(one, 32 * kMiB), Fund::kNone);
+    crowd.GiveBack(many[0], Fund::kLarge, 32 * kMiB);
+    ASSERT_EQ(crowd.Take(many[1], 32 * kMiB), Fund::kLarge) << "it came first";
+    crowd.GiveBack(many[1], Fund::kLarge, 32 * kMiB);
+    EXPECT_EQ(crowd.Take(many[2], 32 * kMiB), Fund::kNone) << "the other thread's turn";
+    EXPECT_GT(pokes, 0U);
+    single.LookAgain();
+    EXPECT_EQ(one.woken, 1U);
+    ASSERT_EQ(single.Take(one, 32 * kMiB), Fund::kLarge);
+    single.GiveBack(one, Fund::kLarge, 32 * kMiB);
+    ASSERT_EQ(crowd.Take(many[2], 32 * kMiB), Fund::kLarge);
+    crowd.GiveBack(many[2], Fund::kLarge, 32 * kMiB);
+}
+
+/// A thread with a budget and holders that want pieces of all sizes, each many times.
+class BudgetThread {
+  public:
+    BudgetThread(std::shared_ptr<MemoryPot> pot, uint32_t seed, std::atomic<int64_t>& held)
+        : budget_(std::move(pot), kSmall, [this] { Wake(); }), random_(seed), held_(held) {}
+
+    void Run() {
+        std::deque<Holder> holders(8);
+        int left = 4'000;
+        while (left > 0 || HoldsAny(holders)) {
+            bool moved = false;
+            Holder& fickle = holders[random_() % holders.size()];
+            if (fickle.waiting() && random_() % 16 == 0) budget_.Leave(fickle);
+            for (Holder& holder : holders) {
+                if (left > 0 && (!holder.waiting() || holder.woken > 0)) {
+                    if (!holder.waiting()) holder.wanted = 4 * kKiB << random_() % 14;
+                    holder.woken = 0;
+                    const Fund fund = budget_.Take(holder, holder.wanted);
+                    if (fund == Fund::kNone) continue;
+                    Hold(static_cast<int64_t>(fund == Fund::kSmall ? 0 : holder.wanted));
+                    holder.pieces.push_back({fund, holder.wanted});
+                    --left;
+                    moved = true;
+                }
+            }
+            for (Holder& holder : holders) {
+                if (holder.pieces.empty() || random_() % 4 == 0) continue;
+                const Holder::Piece piece = holder.pieces.back();
+                holder.pieces.pop_back();
+                Hold(-static_cast<int64_t>(piece.fund == Fund::kSmall ? 0 : piece.bytes));
+                budget_.GiveBack(holder, piece.fund, piece.bytes);
+                moved = true;
+            }
+            if (!moved && !HoldsAny(holders)) WaitForPoke(holders);
+            if (poked_.exchange(false)) budget_.LookAgain();
+        }
+        for (Holder& holder : holders) budget_.Leave(holder);
+    }
+
+  private:
+    static bool HoldsAny(const std::deque<Holder>& holders) {
+        return std::any_of(holders.begin(), holders.end(),
+                           [](const Holder& holder) { return !holder.pieces.empty(); });
+    }
+    void Hold(int64_t bytes) {
+        EXPECT_LE(held_.fetch_add(bytes) + bytes, static_cast<int64_t>(kBytes));
+    }
+    void Wake() {
+        const std::lock_guard lock(mutex_);
+        poked_ = true;
+        changed_.notify_one();
+    }
+    void WaitForPoke(const std::deque<Holder>& holders) {
+        for (const Holder& holder : holders) {
+            if (holder.woken > 0) return;
+        }
+        std::unique_lock lock(mutex_);
+        const auto most = std::chrono::seconds(60);
+        VARVE_CHECK(changed_.wait_for(lock, most, [this] { return poked_.load(); }));
+    }
+
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::atomic<bool> poked_{false};
+    MemoryBudget budget_;
+    std::mt19937 random_;
+    std::atomic<int64_t>& held_;
+};
+
+TEST(MemoryPotTest, NobodyStarvesOnAnyThreadAndTheBoundHolds) {
+    const uint32_t seed = std::random_device()();
+    const unsigned count = 2 + seed % 15;
+    std::cout << "seed " << seed << ", " << count << " threads" << std::endl;
+    auto pot = std::make_shared<MemoryPot>(kBytes, count);
+    std::atomic<int64_t> held{0};
+    std::deque<BudgetThread> budgets;
+    for (unsigned i = 0; i < count; ++i) budgets.emplace_back(pot, seed + i, held);
+    std::vector<std::thread> threads;
+    for (BudgetThread& budget : budgets) threads.emplace_back([&budget] { budget.Run(); });
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(held, 0);
+    EXPECT_FALSE(pot->anybody_waits());
 }
 
 /// Holders that ask for pieces of all sizes, finish them in any order and ask again when woken:

@@ -5,7 +5,7 @@
 // into it (ReceiveSome), and then the next receive asks for a header only, so that the payload
 // behind it can go the direct way too. While a limit is exceeded (`stash_` holds what was received
 // already) nothing is received: the client's socket fills up and it waits. The limits are its own,
-// or those of the memory that all connections of a reactor share (memory_budget.h).
+// or those of the memory that all connections share (memory_budget.h).
 //
 // Running. Each request is a coroutine on the volume; they run side by side and finish in any
 // order, which the protocol allows.
@@ -97,8 +97,8 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
       volume_(volume),
       counters_(std::move(options.counters)),
       ended_(std::move(ended)),
-      receiving_(shared_.received_bytes),
-      kept_(shared_.received_bytes) {
+      receiving_(shared_.received),
+      kept_(shared_.received) {
     rules_.structured_replies = options.structured_replies;
     rules_.base_allocation = options.base_allocation && options.structured_replies;
     rules_.base_allocation_id = options.base_allocation_id;

@@ -27,15 +27,16 @@ class Connection;
 
 /// Bounds on what clients can make the server hold. Over a bound a connection stops receiving
 /// until replies have left; nothing fails. How connections share the memory: memory_budget.h. One
-/// without anything in flight is always granted a request of 16 KiB; larger ones may wait for
-/// others, and meanwhile whoever holds memory but does not take or send its bytes is closed.
+/// without anything in flight is always granted a request of 16 KiB, or of 4 KiB that is not
+/// aligned to 4 KiB; larger ones may wait for others, and meanwhile whoever holds memory but does
+/// not take or send its bytes is closed.
 struct ConnectionLimits {
     uint32_t payload_max = 32 << 20;       // bytes of one READ or WRITE; over it: EINVAL
     uint32_t requests_max = 1024;          // in flight, for each connection
     uint64_t bytes_max = 64 << 20;         // payloads in flight, for each connection
     uint64_t work_bytes_max = 64 << 20;    // that requests without payload work on, likewise: one
                                            // that is larger alone, the others wait
-    uint64_t host_bytes_max = 512 << 20;   // memory in flight, all connections of a reactor
+    uint64_t host_bytes_max = 512 << 20;   // memory in flight, all connections of all reactors
     uint64_t unused_bytes_max = 64 << 20;  // pooled memory kept for later, for each reactor
     uint64_t stall_ms_max = 5000;          // without progress, while others wait for its memory
     uint64_t leave_ms_max = 2000;          // to finish what is outstanding when others come
@@ -65,11 +66,15 @@ struct TransmissionOptions {
 /// were negotiated before the flags are sent.
 uint16_t TransmissionFlags(bool read_only, bool structured_replies);
 
+class MemoryPot;
+
 /// The connections of one reactor. All methods on the reactor's thread, except construction and
 /// destruction, which may happen anywhere while the reactor does not use it.
 class ConnectionHost {
   public:
-    ConnectionHost(Reactor& reactor, ConnectionLimits limits);
+    /// `pot`: the memory that the hosts of all reactors share. Null: one of its own.
+    ConnectionHost(Reactor& reactor, ConnectionLimits limits,
+                   std::shared_ptr<MemoryPot> pot = nullptr);
     /// REQUIRES: no connection is left.
     ~ConnectionHost();
 

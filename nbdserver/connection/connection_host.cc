@@ -16,16 +16,20 @@ void DeleteList(T* head) {
 
 }  // namespace
 
-ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l)
+ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l, std::shared_ptr<MemoryPot> p)
     : reactor(r),
       limits(l),
       pool(l.unused_bytes_max),
-      budget(l.host_bytes_max, kSmallRequestBytes),
+      pot(p ? std::move(p) : std::make_shared<MemoryPot>(l.host_bytes_max, 1)),
+      budget(pot, kSmallRequestBytes, [this] { Poke(); }),
+      received(*pot),
       left(r) {
     slice_timer.shared = this;
     slice_timer.done = [](Op* op, int32_t) {
         static_cast<SliceTimer*>(op)->shared->OnSliceTimer();
     };
+    poked.shared = this;
+    poked.run = [](Runnable* self) { static_cast<Poked*>(self)->shared->OnPoke(); };
     watch.shared = this;
     watch.done = [](Op* op, int32_t result) {
         static_cast<Watch*>(op)->shared->LookForStalled(result);
@@ -39,7 +43,7 @@ ConnectionHost::Shared::~Shared() {
 }
 
 void ConnectionHost::Shared::CheckNothingHeld() const {
-    VARVE_CHECK(bytes == 0 && received_bytes == 0 && budget.bytes() == 0);
+    VARVE_CHECK(bytes == 0 && received.here() == 0 && budget.bytes() == 0);
 }
 
 void ConnectionHost::Shared::ReturnRequest(Request* request) {
@@ -65,8 +69,9 @@ void ConnectionHost::Shared::ReturnBatch(SendBatch* batch) {
     batch->next = std::exchange(unused_batches, batch);
 }
 
-ConnectionHost::ConnectionHost(Reactor& reactor, ConnectionLimits limits)
-    : shared_(std::make_unique<Shared>(reactor, limits)) {}
+ConnectionHost::ConnectionHost(Reactor& reactor, ConnectionLimits limits,
+                               std::shared_ptr<MemoryPot> pot)
+    : shared_(std::make_unique<Shared>(reactor, limits, std::move(pot))) {}
 
 ConnectionHost::~ConnectionHost() {
     VARVE_CHECK(shared_->all.empty());
@@ -79,6 +84,7 @@ Connection* ConnectionHost::Start(int fd, TransmissionOptions options, cow::Volu
     Connection* connection =
         new Connection(*this, fd, std::move(options), volume, std::move(ended));
     shared_->all.push_back(connection);
+    if (shared_->budget.anybody_waits()) shared_->WatchStalled();
     connection->Wake();
     return connection;
 }
@@ -96,7 +102,7 @@ uint64_t ConnectionHost::bytes_in_flight() const {
 }
 
 uint64_t ConnectionHost::bytes_received() const {
-    return shared_->received_bytes;
+    return shared_->received.here();
 }
 
 uint64_t ConnectionHost::TakePeak() {

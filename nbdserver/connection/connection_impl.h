@@ -37,22 +37,45 @@ constexpr uint64_t kRequestBytes = 2560;
 constexpr uint64_t kSmallRequestBytes = 24 << 10;
 static_assert(kReplyPiecesMax <= kSendPiecesMax);
 
-/// A part of `total`, counted as long as it lasts.
-class Counted {
+/// What a reactor's connections have received but not begun, or what their receives may bring. Told
+/// to the pot, which has that of all reactors, in steps.
+class ReceivedBytes {
   public:
-    explicit Counted(uint64_t& total) : total_(total) {}
-    ~Counted() { Set(0); }
-    Counted(const Counted&) = delete;
+    explicit ReceivedBytes(MemoryPot& pot) : pot_(pot), step_(pot.grain() / 4) {}
 
-    /// In place of what it was.
-    void Set(uint64_t bytes) {
-        VARVE_CHECK(total_ >= bytes_);
-        total_ += bytes - std::exchange(bytes_, bytes);
+    /// A part of it, counted as long as it lasts.
+    class Part {
+      public:
+        explicit Part(ReceivedBytes& all) : all_(all) {}
+        ~Part() { Set(0); }
+        Part(const Part&) = delete;
+
+        /// In place of what it was.
+        void Set(uint64_t bytes) { all_.Change(std::exchange(bytes_, bytes), bytes); }
+
+      private:
+        ReceivedBytes& all_;
+        uint64_t bytes_ = 0;
+    };
+
+    uint64_t here() const { return bytes_; }
+    uint64_t everywhere() const {
+        return pot_.received_bytes.load(std::memory_order_relaxed) - told_ + bytes_;
     }
 
   private:
-    uint64_t& total_;
+    void Change(uint64_t before, uint64_t after) {
+        VARVE_CHECK(bytes_ >= before);
+        bytes_ += after - before;
+        if (bytes_ <= told_ && told_ <= bytes_ + 2 * step_) return;
+        const uint64_t tell = bytes_ + step_;
+        pot_.received_bytes.fetch_add(tell - std::exchange(told_, tell));
+    }
+
+    MemoryPot& pot_;
+    const uint64_t step_;
     uint64_t bytes_ = 0;
+    uint64_t told_ = 0;
 };
 
 /// What one send needs until it is complete.
@@ -68,7 +91,7 @@ struct SendBatch {
 
 /// What the connections of a reactor share.
 struct ConnectionHost::Shared {
-    Shared(Reactor& r, ConnectionLimits l);
+    Shared(Reactor& r, ConnectionLimits l, std::shared_ptr<MemoryPot> p);
     ~Shared();
 
     Request* TakeRequest() {
@@ -92,6 +115,10 @@ struct ConnectionHost::Shared {
     void WatchStalled();
     void LookForStalled(int32_t timer_result);
 
+    /// Something has changed in the pot. Any thread.
+    void Poke();
+    void OnPoke();
+
     void Hold(uint64_t more) {
         bytes += more;
         if (bytes > peak.load(std::memory_order_relaxed)) {
@@ -102,9 +129,10 @@ struct ConnectionHost::Shared {
     Reactor& reactor;
     const ConnectionLimits limits;
     BufferPool pool;
+    const std::shared_ptr<MemoryPot> pot;
     MemoryBudget budget;             // of requests
+    ReceivedBytes received;          // but not begun
     uint64_t bytes = 0;              // held by requests, and received but not begun
-    uint64_t received_bytes = 0;     // received but not begun, or what receives may bring
     std::atomic<uint64_t> peak = 0;  // of `bytes`, since somebody asked
     Request* unused_requests = nullptr;
     unsigned unused_request_count = 0;
@@ -123,6 +151,11 @@ struct ConnectionHost::Shared {
         Shared* shared = nullptr;
     };
     Watch watch;
+    struct Poked : Runnable {
+        Shared* shared = nullptr;
+        std::atomic<bool> posted = false;
+    };
+    Poked poked;
 
     // Large reads and other requests that work on much wait for a turn of the loop.
     class SliceTurn;
@@ -270,13 +303,13 @@ class Connection {
 
     std::array<std::byte, sizeof(wire::Request)> header_;  // one that arrives in pieces
     size_t header_bytes_ = 0;
-    uint64_t skip_ = 0;           // bytes of a refused payload that are still to come
-    Request* filling_ = nullptr;  // a WRITE whose payload is not complete
-    uint32_t filled_ = 0;         // bytes of it
-    Counted receiving_;           // what receive_op_ may bring
-    Buffer stash_;                // received before the pause
+    uint64_t skip_ = 0;              // bytes of a refused payload that are still to come
+    Request* filling_ = nullptr;     // a WRITE whose payload is not complete
+    uint32_t filled_ = 0;            // bytes of it
+    ReceivedBytes::Part receiving_;  // what receive_op_ may bring
+    Buffer stash_;                   // received before the pause
     std::span<const std::byte> stashed_;
-    Counted kept_;  // the stash
+    ReceivedBytes::Part kept_;  // the stash
 
     Request* replies_ = nullptr;
     Request** replies_tail_ = &replies_;

@@ -18,11 +18,11 @@ constexpr uint32_t kDirectBytesMin = 32 << 10;
 // this many times the limit. A client that asks for more loses its connection.
 constexpr uint64_t kSkipFactorMax = 4;
 // What a receive may bring has to be kept if the connection must pause then, so it is bounded for
-// all together: half of it for whoever comes first, half for those with requests under way. Beyond
-// it a receive brings little.
+// all together, on all reactors: half of it for whoever comes first, half for those with requests
+// under way. Beyond it a receive brings little.
 constexpr uint32_t kReceiveBytes = 256 << 10;
 constexpr uint32_t kReceiveBytesWhenScarce = 8 << 10;
-constexpr uint64_t kReceivedBytesMax = 64 << 20;
+constexpr uint64_t kReceivedBytesMax = 128 << 20;
 // Of a payload that is received in place: at most so much at a time, so that no turn of the reactor
 // has to copy all of it.
 constexpr uint32_t kPieceBytes = 1 << 20;
@@ -105,7 +105,7 @@ uint32_t Connection::MostToReceive() const {
     if (expect_large_ && !filling_ && !skip_) return sizeof(wire::Request);
     uint64_t most = std::min(kReceivedBytesMax, shared_.limits.host_bytes_max / 8);
     if (requests_ <= 1) most /= 2;
-    const bool room = shared_.received_bytes + kReceiveBytes <= most;
+    const bool room = shared_.received.everywhere() + kReceiveBytes <= most;
     return room ? kReceiveBytes : kReceiveBytesWhenScarce;
 }
 

@@ -42,7 +42,7 @@ void ConnectionHost::Shared::WatchStalled() {
 }
 
 void ConnectionHost::Shared::LookForStalled(int32_t timer_result) {
-    if (!budget.anybody_waits()) return;
+    if (!budget.anybody_waits() || all.empty()) return;
     unsigned stalled = 0;
     if (timer_result == 0) {
         for (Connection* connection : all) {
@@ -60,6 +60,17 @@ void ConnectionHost::Shared::LookForStalled(int32_t timer_result) {
     const bool began = timer_result == 0;
     WatchStalled();
     if (began) watch_begins = false;
+}
+
+void ConnectionHost::Shared::Poke() {
+    if (!poked.posted.exchange(true)) reactor.Post(&poked);
+}
+
+/// Others wait on other reactors for what is held on this one, or the other way round.
+void ConnectionHost::Shared::OnPoke() {
+    poked.posted = false;
+    budget.LookAgain();
+    if (budget.anybody_waits() && !all.empty()) WatchStalled();
 }
 
 bool Connection::Progress::Stalled(bool due, uint64_t more_bytes, bool first) {

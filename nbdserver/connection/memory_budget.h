@@ -1,6 +1,7 @@
 // MemoryBudget: who of many may hold how much of a bounded memory, so that nobody who hoards it
 // keeps others from being served.
-// Not an allocator, and not thread-safe: it only counts.
+// Not an allocator: it only counts. It belongs to one thread; what it counts in is a MemoryPot,
+// which the budgets of all threads share.
 //
 // Three funds pay. What a holder asks for is tried in this order:
 //
@@ -8,15 +9,20 @@
 //            is left of it: each holder that takes what it can leaves 32/33 of it to the others.
 //   small    beyond the bound: one small piece for each holder that has nothing.
 //   large    the other half. Granted in the order of asking; the first waits until there is
-//            enough. Nobody overtakes, so large pieces do not starve.
+//            enough. Nobody overtakes, so large pieces do not starve. The budgets of several
+//            threads take turns.
 //
 // Who waits can be paid by the large fund only when those before him have been, and by the modest
 // fund as soon as he asks again.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <list>
+#include <memory>
 #include <optional>
+
+#include "nbdserver/connection/memory_pot.h"
 
 namespace varve::nbdserver {
 
@@ -49,8 +55,12 @@ class MemoryBudget {
         std::optional<Queue::iterator> modest_place_;
     };
 
-    /// At most `bytes_max` bytes are held, and besides `small_bytes_max` for each holder. A piece
-    /// that is larger than the large fund is granted alone.
+    /// At most what `pot` has is held, by all its budgets, and besides `small_bytes_max` for each
+    /// holder. A piece that is larger than the large fund is granted alone. `poke` is called, by
+    /// any thread, when LookAgain() shall be called on this budget's.
+    MemoryBudget(std::shared_ptr<MemoryPot> pot, uint64_t small_bytes_max,
+                 std::function<void()> poke);
+    /// Alone with a pot of its own.
     MemoryBudget(uint64_t bytes_max, uint64_t small_bytes_max);
     /// REQUIRES: nobody holds anything.
     ~MemoryBudget();
@@ -64,19 +74,30 @@ class MemoryBudget {
     /// `share` wants nothing any more.
     void Leave(Share& share);
 
-    bool anybody_waits() const { return !queue_.empty(); }
+    /// Any thread: LookAgain() is wanted, since another budget waits or has given some back.
+    void Poke() {
+        if (poke_) poke_();
+    }
+    /// Returns what others want, and wakes who may find something now.
+    void LookAgain();
+
+    /// Of any budget.
+    bool anybody_waits() const { return pot_->anybody_waits(); }
     uint64_t bytes() const { return modest_bytes_ + small_bytes_ + large_bytes_; }
 
   private:
     bool ModestFits(const Share& share, uint64_t bytes) const;
-    bool LargeFits(uint64_t bytes) const;
+    bool TakeModest(const Share& share, uint64_t bytes);
+    uint64_t GrainToKeep() const;
+    void ReturnCredit();
     void Wait(Share& share, uint64_t bytes);
     void WakeFirst();
     void WakeFirstModest();
 
-    const uint64_t modest_bytes_max_;
-    const uint64_t large_bytes_max_;
+    const std::shared_ptr<MemoryPot> pot_;
     const uint64_t small_bytes_max_;  // of one piece
+    const std::function<void()> poke_;
+    uint64_t credit_ = 0;  // borrowed of the modest half, not held by anybody
     uint64_t modest_bytes_ = 0;
     uint64_t small_bytes_ = 0;
     uint64_t large_bytes_ = 0;

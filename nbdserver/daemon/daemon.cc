@@ -113,7 +113,7 @@ Status Daemon::OpenPool(const Options& options) {
     const unsigned cpus = AvailableProcessors();
     const unsigned threads = options.threads != 0 ? options.threads : cpus;
     ConnectionLimits limits = options.connection;
-    limits.host_bytes_max = std::max(options.bytes_in_flight_max / threads, limits.bytes_max);
+    limits.host_bytes_max = std::max(options.bytes_in_flight_max, limits.bytes_max);
     // On a single CPU polling would only keep the client from running.
     const int64_t poll = cpus > 1 ? static_cast<int64_t>(options.poll_us) * 1000 : 0;
     Result<std::unique_ptr<DataPlane>> plane =

@@ -10,6 +10,7 @@
 #include <cerrno>
 
 #include "base/check.h"
+#include "nbdserver/connection/memory_pot.h"
 
 namespace varve::nbdserver {
 namespace {
@@ -40,6 +41,9 @@ Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, Fi
     std::unique_ptr<DataPlane> plane(new DataPlane);
     std::shared_ptr<const FileMapping> mapping;
     if (traits.in_memory) mapping = FileMapping::Map(fd);
+    const auto pot = std::make_shared<MemoryPot>(limits.host_bytes_max, threads);
+    ConnectionLimits each = limits;
+    each.unused_bytes_max = std::min(limits.unused_bytes_max, limits.host_bytes_max / threads);
     for (unsigned i = 0; i < threads; ++i) {
         ReactorOptions options;
         options.name = fmt::format("reactor{}", i);
@@ -51,7 +55,7 @@ Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, Fi
         lane.fd = OpenAgain(fd);
         if (lane.fd < 0) return SystemError(errno, "cannot open the data file again");
         lane.store = std::make_unique<RingStore>(*lane.reactor, lane.fd, traits, mapping);
-        lane.host = std::make_unique<ConnectionHost>(*lane.reactor, limits);
+        lane.host = std::make_unique<ConnectionHost>(*lane.reactor, each, pot);
     }
     return plane;
 }
