@@ -274,17 +274,18 @@ class ConnectionTest : public testing::Test {
         while (!On(condition)) std::this_thread::yield();
     }
 
-    static Task<void> Await(ConnectionHost* host, FakeVolume* volume,
-                            std::shared_ptr<std::promise<void>> over) {
+    static Task<void> Await(ConnectionHost* host, FakeVolume* volume, LeaverWait* wait,
+                            std::shared_ptr<std::promise<bool>> over) {
         co_await Hop(volume->executor());
-        co_await host->AwaitLeavers(*volume);
-        over->set_value();
+        const bool nothing_lands = co_await host->AwaitLeavers(*volume, *wait);
+        over->set_value(nothing_lands);
     }
-    /// Ready when nothing of clients that have left the volume can land any more.
-    std::future<void> AwaitLeavers() {
-        auto over = std::make_shared<std::promise<void>>();
-        std::future<void> result = over->get_future();
-        Spawn(Await(host_.get(), volume_.get(), std::move(over)));
+    /// Ready when nothing of clients that have left the volume can land any more: true then.
+    std::future<bool> AwaitLeavers() { return AwaitLeavers(waits_.emplace_back()); }
+    std::future<bool> AwaitLeavers(LeaverWait& wait) {
+        auto over = std::make_shared<std::promise<bool>>();
+        std::future<bool> result = over->get_future();
+        Spawn(Await(host_.get(), volume_.get(), &wait, std::move(over)));
         return result;
     }
 
@@ -293,6 +294,7 @@ class ConnectionTest : public testing::Test {
     std::unique_ptr<ConnectionHost> host_;
     std::deque<Served> served_;
     std::deque<Client> clients_;
+    std::deque<LeaverWait> waits_;
 };
 
 std::string Pattern(size_t bytes, uint32_t seed) {
@@ -757,7 +759,7 @@ TEST_F(ConnectionTest, WhoComesNextWaitsUntilNothingOfAVanishedClientCanLand) {
         Until([&] { return volume_->running() == 1; });
         if (disconnects) client.SendBytes(Client::Header(wire::kCmdDisconnect, 0, 0, 2));
         client.Close();
-        std::future<void> nothing_lands = AwaitLeavers();
+        std::future<bool> nothing_lands = AwaitLeavers();
         Until([&] { return true; });
         EXPECT_FALSE(served_[index].over);
         EXPECT_NE(nothing_lands.wait_for(std::chrono::seconds(0)), std::future_status::ready);
@@ -777,10 +779,54 @@ TEST_F(ConnectionTest, WhoComesNextDoesNotWaitForClientsThatAreThere) {
     On([&] { volume_->hold = true; });
     client.SendBytes(client.Prepare(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 1));
     Until([&] { return volume_->running() == 1; });
-    AwaitLeavers().wait();
+    EXPECT_TRUE(AwaitLeavers().get());
     EXPECT_FALSE(served_[0].over);
     On([&] { volume_->Release(); });
     EXPECT_EQ(client.Next().error, 0u);
+}
+
+TEST_F(ConnectionTest, WhoWaitsForLeaversMayGiveUp) {
+    Client& client = Connect();
+    On([&] { volume_->hold = true; });
+    client.SendBytes(Client::Header(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 1));
+    Until([&] { return volume_->running() == 1; });
+    client.Close();
+    LeaverWait impatient, patient, too_late;
+    std::future<bool> given_up = AwaitLeavers(impatient);
+    std::future<bool> stays = AwaitLeavers(patient);
+    Until([&] { return host_->peers_asked() == 2; });
+    On([&] { impatient.GiveUp(); });
+    EXPECT_FALSE(given_up.get());
+    On([&] { too_late.GiveUp(); });
+    EXPECT_FALSE(AwaitLeavers(too_late).get());
+    EXPECT_FALSE(served_[0].over);
+    On([&] { volume_->Release(); });
+    EXPECT_TRUE(stays.get());
+    EXPECT_TRUE(served_[0].over);
+    WaitUntilEnded(0);
+}
+
+// Each who waits asks the system once about each connection, and once more when those have ended
+// that had left: not at each end.
+TEST_F(ConnectionTest, EndsOfManyLeaversCostNoMoreThanTheirNumber) {
+    constexpr size_t kLeavers = 40, kWaiters = 20;
+    On([&] { volume_->hold = true; });
+    for (size_t i = 0; i < kLeavers; ++i) {
+        Client& client = Connect();
+        client.SendBytes(Client::Header(wire::kCmdRead, 0, 512, i));
+        Until([&] { return volume_->running() == i + 1; });
+        client.Close();
+    }
+    std::deque<std::future<bool>> waits;
+    for (size_t i = 0; i < kWaiters; ++i) waits.push_back(AwaitLeavers());
+    Until([&] { return host_->peers_asked() == kLeavers * kWaiters; });
+    for (size_t i = 0; i < kLeavers; ++i) {
+        On([&] { volume_->ReleaseOne(); });
+        WaitUntilEnded(i);
+    }
+    for (std::future<bool>& wait : waits) EXPECT_TRUE(wait.get());
+    EXPECT_EQ(On([&] { return host_->peers_asked(); }), kLeavers * kWaiters);
+    On([&] { volume_->Release(); });
 }
 
 TEST_F(ConnectionTest, WhatALeaverHasNotFinishedInTimeIsGivenUp) {
@@ -795,7 +841,7 @@ TEST_F(ConnectionTest, WhatALeaverHasNotFinishedInTimeIsGivenUp) {
     client.SendBytes(stream);
     client.HalfClose();
     Until([&] { return volume_->running() == 2; });
-    std::future<void> nothing_lands = AwaitLeavers();
+    std::future<bool> nothing_lands = AwaitLeavers();
     // Those that have not begun go at once; the others end at the volume.
     Until([&] { return served_[0].counters->given_up == 18u; });
     On([&] { volume_->Release(); });

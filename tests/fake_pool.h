@@ -18,15 +18,26 @@ namespace varve::testing {
 /// All methods run on `home`, as those of a real pool do. Commands wait while it is held.
 class FakePool : public cow::Pool {
   public:
-    explicit FakePool(Executor& home) : held_(home) {}
+    explicit FakePool(Executor& home) : home_(home), held_(home) {}
 
     // ---- what a test sets and looks at, on home
     void Hold() { holding_ = true; }
+    /// Only those that make disks.
+    void HoldCreation() { holding_creation_ = true; }
     void Release() {
-        holding_ = false;
+        holding_ = holding_creation_ = false;
         held_.WakeAll();
     }
+    void SetExports(const std::vector<std::string>& names) {
+        auto list = std::make_shared<std::vector<cow::ExportEntry>>();
+        for (const std::string& name : names) list->push_back({name, 4096, false});
+        exports_list_ = std::move(list);
+    }
+    uint64_t listed() const { return listed_; }  // exports, how often
+    /// Exports are not opened while this is so; until it is given up.
+    void HoldExports(bool hold) { holding_exports_ = hold; }
     uint64_t waiting() const { return waiting_; }
+    uint64_t opening() const { return opening_; }  // exports
     uint64_t commands() const { return commands_; }
     uint64_t hurries() const { return hurries_; }
     void SetClients(const std::string& disk, uint64_t clients) { disks_[disk].clients = clients; }
@@ -41,7 +52,7 @@ class FakePool : public cow::Pool {
     Task<Status> Shutdown() override { co_return Status(); }
 
     Task<Status> CreateDisk(std::string name, uint64_t size) override {
-        co_await Enter();
+        co_await Enter(true);
         if (Status valid = CheckName(name); !valid.ok()) co_return valid;
         if (disks_.count(name)) co_return Exists("disk", name);
         if (full_) co_return MakeError(ErrorKind::kNoSpace, "the pool is full; delete snapshots");
@@ -247,7 +258,8 @@ class FakePool : public cow::Pool {
     Task<void> WaitForReclaim() override { co_return; }
     Task<void> CommitDirty() override { co_return; }
     Task<std::shared_ptr<const std::vector<cow::ExportEntry>>> ListExports() override {
-        co_return std::make_shared<std::vector<cow::ExportEntry>>();
+        ++listed_;
+        co_return exports_list_;
     }
     Status FindExport(std::string_view name) const override {
         const std::string disk(name.substr(0, name.find('@')));
@@ -265,7 +277,12 @@ class FakePool : public cow::Pool {
         co_return Status();
     }
     Result<cow::ExportEntry> DescribeExport(std::string name) override { return NoDisk(name); }
-    Task<Result<cow::Export>> OpenExport(std::string name) override { co_return NoDisk(name); }
+    Task<Result<cow::Export>> OpenExport(std::string name, const bool* given_up) override {
+        ++opening_;
+        while (holding_exports_ && !*given_up) co_await Hop(home_);
+        --opening_;
+        co_return NoDisk(name);
+    }
     Task<void> CloseExport(uint64_t) override { co_return; }
     std::string ExportName(uint64_t) override { return {}; }
     void SetDisconnector(std::function<void(const std::vector<uint64_t>&)>) override {}
@@ -282,9 +299,9 @@ class FakePool : public cow::Pool {
         std::vector<cow::SnapshotInfo> snapshots;
     };
 
-    Task<void> Enter() {
+    Task<void> Enter(bool creates = false) {
         ++waiting_;
-        while (holding_) co_await held_.Wait();
+        while (holding_ || (creates && holding_creation_)) co_await held_.Wait();
         --waiting_;
         ++commands_;
     }
@@ -333,8 +350,15 @@ class FakePool : public cow::Pool {
                          fmt::format("there is no snapshot '{}'; see varve list", name));
     }
 
+    Executor& home_;
     WaitList held_;
     bool holding_ = false;
+    bool holding_creation_ = false;
+    bool holding_exports_ = false;
+    std::shared_ptr<const std::vector<cow::ExportEntry>> exports_list_ =
+        std::make_shared<std::vector<cow::ExportEntry>>();
+    uint64_t listed_ = 0;
+    uint64_t opening_ = 0;
     uint64_t waiting_ = 0;
     uint64_t commands_ = 0;
     uint64_t hurries_ = 0;

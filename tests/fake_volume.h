@@ -33,6 +33,11 @@ class FakeVolume : public cow::Volume {
         hold = false;
         waiting_.WakeAll();
     }
+    /// Lets the one that has waited longest go on, while the others stay.
+    void ReleaseOne() {
+        ++let_go_;
+        waiting_.WakeOne();
+    }
     uint64_t running() const { return running_; }
     std::byte* data() { return data_.data(); }
     void Map(uint64_t offset, uint64_t length, bool mapped) {
@@ -100,7 +105,8 @@ class FakeVolume : public cow::Volume {
     Task<Errno> Enter(const char* call, const cow::Requester* requester) {
         ++calls[call];
         running_max = std::max(running_max, ++running_);
-        while (hold) co_await waiting_.Wait();
+        while (hold && let_go_ == 0) co_await waiting_.Wait();
+        let_go_ -= std::min<uint64_t>(let_go_, 1);
         if (requester && requester->gone()) co_return ECANCELED;
         const auto found = errors.find(call);
         co_return found == errors.end() ? 0 : found->second;
@@ -126,6 +132,7 @@ class FakeVolume : public cow::Volume {
     WaitList waiting_;
     std::vector<std::byte> data_;
     std::vector<bool> mapped_;
+    uint64_t let_go_ = 0;
     uint64_t running_ = 0;
 };
 

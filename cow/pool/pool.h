@@ -212,8 +212,9 @@ class Pool {
     /// failed.
     virtual Result<ExportEntry> DescribeExport(std::string name) = 0;
     /// By export name; "" is the only disk when there is exactly one. kNotFound; kBusy while the
-    /// disk is fenced or offline, or the snapshot is not stored soon.
-    virtual Task<Result<Export>> OpenExport(std::string name) = 0;
+    /// disk is fenced or offline, or the snapshot is not stored soon; soon after `*given_up` is set,
+    /// too, which whoever asks may do on home to end the wait.
+    virtual Task<Result<Export>> OpenExport(std::string name, const bool* given_up = nullptr) = 0;
     /// REQUIRES: no task of the volume is running for this export.
     virtual Task<void> CloseExport(uint64_t id) = 0;
     /// What the export is called now: it follows renames. REQUIRES: it is open.

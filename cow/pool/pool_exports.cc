@@ -65,7 +65,7 @@ Result<ExportEntry> PoolImpl::DescribeExport(std::string name) {
     return ExportEntry{name, catalog_.snapshot(id.value()).size, true};
 }
 
-Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
+Task<Result<Export>> PoolImpl::OpenExport(std::string name, const bool* given_up) {
     name = ExportAsked(std::move(name));
     const Error fenced = Fenced(name);
     Export result{nullptr, next_export_++};
@@ -85,7 +85,8 @@ Task<Result<Export>> PoolImpl::OpenExport(std::string name) {
     for (SnapshotId folded; id.ok() && id.value() != folded; id = catalog_.FindSnapshot(name)) {
         folded = id.value();
         if (Mutated(Mutant::kOpenedUnfolded)) continue;
-        const bool stored = co_await SealedWithin(catalog_.snapshot(folded).disk, kSealedUs);
+        const DiskId disk = catalog_.snapshot(folded).disk;
+        const bool stored = co_await SealedWithin(disk, kSealedUs, given_up);
         if (!stored) {
             co_return MakeError(
                 ErrorKind::kBusy,

@@ -61,7 +61,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<std::shared_ptr<const std::vector<ExportEntry>>> ListExports() override;
     Status FindExport(std::string_view name) const override;
     Result<ExportEntry> DescribeExport(std::string name) override;
-    Task<Result<Export>> OpenExport(std::string name) override;
+    Task<Result<Export>> OpenExport(std::string name, const bool* given_up) override;
     Task<void> CloseExport(uint64_t id) override;
     std::string ExportName(uint64_t id) override;
     void SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) override;
@@ -129,7 +129,7 @@ class PoolImpl : public Pool, public HeadHost {
     FindDisks DiskNamed(const std::string& name) const;
     FindDisks DiskOf(const std::string& snapshot) const;
     Task<void> WatchSealed(DiskId id);
-    Task<bool> SealedWithin(DiskId id, int64_t us);
+    Task<bool> SealedWithin(DiskId id, int64_t us, const bool* given_up = nullptr);
     Task<void> Refreshes();
     Task<bool> Refreshed();
     Task<void> CountUnique(SnapshotId id, std::shared_ptr<Counting> counting);

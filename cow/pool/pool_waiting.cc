@@ -108,13 +108,14 @@ Task<void> PoolImpl::WatchSealed(DiskId id) {
     background_.Leave();
 }
 
-Task<bool> PoolImpl::SealedWithin(DiskId id, int64_t us) {
+/// Until what is frozen of the disk is in map rows; false if that takes too long, or `*given_up`.
+Task<bool> PoolImpl::SealedWithin(DiskId id, int64_t us, const bool* given_up) {
     const auto disk = disks_.find(id);
     if (disk == disks_.end()) co_return true;
     const uint64_t seen = disk->second.seen_sealed;
     if (!disk->second.watched) Spawn(WatchSealed(id));
-    std::function<bool(int64_t*)> done = [this, id, seen](int64_t* until_us) {
-        if (core_.closing) *until_us = 0;
+    std::function<bool(int64_t*)> done = [this, id, seen, given_up](int64_t* until_us) {
+        if (core_.closing || (given_up && *given_up)) *until_us = 0;
         const auto now = disks_.find(id);
         return now == disks_.end() || now->second.seen_sealed != seen;
     };

@@ -173,10 +173,12 @@ void Connection::Finish() {
     std::erase(shared_.all, this);
     if (shared_.all.empty()) shared_.reactor.Cancel(shared_.watch);
     Shared& shared = shared_;
+    cow::Volume& volume = volume_;
+    const uint64_t seen_leaving = seen_leaving_;
     const std::function<void()> ended = std::move(ended_);
     delete this;
     if (shared.all.empty()) shared.CheckNothingHeld();
-    shared.left.WakeAll();
+    if (seen_leaving != 0) shared.LeaverEnded(volume, seen_leaving);
     if (ended) ended();
 }
 

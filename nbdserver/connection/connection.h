@@ -18,6 +18,7 @@
 
 #include "base/reactor.h"
 #include "base/result.h"
+#include "base/sync.h"
 #include "base/task.h"
 #include "cow/volume/volume.h"
 
@@ -68,6 +69,19 @@ uint16_t TransmissionFlags(bool read_only, bool structured_replies);
 
 class MemoryPot;
 
+/// A wait for clients that have left, for who may lose interest. All of it on one reactor's thread.
+class LeaverWait {
+  public:
+    /// Ends the wait, or lets it not begin.
+    void GiveUp();
+
+  private:
+    friend class ConnectionHost;  // and what its connections share
+    bool given_up_ = false;
+    bool over_ = false;            // nobody is left to wait for
+    WaitList* changed_ = nullptr;  // while it lasts
+};
+
 /// The connections of one reactor. All methods on the reactor's thread, except construction and
 /// destruction, which may happen anywhere while the reactor does not use it.
 class ConnectionHost {
@@ -88,14 +102,17 @@ class ConnectionHost {
 
     /// Waits until nothing can land on `volume` any more of clients that have left it: their
     /// connections have ended. They are given ConnectionLimits::leave_ms_max to finish what is
-    /// outstanding, then that is given up. Clients that are there are not waited for.
-    Task<void> AwaitLeavers(cow::Volume& volume);
+    /// outstanding, then that is given up; what hangs in the device is waited for as long as it
+    /// does. Clients that are there are not waited for. False once `wait` is given up.
+    /// REQUIRES: `wait` and `volume` live meanwhile.
+    Task<bool> AwaitLeavers(cow::Volume& volume, LeaverWait& wait);
 
     /// End() for all of them.
     void EndAll();
 
     uint64_t connections() const;
     uint64_t bytes_in_flight() const;  // memory that requests hold, for tests and status
+    uint64_t peers_asked() const;      // how often the system was, whether one has left; for tests
     uint64_t bytes_received() const;   // but not begun, or what receives may bring, for tests
 
     /// The most of it since the last call in which some was added. Any thread.

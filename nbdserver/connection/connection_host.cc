@@ -22,8 +22,7 @@ ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l, std::shared_ptr<M
       pool(l.unused_bytes_max),
       pot(p ? std::move(p) : std::make_shared<MemoryPot>(l.host_bytes_max, 1)),
       budget(pot, kSmallRequestBytes, [this] { Poke(); }),
-      received(*pot),
-      left(r) {
+      received(*pot) {
     slice_timer.shared = this;
     slice_timer.done = [](Op* op, int32_t) {
         static_cast<SliceTimer*>(op)->shared->OnSliceTimer();
@@ -99,6 +98,10 @@ uint64_t ConnectionHost::connections() const {
 
 uint64_t ConnectionHost::bytes_in_flight() const {
     return shared_->bytes;
+}
+
+uint64_t ConnectionHost::peers_asked() const {
+    return shared_->peers_asked;
 }
 
 uint64_t ConnectionHost::bytes_received() const {

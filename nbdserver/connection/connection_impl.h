@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <span>
 #include <utility>
@@ -140,12 +141,24 @@ struct ConnectionHost::Shared {
     unsigned unused_batch_count = 0;
     std::vector<Connection*> all;
     uint64_t connections_started = 0;
-    WaitList left;  // a connection ended
 
-    /// Whether any of the first `count` connections is of `volume` and its client has left.
-    /// `end`: ends them.
-    bool AnyLeaver(cow::Volume& volume, uint64_t count, bool end);
+    /// Connections of a volume whose clients were seen to have left, and who waits for their end.
+    /// Each is known by the look that found them, or after which it came: so a connection's end
+    /// costs the same however many there are.
+    struct Leavers {
+        bool AnyUpTo(uint64_t look) const { return !left.empty() && left.begin()->first <= look; }
+
+        std::map<uint64_t, uint64_t> left;  // by look: how many have not ended
+        std::multimap<uint64_t, LeaverWait*> waiters;
+    };
+    bool FindLeavers(cow::Volume& volume, uint64_t count, uint64_t* look);
+    Task<void> LeaversEnded(cow::Volume& volume, uint64_t look, LeaverWait& wait);
+    void DropLeavers(cow::Volume& volume, uint64_t look);
+    void LeaverEnded(cow::Volume& volume, uint64_t look);
     struct LeaveDeadline;
+    std::map<const cow::Volume*, Leavers> leavers;  // of those that have any
+    uint64_t looks = 0;                             // for leavers, so far
+    uint64_t peers_asked = 0;                       // in all of them
 
     struct Watch : TimerOp {
         Shared* shared = nullptr;
@@ -284,6 +297,7 @@ class Connection {
     bool paused_ = false;         // a limit was met, or there is a stash to begin with
     bool expect_large_ = false;   // the last payload was received directly
     bool rested_ = false;         // just now
+    uint64_t seen_leaving_ = 0;   // by which look; 0: by none
     uint32_t requests_ = 0;       // in flight
     uint64_t bytes_ = 0;          // of payloads in flight
     uint64_t work_bytes_ = 0;     // of requests that run

@@ -42,7 +42,9 @@ void Connection::OnHangUp(int32_t result) {
     Leaving(result);
 }
 
-bool ConnectionHost::Shared::AnyLeaver(cow::Volume& volume, uint64_t count, bool end) {
+/// Asks the system once about each of the first `count` connections that is of `volume`. False if
+/// nobody was found, now or before, who has left it and not ended; `*look`: this look's number.
+bool ConnectionHost::Shared::FindLeavers(cow::Volume& volume, uint64_t count, uint64_t* look) {
     std::vector<Connection*> candidates;
     std::vector<pollfd> sockets;
     for (Connection* connection : all) {
@@ -51,36 +53,106 @@ bool ConnectionHost::Shared::AnyLeaver(cow::Volume& volume, uint64_t count, bool
         sockets.push_back({connection->fd_, POLLRDHUP, 0});
     }
     poll(sockets.data(), sockets.size(), 0);
+    *look = ++looks;
+    peers_asked += candidates.size();
     bool any = false;
     for (size_t i = 0; i < candidates.size(); ++i) {
-        if (!candidates[i]->Leaving(sockets[i].revents)) continue;
+        Connection& connection = *candidates[i];
+        if (!connection.Leaving(sockets[i].revents)) continue;
         any = true;
-        if (end) candidates[i]->Drop();
+        if (connection.seen_leaving_ != 0) continue;
+        connection.seen_leaving_ = *look;
+        ++leavers[&volume].left[*look];
     }
     return any;
 }
 
+/// Gives up what is left of those that were seen leaving up to `look`.
+void ConnectionHost::Shared::DropLeavers(cow::Volume& volume, uint64_t look) {
+    for (Connection* connection : all) {
+        const uint64_t seen = connection->seen_leaving_;
+        if (&connection->volume_ == &volume && seen != 0 && seen <= look) connection->Drop();
+    }
+}
+
+/// A connection of `volume` that was seen leaving at `look` has ended. Wakes who waited for it and
+/// has nobody else to wait for, once.
+void ConnectionHost::Shared::LeaverEnded(cow::Volume& volume, uint64_t look) {
+    Leavers& of = leavers.at(&volume);
+    const auto at = of.left.find(look);
+    if (--at->second > 0) return;
+    of.left.erase(at);
+    while (!of.waiters.empty() && !of.AnyUpTo(of.waiters.begin()->first)) {
+        LeaverWait& wait = *of.waiters.begin()->second;
+        of.waiters.erase(of.waiters.begin());
+        wait.over_ = true;
+        wait.changed_->WakeAll();
+    }
+    if (of.left.empty()) leavers.erase(&volume);
+}
+
+/// Until those that were seen up to `look` have ended, or `wait` is given up.
+Task<void> ConnectionHost::Shared::LeaversEnded(cow::Volume& volume, uint64_t look,
+                                                LeaverWait& wait) {
+    WaitList changed(reactor);
+    wait.over_ = false;
+    wait.changed_ = &changed;
+    const auto place = leavers.at(&volume).waiters.emplace(look, &wait);
+    while (!wait.over_ && !wait.given_up_) co_await changed.Wait();
+    if (!wait.over_) leavers.at(&volume).waiters.erase(place);
+    wait.changed_ = nullptr;
+}
+
+/// When the time is over that leavers have to finish what is outstanding.
 struct ConnectionHost::Shared::LeaveDeadline : TimerOp {
-    WaitList* left = nullptr;
+    LeaveDeadline(Shared& s, cow::Volume& v) : shared(s), volume(v), ended(s.reactor) {
+        done = [](Op* op, int32_t) { static_cast<LeaveDeadline*>(op)->OnTimer(); };
+        const auto grace_ms = static_cast<int64_t>(s.limits.leave_ms_max);
+        s.reactor.StartTimer(*this, grace_ms * 1'000'000);
+    }
+    void OnTimer() {
+        over = true;
+        if (look != 0) shared.DropLeavers(volume, look);
+        ended.WakeAll();
+    }
+    /// Those that are found up to `now` have to hurry too, if the time is over.
+    void CountFor(uint64_t now) {
+        look = now;
+        if (over) shared.DropLeavers(volume, look);
+    }
+    Task<void> Stop() {
+        look = 0;
+        if (!over) shared.reactor.Cancel(*this);
+        while (!over) co_await ended.Wait();
+    }
+
+    Shared& shared;
+    cow::Volume& volume;
+    WaitList ended;
+    uint64_t look = 0;
     bool over = false;
 };
 
-Task<void> ConnectionHost::AwaitLeavers(cow::Volume& volume) {
+void LeaverWait::GiveUp() {
+    given_up_ = true;
+    if (changed_) changed_->WakeAll();
+}
+
+Task<bool> ConnectionHost::AwaitLeavers(cow::Volume& volume, LeaverWait& wait) {
     Shared& shared = *shared_;
     const uint64_t count = shared.connections_started;
-    if (!shared.AnyLeaver(volume, count, false)) co_return;
-    Shared::LeaveDeadline deadline;
-    deadline.left = &shared.left;
-    deadline.done = [](Op* op, int32_t) {
-        auto* self = static_cast<Shared::LeaveDeadline*>(op);
-        self->over = true;
-        self->left->WakeAll();
-    };
-    const auto grace_ms = static_cast<int64_t>(shared.limits.leave_ms_max);
-    shared.reactor.StartTimer(deadline, grace_ms * 1'000'000);
-    while (shared.AnyLeaver(volume, count, deadline.over)) co_await shared.left.Wait();
-    shared.reactor.Cancel(deadline);
-    while (!deadline.over) co_await shared.left.Wait();
+    uint64_t look = 0;
+    if (wait.given_up_) co_return false;
+    if (!shared.FindLeavers(volume, count, &look)) co_return true;
+    Shared::LeaveDeadline deadline(shared, volume);
+    do {
+        deadline.CountFor(look);
+        Task<void> ending = shared.LeaversEnded(volume, look, wait);
+        co_await ending;
+    } while (!wait.given_up_ && shared.FindLeavers(volume, count, &look));
+    Task<void> stopping = deadline.Stop();
+    co_await stopping;
+    co_return !wait.given_up_;
 }
 
 }  // namespace varve::nbdserver

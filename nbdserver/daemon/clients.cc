@@ -22,15 +22,19 @@ constexpr int64_t kDisconnectUs = 10'000'000;
 
 class Client {
   public:
+    explicit Client(std::string a) : address(std::move(a)) {}
+
+    const std::string address;
+
     // Fixed from Open() on.
     cow::Export opened;
     ExportDescription description;
-    std::string address;
     int64_t since_ms = 0;  // since 1970
     Executor* reactor = nullptr;
     std::shared_ptr<ConnectionCounters> counters = std::make_shared<ConnectionCounters>();
 
     // Changed by home only.
+    bool given_up = false;  // it does not wait for its export any more
     bool serving = false;
     uint64_t requests_seen = 0;
     std::chrono::steady_clock::time_point active;  // when there were more of them, or it came
@@ -38,6 +42,7 @@ class Client {
     // Changed by the reactor only.
     bool draining = false;
     bool ending = false;
+    LeaverWait leavers;
     int fd = -1;                       // while there is a connection
     Connection* connection = nullptr;  // null before and after
 };
@@ -69,15 +74,22 @@ class Ended : Resumption {
     bool ended_ = false;
 };
 
+Task<void> GiveUpOnReactor(std::shared_ptr<Client> client) {
+    co_await Hop(*client->reactor);
+    client->leavers.GiveUp();
+}
+
 Task<void> EndOnReactor(std::shared_ptr<Client> client) {
     co_await Hop(*client->reactor);
     client->ending = true;
+    client->leavers.GiveUp();
     if (client->connection) End(client->connection);
 }
 
 Task<void> DrainOnReactor(std::shared_ptr<Client> client) {
     co_await Hop(*client->reactor);
     client->draining = true;
+    client->leavers.GiveUp();
     // The connection sees the end of the stream: it answers what it has, then closes.
     if (client->connection) ::shutdown(client->fd, SHUT_RD);
 }
@@ -115,21 +127,24 @@ Result<ExportDescription> Clients::Describe(std::string export_name) {
     return ExportDescription{std::move(entry.name), entry.size, entry.read_only};
 }
 
-Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std::string address) {
-    if (closing_) co_return MakeError(ErrorKind::kFailed, "the server is shutting down");
-    auto client = std::make_shared<Client>();
-    Task<Result<cow::Export>> opening = pool_.OpenExport(std::move(export_name));
-    Result<cow::Export> opened = co_await opening;
+std::shared_ptr<Client> Clients::Make(std::string address) {
+    return std::make_shared<Client>(std::move(address));
+}
+
+Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_name) {
+    const Error stopping = MakeError(ErrorKind::kFailed, "the server is shutting down");
+    if (closing_) co_return stopping;
+    Task<Result<cow::Export>> opening = pool_.OpenExport(std::move(export_name), &client->given_up);
+    const Result<cow::Export> opened = co_await opening;
     if (!opened.ok()) co_return opened.error();
     if (closing_) {  // since the check above: Drain() has not seen this one
         Task<void> closing = pool_.CloseExport(opened.value().id);
         co_await closing;
-        co_return MakeError(ErrorKind::kFailed, "the server is shutting down");
+        co_return stopping;
     }
     cow::Volume& volume = *opened.value().volume;
     client->opened = opened.value();
     client->description.name = pool_.ExportName(client->opened.id);
-    client->address = std::move(address);
     client->since_ms = UnixMs();
     client->active = std::chrono::steady_clock::now();
     client->reactor = &volume.executor();
@@ -138,21 +153,28 @@ Task<Result<std::shared_ptr<Client>>> Clients::Open(std::string export_name, std
     client->description.size = volume.size();
     client->description.read_only = volume.read_only();
     co_await Hop(home_);
-    co_return client;
+    co_return Status();
 }
 
-Task<Result<std::shared_ptr<Client>>> Clients::Attach(std::string export_name,
-                                                      std::string address) {
-    Task<Result<std::shared_ptr<Client>>> opening =
-        Open(std::move(export_name), std::move(address));
-    Result<std::shared_ptr<Client>> client = co_await opening;
-    if (!client.ok() || client.value()->description.read_only) co_return client;
-    Executor& reactor = *client.value()->reactor;
+Task<Status> Clients::Attach(std::shared_ptr<Client> client, std::string export_name) {
+    std::shared_ptr<Client> shared = client;
+    Task<Status> opening = Open(std::move(shared), std::move(export_name));
+    Status status = co_await opening;
+    if (!status.ok() || client->description.read_only) co_return status;
+    Executor& reactor = *client->reactor;
     co_await Hop(reactor);
-    Task<void> waiting = host_of_(reactor).AwaitLeavers(*client.value()->opened.volume);
-    co_await waiting;
+    Task<bool> waiting = host_of_(reactor).AwaitLeavers(*client->opened.volume, client->leavers);
+    const bool nothing_lands = co_await waiting;
     co_await Hop(home_);
-    co_return client;
+    if (nothing_lands) co_return Status();
+    Task<void> closing = Close(std::move(client));
+    co_await closing;
+    co_return MakeError(ErrorKind::kBusy, "requests of clients that left it are still under way");
+}
+
+void Clients::GiveUp(std::shared_ptr<Client> client) {
+    client->given_up = true;
+    if (client->reactor) Spawn(GiveUpOnReactor(std::move(client)));
 }
 
 Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {

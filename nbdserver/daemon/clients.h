@@ -1,8 +1,9 @@
 // Clients: who is attached, from the export being opened to it being closed.
 // Not the connections themselves: connection.h serves them; not the sockets' negotiation.
 //
-//   Attach (home) -> [GO is answered] -> Serve (home -> the volume's reactor -> home) -> closed
-//                          '-----------> Release (home)
+//   Make -> Attach (home) -> [GO is answered] -> Serve (home -> the volume's reactor -> home) ->
+//   closed
+//                                  '-----------> Release (home)
 #pragma once
 
 #include <atomic>
@@ -38,10 +39,17 @@ class Clients : public admin::ClientDirectory {
     /// Says what an export is, without attaching to it. Errors as of Pool::DescribeExport.
     Result<ExportDescription> Describe(std::string export_name);
 
+    /// A client that will ask for an export. `address`: for lists. Any thread.
+    static std::shared_ptr<Client> Make(std::string address);
+
     /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport; kFailed after
-    /// Drain(). The client owes Serve() or Release(), soon and without waiting for its peer.
-    /// Nothing of clients that have left the disk lands after it: a moment is waited for that.
-    Task<Result<std::shared_ptr<Client>>> Attach(std::string export_name, std::string address);
+    /// Drain(), kBusy after GiveUp(). If it succeeds, the client owes Serve() or Release(), soon
+    /// and without waiting for its peer. Nothing of clients that have left the disk lands after it:
+    /// that is waited for, for as long as the device keeps a request of theirs.
+    Task<Status> Attach(std::shared_ptr<Client> client, std::string export_name);
+
+    /// Nobody waits for Attach() of this client any more: it ends soon.
+    void GiveUp(std::shared_ptr<Client> client);
 
     /// Serves the client on the socket `fd`, which is owned from now on, until it is gone.
     Task<void> Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options);
@@ -64,7 +72,7 @@ class Clients : public admin::ClientDirectory {
     Task<void> Gone();
 
   private:
-    Task<Result<std::shared_ptr<Client>>> Open(std::string export_name, std::string address);
+    Task<Status> Open(std::shared_ptr<Client> client, std::string export_name);
     void End(std::shared_ptr<Client> client);
     Task<void> Close(std::shared_ptr<Client> client);
 

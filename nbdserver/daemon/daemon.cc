@@ -184,6 +184,7 @@ Status Daemon::StartServing(const Options& options) {
     limits.negotiation = options.negotiation;
     limits.negotiation_ms_max = options.negotiation_timeout_s * 1000;
     limits.negotiating_max = options.negotiating_max;
+    limits.waiting_max = options.waiting_max;
     limits.peer_timeout_s = options.peer_timeout_s;
     limits.connections_max = shares.value().connections;
     server_ = std::make_unique<Server>(*control_, *home_, *pool_, *clients_, limits);

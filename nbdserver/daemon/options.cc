@@ -166,6 +166,10 @@ const Setting kSettings[] = {
     {"negotiating-max", "N", Form::kOnce,
      [](Options& o, Text t) { return SetCount(o.negotiating_max, t, 1, 100'000); },
      "clients that negotiate at a time; more wait (default 100)"},
+    {"waiting-max", "N", Form::kOnce,
+     [](Options& o, Text t) { return SetCount(o.waiting_max, t, 1, 100'000); },
+     "clients that wait for the same export while the device hangs; more are refused\n"
+     "(default 100; in all at most half of --connections-max)"},
     {"connections-max", "N", Form::kOnce,
      [](Options& o, Text t) { return SetCount(o.connections_max, t, 1, 1'000'000); },
      "connections in all; more are closed at once (default 10000)"},

@@ -36,6 +36,7 @@ struct Options {
     NegotiationLimits negotiation;
     uint64_t negotiation_timeout_s = 10;
     uint64_t negotiating_max = 100;  // connections that still negotiate; more wait in the backlog
+    uint64_t waiting_max = 100;      // that wait for one export, besides; more are refused
     uint64_t connections_max = 10'000;  // in all; more are closed at once
     ConnectionLimits connection;
     uint64_t bytes_in_flight_max = 1 << 30;  // payloads, all connections together

@@ -88,7 +88,10 @@ struct Server::Handshake {
     Stopwatch waited;                // for this client to send or to read
     bool reading = false;            // it waits for input
     bool leaving = false;            // it waited too long
-    std::shared_ptr<Client> client;  // once it has asked for an export to be opened
+    std::shared_ptr<Client> client;  // once its export is open
+    std::shared_ptr<Client> asking;  // while that is waited for
+    WaitingRoom::Guest guest;        // likewise
+    bool crowded = false;            // too many waited for it
     std::array<char, kReadBytes> buffer;
 };
 
@@ -100,7 +103,9 @@ Server::Server(Control& control, Executor& home, cow::Pool& pool, Clients& clien
       clients_(clients),
       limits_(limits),
       room_(control),
-      gate_(control) {}
+      gate_(control),
+      waiting_(control, gate_, limits.waiting_max,
+               std::max<uint64_t>(limits.connections_max / 2, 1), [this] { room_.WakeAll(); }) {}
 
 Server::~Server() = default;
 
@@ -327,38 +332,72 @@ Task<void> Server::AnswerList(std::shared_ptr<Handshake> handshake) {
 
 Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
     Negotiator& negotiator = handshake->negotiator;
-    std::string name = negotiator.lookup_name();
-    const bool opens = negotiator.opens();
-    co_await Hop(home_);
-    ExportDescription description;
-    Error error;
-    bool found = false;
-    if (opens) {
-        std::string address = handshake->address;
-        Task<Result<std::shared_ptr<Client>>> opening =
-            clients_.Attach(std::move(name), std::move(address));
-        Result<std::shared_ptr<Client>> client = co_await opening;
-        found = client.ok();
-        if (found) {
-            handshake->client = std::move(client.value());
-            description = DescriptionOf(*handshake->client);
-        } else {
-            error = client.error();
-        }
-    } else {
-        Result<ExportDescription> described = clients_.Describe(std::move(name));
-        found = described.ok();
-        if (found) {
-            description = std::move(described.value());
-        } else {
-            error = described.error();
-        }
-    }
-    co_await Hop(control_);
-    if (found) {
-        negotiator.AnswerLookup(description);
+    if (negotiator.opens()) {
+        Task<void> opening = OpenExport(std::move(handshake));
+        co_await opening;
         co_return;
     }
+    std::string name = negotiator.lookup_name();
+    co_await Hop(home_);
+    const Result<ExportDescription> described = clients_.Describe(std::move(name));
+    co_await Hop(control_);
+    if (described.ok()) {
+        negotiator.AnswerLookup(described.value());
+    } else {
+        Refuse(negotiator, described.error());
+    }
+}
+
+/// Meanwhile nobody waits for the client, but it for others, perhaps for long.
+Task<void> Server::OpenExport(std::shared_ptr<Handshake> handshake) {
+    Negotiator& negotiator = handshake->negotiator;
+    std::string name = negotiator.lookup_name();
+    std::string address = handshake->address;
+    handshake->crowded = false;
+    handshake->asking = Clients::Make(std::move(address));
+    handshake->guest.fd = handshake->socket.fd();
+    handshake->guest.name = name;
+    handshake->guest.end = [this, raw = handshake.get()](WaitingRoom::Reason reason) {
+        EndWait(*raw, reason);
+    };
+    waiting_.Enter(handshake->guest);
+    std::shared_ptr<Client> client = handshake->asking;
+    co_await Hop(home_);
+    Task<Status> attaching = clients_.Attach(std::move(client), std::move(name));
+    const Status status = co_await attaching;
+    co_await Hop(control_);
+    waiting_.Leave(handshake->guest);
+    client = std::move(handshake->asking);
+    if (status.ok()) {
+        negotiator.AnswerLookup(DescriptionOf(*client));
+        handshake->client = std::move(client);
+    } else if (handshake->crowded) {
+        negotiator.AnswerLookup(LookupError::kCrowded);
+    } else {
+        Refuse(negotiator, status.error());
+    }
+}
+
+/// Of a handshake in OpenExport().
+void Server::EndWait(Handshake& handshake, WaitingRoom::Reason reason) {
+    if (reason == WaitingRoom::Reason::kPeerGone) {
+        handshake.socket.Cancel();
+    } else {
+        handshake.crowded = true;
+    }
+    std::shared_ptr<Client> client = handshake.asking;
+    Spawn(GiveUp(std::move(client)));
+}
+
+Task<void> Server::GiveUp(std::shared_ptr<Client> client) {
+    gate_.Enter();
+    co_await Hop(home_);
+    clients_.GiveUp(std::move(client));
+    co_await Hop(control_);
+    gate_.Leave();
+}
+
+void Server::Refuse(Negotiator& negotiator, const Error& error) {
     const LookupError reason = closing_ ? LookupError::kShutdown : ToLookupError(error);
     if (reason == LookupError::kFailed) Log(LogLevel::kWarning, error.message);
     negotiator.AnswerLookup(reason);

@@ -2,6 +2,7 @@
 // Not their requests: once negotiated, a client belongs to Clients and to its disk's reactor.
 //
 //   listener --accept--> negotiation (deadline, bounded number) --> Clients::Serve
+//                              '-> [waits for its export: WaitingRoom] -'
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,7 @@
 #include "nbdserver/daemon/control.h"
 #include "nbdserver/daemon/control_socket.h"
 #include "nbdserver/daemon/listeners.h"
+#include "nbdserver/daemon/waiting_room.h"
 #include "nbdserver/negotiation/negotiation.h"
 
 namespace varve::nbdserver {
@@ -27,6 +29,7 @@ struct ServerLimits {
     /// enough to make room for others that wait for a place.
     uint64_t negotiation_ms_max = 10'000;
     uint64_t negotiating_max = 100;     // more wait in the listeners' backlogs
+    uint64_t waiting_max = 100;         // for one export, besides those; more are refused
     uint64_t peer_timeout_s = 60;       // see PrepareConnection()
     uint64_t connections_max = 10'000;  // negotiating or attached; more are closed at once
 };
@@ -56,7 +59,7 @@ class Server {
 
     Task<void> Accept(std::shared_ptr<Acceptor> acceptor);
     bool AcceptOne(const ControlSocket& socket, Errno* shortage);
-    bool Full() const { return handshakes_.size() >= limits_.negotiating_max; }
+    bool Full() const { return handshakes_.size() - waiting_.seated() >= limits_.negotiating_max; }
     bool Crowded() const;
     uint64_t PatienceMs(const Handshake& handshake) const;
     static bool IsLate(const Handshake& handshake);
@@ -65,6 +68,10 @@ class Server {
     Task<void> Converse(std::shared_ptr<Handshake> handshake);
     Task<void> AnswerList(std::shared_ptr<Handshake> handshake);
     Task<void> AnswerLookup(std::shared_ptr<Handshake> handshake);
+    Task<void> OpenExport(std::shared_ptr<Handshake> handshake);
+    void EndWait(Handshake& handshake, WaitingRoom::Reason reason);
+    Task<void> GiveUp(std::shared_ptr<Client> client);
+    void Refuse(Negotiator& negotiator, const Error& error);
     Task<void> Attend(std::shared_ptr<Client> client, int fd, TransmissionOptions options);
     void NegotiationEnded(const std::shared_ptr<Handshake>& handshake);
     void ConnectionEnded();
@@ -83,6 +90,7 @@ class Server {
     bool full_ = false;     // reported already
     WaitList room_;         // a negotiation ended
     Gate gate_;             // accept loops, connections and their deadlines
+    WaitingRoom waiting_;   // of handshakes_: those that wait for their export
 };
 
 }  // namespace varve::nbdserver

@@ -275,6 +275,11 @@ Negotiator::Step Negotiator::AnswerLookup(LookupError error) {
             ReplyError(wire::kRepErrPolicy,
                        "this export is offline or being changed, try again later");
             break;
+        case LookupError::kCrowded:
+            ReplyError(wire::kRepErrPolicy,
+                       "this export waits for the device, and too many clients for it already, "
+                       "try again later");
+            break;
         case LookupError::kFailed:
             ReplyError(wire::kRepErrPlatform, "the server cannot open this export");
             break;

@@ -33,6 +33,7 @@ struct ExportDescription {
 enum class LookupError {
     kUnknown,   // there is no such export
     kBusy,      // not now: it is offline, or being restored, deleted or resized
+    kCrowded,   // not now: requests of clients that left it are under way, and many wait for that
     kFailed,    // the server cannot
     kShutdown,  // the server is stopping
 };

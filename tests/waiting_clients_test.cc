@@ -1,0 +1,164 @@
+// Clients that wait inside the server for an export that the device keeps from being opened: they
+// keep nobody else out, are bounded, and go when their peers are gone.
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+
+#include <thread>
+
+#include "admin/unix_socket.h"
+#include "base/clock.h"
+#include "base/run_on.h"
+#include "base/worker.h"
+#include "nbdserver/daemon/server.h"
+#include "nbdserver/wire/wire.h"
+#include "tests/admin_server.h"
+#include "tests/fake_pool.h"
+#include "tests/run_on.h"
+
+namespace varve::nbdserver {
+namespace {
+
+using admin::OwnedFd;
+
+const std::string kHello = std::string("\0\0\0\3", 4);
+
+void SendAll(int fd, const std::string& bytes) {
+    ASSERT_EQ(::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL),
+              static_cast<ssize_t>(bytes.size()));
+}
+
+/// Up to `length` bytes; fewer if the peer has closed.
+std::string Receive(int fd, size_t length) {
+    std::string bytes(length, '\0');
+    const ssize_t n = length == 0 ? 0 : ::recv(fd, bytes.data(), length, MSG_WAITALL);
+    bytes.resize(n < 0 ? 0 : static_cast<size_t>(n));
+    return bytes;
+}
+
+std::string Option(uint32_t option, const std::string& data) {
+    std::string out;
+    AppendBig(out, wire::kOptionMagic);
+    AppendBig(out, option);
+    AppendBig(out, static_cast<uint32_t>(data.size()));
+    return out + data;
+}
+
+/// The server alone, in front of a pool that opens no exports: as when a disk waits for the device.
+class WaitingClientsTest : public ::testing::Test {
+  protected:
+    WaitingClientsTest() {
+        limits_.negotiating_max = 2;
+        limits_.waiting_max = 3;
+        RunOn(home_, [&] { pool_.HoldExports(true); });
+        clients_ = std::make_unique<Clients>(
+            home_, clock_, pool_, [this](Executor&) -> ConnectionHost& { return *host_; });
+        server_ = std::make_unique<Server>(control_, home_, pool_, *clients_, limits_);
+        Result<Listener> listener = ListenNbdUnix(path_);
+        VARVE_CHECK(listener.ok());
+        std::vector<Listener> listeners;
+        listeners.push_back(std::move(listener.value()));
+        server_->Start(std::move(listeners));
+        thread_ = std::thread([this] { control_.Run(); });
+    }
+    ~WaitingClientsTest() override {
+        RunOn(home_, [&] { pool_.HoldExports(false); });
+        RunOn(control_, [&] { server_->Close(); });
+        RunOn(control_, Ended(server_->Closed()));
+        RunOn(home_, Ended(clients_->Gone()));
+        control_.Stop();
+        thread_.join();
+    }
+
+    OwnedFd Connect() {
+        Result<OwnedFd> socket = admin::ConnectUnix(path_);
+        VARVE_CHECK(socket.ok());
+        const timeval patience{60, 0};
+        ::setsockopt(socket.value().get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+        EXPECT_EQ(Receive(socket.value().get(), sizeof(wire::Greeting)).size(),
+                  sizeof(wire::Greeting));
+        return std::move(socket.value());
+    }
+    static Task<bool> Ended(Task<void> task) {
+        co_await task;
+        co_return true;
+    }
+    OwnedFd Ask(const std::string& name) {
+        OwnedFd fd = Connect();
+        std::string data;
+        AppendBig(data, static_cast<uint32_t>(name.size()));
+        SendAll(fd.get(), kHello + Option(wire::kOptGo, data + name + std::string(2, '\0')));
+        return fd;
+    }
+    void UntilOpening(uint64_t count) {
+        while (RunOn(home_, [&] { return pool_.opening(); }) != count) std::this_thread::yield();
+    }
+    void UntilConnections(uint64_t count) {
+        while (RunOn(control_, [&] { return server_->connections(); }) != count) {
+            std::this_thread::yield();
+        }
+    }
+    /// The type of the next reply to an option.
+    static uint32_t ReplyType(int fd) {
+        const std::string bytes = Receive(fd, sizeof(wire::OptionReply));
+        if (bytes.size() < sizeof(wire::OptionReply)) return 0;
+        wire::OptionReply reply;
+        std::memcpy(static_cast<void*>(&reply), bytes.data(), sizeof reply);
+        Receive(fd, reply.length);
+        return reply.type;
+    }
+
+    testing::TemporaryDirectory directory_;
+    const std::string path_ = directory_.path() + "/nbd.sock";
+    ServerLimits limits_;
+    Control control_;
+    SystemClock clock_;
+    Worker home_{"home", 1};
+    testing::FakePool pool_{home_};
+    ConnectionHost* host_ = nullptr;  // nobody gets that far
+    std::unique_ptr<Clients> clients_;
+    std::unique_ptr<Server> server_;
+    std::thread thread_;
+};
+
+TEST_F(WaitingClientsTest, KeepNobodyElseOut) {
+    std::vector<OwnedFd> waiting;
+    for (int i = 0; i < 3; ++i) waiting.push_back(Ask("stuck"));
+    UntilOpening(3);
+    OwnedFd lists = Connect();
+    SendAll(lists.get(), kHello + Option(wire::kOptList, ""));
+    EXPECT_EQ(ReplyType(lists.get()), wire::kRepAck);
+    // Other exports have places of their own.
+    OwnedFd other = Ask("other");
+    UntilOpening(4);
+    RunOn(home_, [&] { pool_.HoldExports(false); });
+    for (const OwnedFd& fd : waiting) EXPECT_EQ(ReplyType(fd.get()), wire::kRepErrUnknown);
+    EXPECT_EQ(ReplyType(other.get()), wire::kRepErrUnknown);
+}
+
+TEST_F(WaitingClientsTest, AreRefusedBeyondTheirBound) {
+    std::vector<OwnedFd> waiting;
+    for (int i = 0; i < 3; ++i) waiting.push_back(Ask("stuck"));
+    for (int i = 0; i < 10; ++i) {
+        const OwnedFd refused = Ask("stuck");
+        EXPECT_EQ(ReplyType(refused.get()), wire::kRepErrPolicy);
+    }
+    UntilOpening(3);
+}
+
+TEST_F(WaitingClientsTest, ThatAreGoneWaitNoLonger) {
+    const OwnedFd stays = Ask("stuck");
+    for (int round = 0; round < 5; ++round) {
+        std::vector<OwnedFd> leave;
+        for (int i = 0; i < 2; ++i) leave.push_back(Ask("stuck"));
+        UntilOpening(3);
+        leave.clear();
+        UntilOpening(1);
+        UntilConnections(1);
+    }
+    RunOn(home_, [&] { pool_.HoldExports(false); });
+    EXPECT_EQ(ReplyType(stays.get()), wire::kRepErrUnknown);
+}
+
+}  // namespace
+}  // namespace varve::nbdserver
