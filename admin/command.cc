@@ -185,6 +185,7 @@ struct Parameter {
 struct Method {
     const char* name;
     bool change;  // whether it changes the pool or its clients
+    Pace pace;
     Task<Result<Reply>> (*run)(CommandTarget, Command);
     std::vector<Parameter> parameters;
 };
@@ -194,49 +195,66 @@ namespace {
 const std::vector<Method>& Methods() {
     using C = Command;
     static const std::vector<Method> methods = {
-        {"disk.create", true, DiskCreate, {{"name", &C::name}, {"size", &C::size}}},
-        {"disk.list", false, DiskList, {}},
-        {"disk.show", false, DiskShow, {{"name", &C::name}}},
+        {"disk.create", true, Pace::kChange, DiskCreate, {{"name", &C::name}, {"size", &C::size}}},
+        {"disk.list", false, Pace::kGlance, DiskList, {}},
+        {"disk.show", false, Pace::kGlance, DiskShow, {{"name", &C::name}}},
         {"disk.resize",
          true,
+         Pace::kChange,
          DiskResize,
          {{"name", &C::name},
           {"size", &C::size},
           {"shrink", &C::shrink},
           {"disconnect", &C::disconnect}}},
-        {"disk.rename", true, DiskRename, {{"name", &C::name}, {"to", &C::to}}},
-        {"disk.clone", true, DiskClone, {{"snapshot", &C::snapshot}, {"name", &C::name}}},
-        {"disk.flatten", true, DiskFlatten, {{"name", &C::name}}},
+        {"disk.rename", true, Pace::kChange, DiskRename, {{"name", &C::name}, {"to", &C::to}}},
+        {"disk.clone",
+         true,
+         Pace::kChange,
+         DiskClone,
+         {{"snapshot", &C::snapshot}, {"name", &C::name}}},
+        {"disk.flatten", true, Pace::kWork, DiskFlatten, {{"name", &C::name}}},
         {"disk.delete",
          true,
+         Pace::kChange,
          DiskDelete,
          {{"name", &C::name}, {"snapshots", &C::delete_snapshots}, {"disconnect", &C::disconnect}}},
-        {"disk.offline", true, DiskOffline, {{"name", &C::name}, {"disconnect", &C::disconnect}}},
-        {"disk.online", true, DiskOnline, {{"name", &C::name}}},
-        {"snapshot.create", true, SnapshotCreate, {{"snapshots", &C::snapshots}}},
-        {"snapshot.list", false, SnapshotListAll, {{"disk", &C::name}}},
-        {"snapshot.show", false, SnapshotShow, {{"snapshot", &C::snapshot}}},
+        {"disk.offline",
+         true,
+         Pace::kChange,
+         DiskOffline,
+         {{"name", &C::name}, {"disconnect", &C::disconnect}}},
+        {"disk.online", true, Pace::kChange, DiskOnline, {{"name", &C::name}}},
+        {"snapshot.create", true, Pace::kChange, SnapshotCreate, {{"snapshots", &C::snapshots}}},
+        {"snapshot.list", false, Pace::kWork, SnapshotListAll, {{"disk", &C::name}}},
+        {"snapshot.show", false, Pace::kGlance, SnapshotShow, {{"snapshot", &C::snapshot}}},
         {"snapshot.restore",
          true,
+         Pace::kChange,
          SnapshotRestore,
          {{"snapshot", &C::snapshot},
           {"keep_as", &C::keep_as},
           {"disconnect", &C::disconnect},
           {"online", &C::online}}},
-        {"snapshot.rename", true, SnapshotRename, {{"snapshot", &C::snapshot}, {"to", &C::to}}},
+        {"snapshot.rename",
+         true,
+         Pace::kChange,
+         SnapshotRename,
+         {{"snapshot", &C::snapshot}, {"to", &C::to}}},
         {"snapshot.delete",
          true,
+         Pace::kChange,
          SnapshotDelete,
          {{"snapshot", &C::snapshot}, {"disconnect", &C::disconnect}}},
-        {"client.list", false, ClientList, {{"disk", &C::disk}}},
-        {"client.disconnect", true, ClientDisconnect, {{"disk", &C::name}}},
-        {"pool.status", false, PoolGetStatus, {{"hurry", &C::hurry}}},
-        {"pool.check", false, PoolCheck, {}},
+        {"client.list", false, Pace::kGlance, ClientList, {{"disk", &C::disk}}},
+        {"client.disconnect", true, Pace::kGlance, ClientDisconnect, {{"disk", &C::name}}},
+        {"pool.status", false, Pace::kGlance, PoolGetStatus, {{"hurry", &C::hurry}}},
+        {"pool.check", false, Pace::kWork, PoolCheck, {}},
         {"pool.estimate_delete",
          false,
+         Pace::kWork,
          PoolEstimateDelete,
          {{"names", &C::names}, {"snapshots", &C::delete_snapshots}}},
-        {"pool.scrub", false, PoolScrub, {{"disk", &C::disk}}},
+        {"pool.scrub", false, Pace::kWork, PoolScrub, {{"disk", &C::disk}}},
     };
     return methods;
 }
@@ -385,6 +403,10 @@ Task<Result<Reply>> RunCommand(CommandTarget target, Command command) {
 
 bool IsChange(const Command& command) {
     return command.method->change;
+}
+
+Pace PaceOf(const Command& command) {
+    return command.method->pace;
 }
 
 json::object EncodeParameters(const Command& command) {

@@ -13,6 +13,7 @@
 
 #include "admin/client_directory.h"
 #include "admin/jsonrpc.h"
+#include "admin/slots.h"
 #include "base/task.h"
 #include "cow/pool/pool.h"
 
@@ -85,6 +86,9 @@ boost::json::object EncodeParameters(const Command& command);
 
 /// Whether the method changes anything, and so belongs into a log.
 bool IsChange(const Command& command);
+
+/// How long it may take.
+Pace PaceOf(const Command& command);
 
 /// `disk.create {"name":"disk0","size":4096}`, for a log.
 std::string Describe(const Command& command);

@@ -15,6 +15,7 @@
 
 #include "admin/command.h"
 #include "admin/jsonrpc.h"
+#include "admin/slots.h"
 #include "admin/unix_socket.h"
 #include "base/check.h"
 
@@ -60,7 +61,12 @@ bool IsBlank(std::string_view line) {
 class Service::Impl : public std::enable_shared_from_this<Service::Impl> {
   public:
     Impl(asio::io_context& io, Backend backend, ServiceOptions options)
-        : io_(io), backend_(backend), options_(std::move(options)), acceptor_(io), pause_(io) {}
+        : io_(io),
+          backend_(backend),
+          options_(std::move(options)),
+          acceptor_(io),
+          pause_(io),
+          slots_(options_.connections_max) {}
     ~Impl() { VARVE_CHECK(running_ == 0); }
 
     Status Start();
@@ -73,6 +79,7 @@ class Service::Impl : public std::enable_shared_from_this<Service::Impl> {
     void Accept();
     void OnAccept(Failure failure, Socket socket);
     bool MakeRoom();
+    void OnEnd();
     ServerFacts Facts() const;
 
     asio::io_context& io_;
@@ -83,6 +90,8 @@ class Service::Impl : public std::enable_shared_from_this<Service::Impl> {
     asio::local::stream_protocol::acceptor acceptor_;
     asio::steady_timer pause_;       // after a failed accept
     Sessions sessions_;              // the one that has been silent longest comes first
+    std::optional<Socket> next_;     // accepted, but all run commands
+    Slots slots_;                    // for commands
     size_t running_ = 0;             // commands
     size_t output_bytes_ = 0;        // answers made and not yet taken, of all sessions
     std::function<void()> stopped_;  // set once stopping
@@ -100,9 +109,10 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
 
     void Open();
     void Close();
-    bool running() const { return running_; }
-    /// Lets the running command finish, refuses those after it, and waits for the client no more.
-    void FinishAndClose() { finishing_ = true; }
+    bool busy() const { return running_ || waiting_; }
+    /// Lets the running command finish, refuses those after it and one that waits in line, and
+    /// waits for the client no more.
+    void FinishAndClose();
 
   private:
     void Advance();
@@ -110,6 +120,8 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
     void Read();
     void OnRead(Failure failure, size_t bytes);
     bool StartRequest(Request& request);
+    void WatchHangUp();
+    void Begin(Command command);
     void OnResult(const Command& command, Result<Reply> result);
     void Answer(const Request& request, std::string text);
     void FinishMessage();
@@ -130,6 +142,8 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
     std::string output_;  // the answers to message_
     size_t written_ = 0;  // bytes of output_
     bool running_ = false;
+    bool waiting_ = false;  // in line, at ticket_
+    Slots::Line::iterator ticket_;
     bool finishing_ = false;
     bool ended_ = false;  // the client will send no more
     bool closed_ = false;
@@ -205,15 +219,14 @@ void Service::Impl::Session::OnRead(Failure failure, size_t bytes) {
     Advance();
 }
 
-/// True if a command is on its way; false if the request needs none.
+/// True if a command is on its way, or waits in line; false if the request needs none.
 bool Service::Impl::Session::StartRequest(Request& request) {
-    if (!request.error && finishing_) {
-        request.error = RpcError{
+    if (request.error || finishing_) {
+        const RpcError stopping{
             RpcCode::kServerError,
             MakeError(ErrorKind::kBusy, "the server is stopping; send it again to the next one")};
-    }
-    if (request.error) {
-        Answer(request, EncodeError(request.id.value_or(nullptr), *request.error));
+        const RpcError& error = request.error ? *request.error : stopping;
+        Answer(request, EncodeError(request.id.value_or(nullptr), error));
         return false;
     }
     std::variant<Command, RpcError> decoded = DecodeCommand(request);
@@ -221,7 +234,45 @@ bool Service::Impl::Session::StartRequest(Request& request) {
         Answer(request, EncodeError(request.id.value_or(nullptr), *error));
         return false;
     }
-    const Command& command = std::get<Command>(decoded);
+    Command& command = std::get<Command>(decoded);
+    const auto turn = [self = shared_from_this(), command] {
+        self->waiting_ = false;
+        Failure ignored;
+        self->socket_.cancel(ignored);
+        self->Begin(command);
+    };
+    switch (service_->slots_.Enter(PaceOf(command), turn, &ticket_)) {
+        case Slots::Entry::kBegins:
+            Begin(std::move(command));
+            return true;
+        case Slots::Entry::kWaits:
+            waiting_ = true;
+            WatchHangUp();
+            return true;
+        case Slots::Entry::kRefused:
+            break;
+    }
+    const Error error =
+        MakeError(ErrorKind::kLimit,
+                  "many commands are under way; see 'varve status' for what is waited for, "
+                  "and try again when one of them has finished");
+    const RpcError refused{RpcCode::kServerError, error};
+    Answer(request, EncodeError(request.id.value_or(nullptr), refused));
+    return false;
+}
+
+/// A command whose client has gone, answers and all, is not begun: who retries would pile them up.
+void Service::Impl::Session::WatchHangUp() {
+    socket_.async_wait(Socket::wait_error, [self = shared_from_this()](Failure failure) {
+        if (failure || !self->waiting_) return;
+        self->service_->slots_.LeaveLine(self->ticket_);
+        self->waiting_ = false;
+        self->Close();
+        self->service_->OnEnd();
+    });
+}
+
+void Service::Impl::Session::Begin(Command command) {
     auto job = std::make_unique<Job>();
     job->home = service_->backend_.home;
     job->io = &service_->io_;
@@ -233,11 +284,21 @@ bool Service::Impl::Session::StartRequest(Request& request) {
     running_ = true;
     ++service_->running_;
     Job::Start(std::move(job));
-    return true;
+}
+
+void Service::Impl::Session::FinishAndClose() {
+    finishing_ = true;
+    if (!waiting_) return;
+    service_->slots_.LeaveLine(ticket_);
+    waiting_ = false;
+    Failure ignored;
+    socket_.cancel(ignored);
+    Advance();
 }
 
 void Service::Impl::Session::OnResult(const Command& command, Result<Reply> result) {
     running_ = false;
+    service_->slots_.Leave(PaceOf(command));
     if (result.ok() && IsChange(command) && service_->options_.log) {
         service_->options_.log(Describe(command) + " by " + peer_);
     }
@@ -254,6 +315,7 @@ void Service::Impl::Session::OnResult(const Command& command, Result<Reply> resu
         Touch();
         Advance();
     }
+    service_->OnEnd();
     // Last: whoever waits for this may end the pool, or this service.
     if (--service_->running_ == 0 && service_->stopped_) service_->stopped_();
 }
@@ -347,27 +409,30 @@ void Service::Impl::OnAccept(Failure failure, Socket socket) {
         });
         return;
     }
-    if (MakeRoom()) {
-        std::make_shared<Session>(shared_from_this(), std::move(socket))->Open();
-    } else {
-        const RpcError error{
-            RpcCode::kServerError,
-            MakeError(ErrorKind::kLimit, fmt::format("{} admin connections run commands; try again "
-                                                     "when one of them has finished",
-                                                     sessions_.size()))};
-        Failure ignored;
-        socket.non_blocking(true, ignored);
-        socket.write_some(asio::buffer(EncodeError(nullptr, error) + "\n"), ignored);
+    if (!MakeRoom()) {  // those that hang leave places for some that do not: one of them ends soon
+        next_.emplace(std::move(socket));
+        return;
     }
+    std::make_shared<Session>(shared_from_this(), std::move(socket))->Open();
+    Accept();
+}
+
+/// A command is over: who came when all connections ran one may have room now.
+void Service::Impl::OnEnd() {
+    if (!next_ || !MakeRoom()) return;
+    Socket socket = std::move(*next_);
+    next_.reset();
+    std::make_shared<Session>(shared_from_this(), std::move(socket))->Open();
     Accept();
 }
 
 /// Closes the connection that has been silent longest, if all are taken. False if they all run
 /// commands.
 bool Service::Impl::MakeRoom() {
+    if (stopped_) return false;
     if (sessions_.size() < options_.connections_max) return true;
     for (const std::shared_ptr<Session>& session : sessions_) {
-        if (session->running()) continue;
+        if (session->busy()) continue;
         const std::shared_ptr<Session> silent = session;  // the list's reference goes
         silent->Close();
         return true;
@@ -380,11 +445,12 @@ void Service::Impl::Stop(std::function<void()> stopped) {
     stopped_ = std::move(stopped);
     Failure ignored;
     acceptor_.close(ignored);
+    next_.reset();
     pause_.cancel();
     listening_.RemoveFile();
     const Sessions sessions = sessions_;
     for (const std::shared_ptr<Session>& session : sessions) {
-        if (session->running()) {
+        if (session->busy()) {
             session->FinishAndClose();
         } else {
             session->Close();

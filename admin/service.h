@@ -42,7 +42,10 @@ struct Backend {
 /// Commands run as tasks on the backend's home executor; their results are posted back to `io`.
 /// A connection runs one command at a time and is not read while it runs or while its answer has
 /// not been taken, so no client makes the server buffer more than one line and one answer. When
-/// all connections are taken, a new one replaces the one that has been silent longest.
+/// all connections are taken, a new one replaces the one that has been silent longest; if all run
+/// commands, it waits until one is over. Commands that may hang with the device leave some of the
+/// connections to others (slots.h): beyond that they are refused. One that waits in line is not
+/// begun if its client goes.
 class Service {
   public:
     Service(boost::asio::io_context& io, Backend backend, ServiceOptions options);

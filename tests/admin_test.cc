@@ -7,6 +7,7 @@
 #include <boost/json/array.hpp>
 #include <boost/json/object.hpp>
 #include <boost/json/serialize.hpp>
+#include <deque>
 #include <fstream>
 #include <random>
 
@@ -605,7 +606,7 @@ TEST(Service, ANewClientReplacesTheOneThatIsSilentLongest) {
     EXPECT_TRUE(IsResult(c.Ask(Call("disk.list"))));
 }
 
-TEST(Service, WhenAllConnectionsRunCommandsANewOneIsToldSo) {
+TEST(Service, WhenAllConnectionsRunCommandsANewOneWaitsForOneToEnd) {
     ServiceOptions options;
     options.connections_max = 2;
     AdminServer server(options);
@@ -614,12 +615,95 @@ TEST(Service, WhenAllConnectionsRunCommandsANewOneIsToldSo) {
     a.Send(Call("disk.list") + "\n");
     b.Send(Call("disk.list") + "\n");
     server.AwaitWaiting(2);
-    RawClient c(server.path());
-    EXPECT_EQ(KindOf(c.Json()), "limit");
-    EXPECT_TRUE(c.AtEnd());
+    RawClient c(server.path()), d(server.path());
+    c.Send(Call("disk.list") + "\n");
+    d.Send(Call("disk.list") + "\n");
     server.OnPool([](FakePool& pool) { pool.Release(); });
     EXPECT_TRUE(IsResult(a.Json()));
     EXPECT_TRUE(IsResult(b.Json()));
+    EXPECT_TRUE(IsResult(c.Json()));
+    EXPECT_TRUE(IsResult(d.Json()));
+}
+
+std::string Create(const std::string& name) {
+    return Call("disk.create", R"({"name":")" + name + R"(","size":4096})");
+}
+
+TEST(Service, ChangesThatHangLeaveRoomForWhoAsksWhatHangs) {
+    ServiceOptions options;
+    options.connections_max = 8;  // of them 4 for changes that have begun, 3 for any that wait
+    AdminServer server(options);
+    server.OnPool([](FakePool& pool) { pool.HoldCreation(); });
+    std::deque<RawClient> stuck;
+    for (int i = 0; i < 4; ++i) {
+        stuck.emplace_back(server.path()).Send(Create("begun" + std::to_string(i)) + "\n");
+    }
+    server.AwaitWaiting(4);
+    for (int i = 0; i < 3; ++i) {
+        stuck.emplace_back(server.path()).Send(Create("waits" + std::to_string(i)) + "\n");
+    }
+    RawClient other(server.path());
+    // Until all of them have been read.
+    while (KindOf(other.Ask(Call("pool.check"))) != "limit") std::this_thread::yield();
+    EXPECT_EQ(KindOf(other.Ask(Create("more"))), "limit");
+    for (const char* method : {"pool.status", "disk.list", "client.list"}) {
+        EXPECT_TRUE(IsResult(other.Ask(Call(method)))) << method;
+    }
+    for (int i = 0; i < 3; ++i) {  // one after the other on the place that is left
+        RawClient observer(server.path());
+        EXPECT_TRUE(IsResult(observer.Ask(Call("pool.status"))));
+    }
+    server.OnPool([](FakePool& pool) { pool.Release(); });
+    for (RawClient& client : stuck) EXPECT_TRUE(IsResult(client.Json()));
+}
+
+TEST(Service, AChangeThatWaitsInLineIsNotBegunWhenItsClientHasGone) {
+    ServiceOptions options;
+    options.connections_max = 8;
+    AdminServer server(options);
+    server.OnPool([](FakePool& pool) { pool.HoldCreation(); });
+    std::deque<RawClient> begun;
+    for (int i = 0; i < 4; ++i) {
+        begun.emplace_back(server.path()).Send(Create("begun" + std::to_string(i)) + "\n");
+    }
+    server.AwaitWaiting(4);
+    RawClient patient(server.path());
+    patient.Send(Create("patient") + "\n");
+    patient.EndInput();  // it still takes its answer
+    for (int i = 0; i < 50; ++i) RawClient(server.path()).Send(Create("gone") + "\n");
+    // They are gone once three connections at a time stay open.
+    for (bool open = false; !open;) {
+        std::deque<RawClient> idle;
+        open = true;
+        for (int i = 0; i < 3; ++i) idle.emplace_back(server.path()).Ask(Call("disk.list"));
+        for (RawClient& client : idle) open = open && IsResult(client.Ask(Call("disk.list")));
+    }
+    server.OnPool([](FakePool& pool) { pool.Release(); });
+    for (RawClient& client : begun) EXPECT_TRUE(IsResult(client.Json()));
+    EXPECT_TRUE(IsResult(patient.Json()));
+    RawClient other(server.path());
+    const json::value disks = other.Ask(Call("disk.list"));
+    EXPECT_EQ(disks.at("result").at("disks").as_array().size(), 5u) << disks;
+}
+
+TEST(Service, AChangeThatWaitsInLineIsRefusedWhenTheServerStops) {
+    ServiceOptions options;
+    options.connections_max = 4;
+    AdminServer server(options);
+    server.OnPool([](FakePool& pool) { pool.HoldCreation(); });
+    RawClient a(server.path()), b(server.path()), waits(server.path());
+    a.Send(Create("a") + "\n");
+    b.Send(Create("b") + "\n");
+    server.AwaitWaiting(2);
+    waits.Send(Create("waits") + "\n");
+    RawClient other(server.path());
+    while (KindOf(other.Ask(Call("pool.check"))) != "limit") std::this_thread::yield();
+    std::future<void> stopped = server.BeginStop();
+    EXPECT_EQ(KindOf(waits.Json()), "busy");
+    server.OnPool([](FakePool& pool) { pool.Release(); });
+    EXPECT_TRUE(IsResult(a.Json()));
+    EXPECT_TRUE(IsResult(b.Json()));
+    stopped.wait();
 }
 
 TEST(Service, AnswersThatNobodyReadsAreBoundedInAll) {

@@ -1,0 +1,45 @@
+// Slots: how many commands are under way at a time, by what they may wait for, so that those that
+// hang with the device leave room for those that tell what hangs. Not the commands and not their
+// connections: it counts.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <list>
+
+namespace varve::admin {
+
+/// How long a command may take.
+enum class Pace {
+    kGlance,  // a few seconds at most, whatever hangs
+    kWork,    // as long as there is much to look at or to do, whether somebody waits or not
+    kChange,  // until it is stored: as long as the device hangs
+};
+
+/// Of the places, an eighth is for glances only. At most half may be taken by changes that have
+/// begun; further ones wait in line. At most a quarter is for work.
+class Slots {
+  public:
+    using Line = std::list<std::function<void()>>;
+    enum class Entry { kBegins, kWaits, kRefused };
+
+    /// `places`: commands under way or in line, all together; one for each connection.
+    explicit Slots(size_t places);
+
+    /// Asks for a place. kBegins: Leave() is owed. kWaits: `turn` is called once, when it is its
+    /// turn, and Leave() is owed from then on; until then LeaveLine(`*ticket`) gives it up.
+    Entry Enter(Pace pace, std::function<void()> turn, Line::iterator* ticket);
+    void LeaveLine(Line::iterator ticket) { line_.erase(ticket); }
+    /// One that has begun is over. May call the next one's `turn`.
+    void Leave(Pace pace);
+
+    size_t changes() const { return changes_; }  // that have begun
+    size_t waiting() const { return line_.size(); }
+
+  private:
+    const size_t most_, changes_max_, works_max_;
+    size_t changes_ = 0, works_ = 0;
+    Line line_;  // of changes
+};
+
+}  // namespace varve::admin
