@@ -1,15 +1,17 @@
 // Clients that wait inside the server for an export that the device keeps from being opened: they
-// keep nobody else out, are bounded, and go when their peers are gone.
+// keep nobody else out, are bounded, and go when their peers are gone. Lists are shared.
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 
+#include <future>
 #include <thread>
 
 #include "admin/unix_socket.h"
 #include "base/clock.h"
 #include "base/run_on.h"
 #include "base/worker.h"
+#include "nbdserver/daemon/export_lists.h"
 #include "nbdserver/daemon/server.h"
 #include "nbdserver/wire/wire.h"
 #include "tests/admin_server.h"
@@ -158,6 +160,43 @@ TEST_F(WaitingClientsTest, ThatAreGoneWaitNoLonger) {
     }
     RunOn(home_, [&] { pool_.HoldExports(false); });
     EXPECT_EQ(ReplyType(stays.get()), wire::kRepErrUnknown);
+}
+
+TEST(ExportListsTest, AreEncodedOnceForEachStateOfTheCatalog) {
+    Control control;
+    Worker home("home", 1);
+    testing::FakePool pool(home);
+    RunOn(home, [&] { pool.SetExports({"a", "b"}); });
+    std::thread thread([&] { control.Run(); });
+    {
+        ExportLists lists(control, home, pool, 1 << 20);
+        using List = std::shared_ptr<const ListReply>;
+        List first = RunOn(control, lists.Get());
+        List second = RunOn(control, lists.Get());
+        EXPECT_EQ(first, second);
+        EXPECT_EQ(first->exports, 2U);
+        // As many as may exist at a time; one more waits until somebody has taken his.
+        std::vector<List> held = {first};
+        first = second = nullptr;
+        for (size_t i = 1; i < ExportLists::kListsMax; ++i) {
+            RunOn(home, [&] { pool.SetExports({"a"}); });
+            held.push_back(RunOn(control, lists.Get()));
+            EXPECT_EQ(RunOn(control, [&] { return lists.encoded(); }), i + 1);
+        }
+        RunOn(home, [&] { pool.SetExports({}); });
+        std::future<List> next =
+            std::async(std::launch::async, [&] { return RunOn(control, lists.Get()); });
+        while (RunOn(home, [&] { return pool.listed(); }) < ExportLists::kListsMax + 2) {
+            std::this_thread::yield();
+        }
+        RunOn(control, [&] { return true; });
+        EXPECT_EQ(RunOn(control, [&] { return lists.encoded(); }), ExportLists::kListsMax);
+        RunOn(control, [&] { held.erase(held.begin()); });
+        EXPECT_EQ(next.get()->exports, 0U);
+        RunOn(control, [&] { held.clear(); });
+    }
+    control.Stop();
+    thread.join();
 }
 
 }  // namespace

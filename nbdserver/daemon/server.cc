@@ -85,13 +85,14 @@ struct Server::Handshake {
     ControlSocket socket;
     Timer deadline;
     Negotiator negotiator;
-    Stopwatch waited;                // for this client to send or to read
-    bool reading = false;            // it waits for input
-    bool leaving = false;            // it waited too long
-    std::shared_ptr<Client> client;  // once its export is open
-    std::shared_ptr<Client> asking;  // while that is waited for
-    WaitingRoom::Guest guest;        // likewise
-    bool crowded = false;            // too many waited for it
+    Stopwatch waited;                       // for this client to send or to read
+    bool reading = false;                   // it waits for input
+    bool leaving = false;                   // it waited too long
+    std::shared_ptr<const ListReply> list;  // to be sent
+    std::shared_ptr<Client> client;         // once its export is open
+    std::shared_ptr<Client> asking;         // while that is waited for
+    WaitingRoom::Guest guest;               // likewise
+    bool crowded = false;                   // too many waited for it
     std::array<char, kReadBytes> buffer;
 };
 
@@ -102,6 +103,7 @@ Server::Server(Control& control, Executor& home, cow::Pool& pool, Clients& clien
       pool_(pool),
       clients_(clients),
       limits_(limits),
+      lists_(control, home, pool, limits.negotiation.list_bytes_max),
       room_(control),
       gate_(control),
       waiting_(control, gate_, limits.waiting_max,
@@ -291,10 +293,10 @@ Task<void> Server::Converse(std::shared_ptr<Handshake> handshake) {
     Negotiator& negotiator = handshake->negotiator;
     using Step = Negotiator::Step;
     while (negotiator.step() != Step::kDone) {
-        const std::string output = negotiator.TakeOutput();
+        std::shared_ptr<Handshake> teller = handshake;
         handshake->waited.Go();
-        Task<bool> writing = handshake->socket.WriteAll(output);
-        const bool written = co_await writing;
+        Task<bool> telling = Tell(std::move(teller));
+        const bool written = co_await telling;
         handshake->waited.Halt();
         if (!written || negotiator.step() == Step::kHangUp) break;
         if (negotiator.step() == Step::kInput) {
@@ -320,14 +322,24 @@ Task<void> Server::Converse(std::shared_ptr<Handshake> handshake) {
 }
 
 Task<void> Server::AnswerList(std::shared_ptr<Handshake> handshake) {
-    co_await Hop(home_);
-    Task<std::shared_ptr<const std::vector<cow::ExportEntry>>> listing = pool_.ListExports();
-    const std::shared_ptr<const std::vector<cow::ExportEntry>> exports = co_await listing;
-    co_await Hop(control_);
-    std::vector<std::string> names;
-    names.reserve(exports->size());
-    for (const cow::ExportEntry& entry : *exports) names.push_back(entry.name);
-    handshake->negotiator.AnswerList(names);
+    Task<std::shared_ptr<const ListReply>> getting = lists_.Get();
+    handshake->list = co_await getting;
+    handshake->negotiator.AnswerList(*handshake->list);
+}
+
+/// Sends what the client is to be told: a list, if it has asked for one, and then the rest. False
+/// if it does not take it.
+Task<bool> Server::Tell(std::shared_ptr<Handshake> handshake) {
+    const std::string output = handshake->negotiator.TakeOutput();
+    const std::shared_ptr<const ListReply> list = std::move(handshake->list);
+    for (size_t i = 0; list && i < list->pieces.size(); ++i) {
+        Task<bool> writing = handshake->socket.WriteAll(list->pieces[i]);
+        const bool written = co_await writing;
+        if (!written) co_return false;
+        co_await Hop(control_);  // a list may be long: others have their turns
+    }
+    Task<bool> writing = handshake->socket.WriteAll(output);
+    co_return co_await writing;
 }
 
 Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {

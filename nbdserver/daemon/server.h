@@ -17,6 +17,7 @@
 #include "nbdserver/daemon/clients.h"
 #include "nbdserver/daemon/control.h"
 #include "nbdserver/daemon/control_socket.h"
+#include "nbdserver/daemon/export_lists.h"
 #include "nbdserver/daemon/listeners.h"
 #include "nbdserver/daemon/waiting_room.h"
 #include "nbdserver/negotiation/negotiation.h"
@@ -66,6 +67,7 @@ class Server {
     Task<void> WatchDeadline(std::shared_ptr<Handshake> handshake);
     Task<void> Negotiate(std::shared_ptr<Handshake> handshake);
     Task<void> Converse(std::shared_ptr<Handshake> handshake);
+    Task<bool> Tell(std::shared_ptr<Handshake> handshake);
     Task<void> AnswerList(std::shared_ptr<Handshake> handshake);
     Task<void> AnswerLookup(std::shared_ptr<Handshake> handshake);
     Task<void> OpenExport(std::shared_ptr<Handshake> handshake);
@@ -82,6 +84,7 @@ class Server {
     Clients& clients_;
     const ServerLimits limits_;
 
+    ExportLists lists_;
     std::vector<std::shared_ptr<Acceptor>> acceptors_;
     std::set<std::shared_ptr<Handshake>> handshakes_;
     uint64_t connections_ = 0;

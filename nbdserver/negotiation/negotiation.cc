@@ -334,22 +334,10 @@ void Negotiator::AnswerMetaContext() {
     Reply(wire::kRepAck);
 }
 
-Negotiator::Step Negotiator::AnswerList(const std::vector<std::string>& names) {
-    VARVE_CHECK(step_ == Step::kList);
+Negotiator::Step Negotiator::AnswerList(const ListReply& list) {
+    VARVE_CHECK(step_ == Step::kList && output_.empty());
     step_ = Step::kInput;
-    const size_t before = output_.size();
-    for (const std::string& name : names) {
-        std::string entry;
-        AppendBig(entry, static_cast<uint32_t>(name.size()));
-        entry += name;
-        Reply(wire::kRepServer, entry);
-        if (output_.size() - before <= limits_.list_bytes_max) continue;
-        output_.resize(before);
-        ReplyError(wire::kRepErrTooBig, "there are too many exports to list them here");
-        return Continue();
-    }
-    listed_ = std::max<uint64_t>(listed_, names.size());
-    Reply(wire::kRepAck);
+    listed_ = std::max(listed_, list.exports);
     return Continue();
 }
 

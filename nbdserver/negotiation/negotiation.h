@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "nbdserver/negotiation/list_reply.h"
+
 namespace varve::nbdserver {
 
 struct NegotiationLimits {
@@ -18,7 +20,7 @@ struct NegotiationLimits {
     uint32_t options_per_listed = 8;      // more but LIST, for each export that a LIST has named
     uint32_t option_bytes_max = 8 << 10;  // data of one option; more: an error, not stored
     uint32_t option_skip_max = 1 << 20;   // data of one option; more: the connection is closed
-    uint32_t list_bytes_max = 4 << 20;    // the answer to LIST; more: an error instead
+    uint32_t list_bytes_max = 4 << 20;    // (server) the answer to LIST; more: an error instead
     uint32_t context_queries_max = 64;    // in one option
 };
 
@@ -74,8 +76,9 @@ class Negotiator {
     Step AnswerLookup(const ExportDescription& description);
     Step AnswerLookup(LookupError error);
 
-    /// REQUIRES: step() is kList. `names` in the order in which clients shall see them.
-    Step AnswerList(const std::vector<std::string>& names);
+    /// The caller sends `list`, and what TakeOutput() gives from now on behind it.
+    /// REQUIRES: step() is kList; TakeOutput() was called since.
+    Step AnswerList(const ListReply& list);
 
     /// From now on every option but ABORT is answered with ERR_SHUTDOWN.
     void Shutdown() { shutting_down_ = true; }

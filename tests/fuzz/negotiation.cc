@@ -52,7 +52,12 @@ Played Play(std::string_view bytes, size_t piece, bool shutdown) {
             opened = false;
             if (step == Step::kList) {
                 VARVE_CHECK(!shutdown);
-                step = negotiator.AnswerList({"disk0", "disk0@a"});
+                ListEncoder encoder(1 << 20);
+                encoder.Add("disk0");
+                encoder.Add("disk0@a");
+                const ListReply list = encoder.Finish();
+                played.output += negotiator.TakeOutput() + list.pieces.at(0);
+                step = negotiator.AnswerList(list);
                 continue;
             }
             opened = negotiator.opens() && kExports.count(negotiator.lookup_name());

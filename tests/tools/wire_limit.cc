@@ -67,7 +67,9 @@ bool Negotiate(int fd, const Disk& disk) {
             if (got <= 0) return false;
             step = negotiator.Feed({bytes.data(), static_cast<size_t>(got)});
         } else if (step == Negotiator::Step::kList) {
-            step = negotiator.AnswerList({});
+            const ListReply none = ListEncoder(0).Finish();
+            step = SendText(fd, none.pieces[0]) ? negotiator.AnswerList(none)
+                                                : Negotiator::Step::kHangUp;
         } else {
             step = negotiator.AnswerLookup({"disk0", disk.size, false});
         }
