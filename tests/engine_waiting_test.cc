@@ -65,6 +65,29 @@ TEST_F(EngineWaitingTest, WhoObservesDoesNotWaitForACommit) {
     EXPECT_EQ(4096U, Unique("d@s"));
 }
 
+TEST_F(EngineWaitingTest, WhoObservesDoesNotWaitForTheAuditor) {
+    Ok(pool().CreateDisk("d", kMiB));
+    EXPECT_EQ(0, Write("d", 0, 8192, 'a'));
+    Ok(pool().CreateSnapshots({"d@s"}));
+    Ok(pool().CloneSnapshot("d@s", "clone"));
+    EXPECT_EQ(0, Write("clone", 0, 4096, 'b'));
+    EXPECT_EQ(4096U, Show("clone").unique);
+
+    machine->auditor().Stall(true);  // a check that takes long
+    for (int i = 0; i < 3; ++i) {
+        EXPECT_TRUE(Show("clone").approximate);
+        EXPECT_FALSE(Show("clone").unique.has_value());
+        EXPECT_EQ(8192U, Show("clone").used);
+        EXPECT_TRUE(machine->Do(pool().ShowSnapshot("d@s")).value().approximate);
+        EXPECT_EQ(ErrorKind::kBusy,
+                  machine->Do(pool().EstimateDelete({"clone"}, false)).error().kind);
+    }
+    machine->auditor().Stall(false);
+    EXPECT_EQ(4096U, Show("clone").unique);
+    EXPECT_FALSE(Show("clone").approximate);
+    EXPECT_EQ(4096U, machine->Do(pool().EstimateDelete({"clone"}, false)).value());
+}
+
 TEST_F(EngineWaitingTest, ManyWhoObserveShareOneRefresh) {
     Ok(pool().CreateDisk("d", kMiB));
     EXPECT_EQ(0, Write("d", 0, 4096, 'a'));

@@ -40,7 +40,7 @@ struct DiskInfo {
     uint64_t generation = 0;   // the one being written now
     uint64_t depth = 0;        // branches a lookup may have to visit
     bool offline = false;      // no clients until it is set online
-    bool approximate = false;  // `used` lacks what something that hangs keeps from being counted
+    bool approximate = false;  // something hangs: `used` lacks the latest, or `unique` is missing
     std::optional<uint64_t> unique;  // bytes that no snapshot and no other disk sees; ShowDisk only
 };
 
@@ -174,7 +174,7 @@ class Pool {
     virtual Task<Result<std::vector<SnapshotInfo>>> ListSnapshots(std::string disk) = 0;
     virtual Task<Result<SnapshotInfo>> ShowSnapshot(std::string name) = 0;
     /// Bytes that deleting all these disks and snapshots together would free. `snapshots` as for
-    /// DeleteDisk.
+    /// DeleteDisk. kBusy if counting does not go on.
     virtual Task<Result<uint64_t>> EstimateDelete(std::vector<std::string> names,
                                                   bool snapshots) = 0;
     virtual Task<Status> RenameSnapshot(std::string name, std::string to) = 0;
@@ -212,8 +212,8 @@ class Pool {
     /// failed.
     virtual Result<ExportEntry> DescribeExport(std::string name) = 0;
     /// By export name; "" is the only disk when there is exactly one. kNotFound; kBusy while the
-    /// disk is fenced or offline, or the snapshot is not stored soon; soon after `*given_up` is set,
-    /// too, which whoever asks may do on home to end the wait.
+    /// disk is fenced or offline, or the snapshot is not stored soon; soon after `*given_up` is
+    /// set, too, which whoever asks may do on home to end the wait.
     virtual Task<Result<Export>> OpenExport(std::string name, const bool* given_up = nullptr) = 0;
     /// REQUIRES: no task of the volume is running for this export.
     virtual Task<void> CloseExport(uint64_t id) = 0;

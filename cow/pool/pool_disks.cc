@@ -142,9 +142,12 @@ Task<Result<DiskInfo>> PoolImpl::ShowDisk(std::string name) {
     }
     DoomedViews views;
     views.disks.push_back(id.value());
-    const Result<uint64_t> unique = co_await BytesFreedWithout(std::move(views));
+    const CountingFor whom(id.value(), SnapshotId{});
+    Task<Result<std::optional<uint64_t>>> counting = BytesFreedSoon(whom, std::move(views));
+    const Result<std::optional<uint64_t>> unique = co_await counting;
     if (!unique.ok()) co_return unique.error();
     info.unique = unique.value();
+    info.approximate = !info.unique.has_value();
     co_return info;
 }
 

@@ -164,7 +164,16 @@ Task<Result<uint64_t>> PoolImpl::EstimateDelete(std::vector<std::string> names, 
     DoomedViews views;
     views.snapshots.assign(doomed.begin(), doomed.end());
     views.disks.assign(disks.begin(), disks.end());
-    co_return co_await BytesFreedWithout(std::move(views));
+    const CountingFor estimate;
+    Task<Result<std::optional<uint64_t>>> counting = BytesFreedSoon(estimate, std::move(views));
+    const Result<std::optional<uint64_t>> bytes = co_await counting;
+    if (!bytes.ok()) co_return bytes.error();
+    if (!bytes.value()) {
+        co_return MakeError(ErrorKind::kBusy,
+                            "it cannot be counted now: a check or other figures come first, or the "
+                            "device is slow; see 'varve status', and try again");
+    }
+    co_return *bytes.value();
 }
 
 }  // namespace varve::cow

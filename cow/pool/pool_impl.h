@@ -103,12 +103,13 @@ class PoolImpl : public Pool, public HeadHost {
         std::vector<SnapshotId> snapshots;
         std::vector<DiskId> disks;  // their heads only
     };
-    /// `unique` of a snapshot on its way.
+    /// What would be freed, on its way.
     struct Counting {
         std::atomic<uint64_t> steps = 0;  // the auditor's
-        bool done = false;
-        Status error;
+        std::optional<Result<uint64_t>> bytes;
     };
+    /// For whom: a head, a snapshot, or, without both, an estimate.
+    using CountingFor = std::pair<DiskId, SnapshotId>;
     /// Keeps other commands from some disks as long as it exists.
     class Hold {
       public:
@@ -132,7 +133,8 @@ class PoolImpl : public Pool, public HeadHost {
     Task<bool> SealedWithin(DiskId id, int64_t us, const bool* given_up = nullptr);
     Task<void> Refreshes();
     Task<bool> Refreshed();
-    Task<void> CountUnique(SnapshotId id, std::shared_ptr<Counting> counting);
+    Task<void> Count(CountingFor whom, DoomedViews views, std::shared_ptr<Counting> counting);
+    Task<Result<std::optional<uint64_t>>> BytesFreedSoon(CountingFor whom, DoomedViews views);
     Task<Result<bool>> Counted(SnapshotId id);
     Task<void> MakeExports();
 
@@ -242,7 +244,7 @@ class PoolImpl : public Pool, public HeadHost {
     std::vector<LaneLook> lane_looks_;
     uint64_t map_cache_used_ = 0;            // at the last refresh
     std::map<SnapshotId, uint64_t> unique_;  // as last counted
-    std::map<SnapshotId, std::shared_ptr<Counting>> counting_;
+    std::map<CountingFor, std::shared_ptr<Counting>> counting_;
     WaitList counted_;
     Gate background_;
     std::function<void(const std::vector<uint64_t>&)> disconnect_;

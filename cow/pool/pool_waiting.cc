@@ -157,43 +157,63 @@ Task<bool> PoolImpl::Refreshed() {
     co_return co_await ticker_.Wait(refreshed_, kFreshUs, std::move(done));
 }
 
-/// Counts what deleting the snapshot would free.
-Task<void> PoolImpl::CountUnique(SnapshotId id, std::shared_ptr<Counting> counting) {
+Task<void> PoolImpl::Count(CountingFor whom, DoomedViews views,
+                           std::shared_ptr<Counting> counting) {
     background_.Enter();
-    DoomedViews views;
-    views.snapshots.push_back(id);
-    const Result<uint64_t> unique = co_await BytesFreedWithout(std::move(views), &counting->steps);
-    counting->error = unique.status();
-    if (unique.ok() && catalog_.snapshots().contains(id)) unique_[id] = unique.value();
-    counting->done = true;
-    counting_.erase(id);
+    Task<Result<uint64_t>> counts = BytesFreedWithout(std::move(views), &counting->steps);
+    const Result<uint64_t> bytes = co_await counts;
+    const SnapshotId snapshot = whom.second;
+    if (bytes.ok() && catalog_.snapshots().contains(snapshot)) unique_[snapshot] = bytes.value();
+    counting->bytes = bytes;
+    counting_.erase(whom);
     counted_.WakeAll();
     background_.Leave();
 }
 
-/// Puts `unique` into unique_. False if that takes too long without going on.
-Task<Result<bool>> PoolImpl::Counted(SnapshotId id) {
-    std::shared_ptr<Counting> other;
-    std::function<bool(int64_t*)> free = [this, id](int64_t* until_us) {
-        if (core_.closing) *until_us = 0;
-        return !counting_.contains(id);  // it may have begun before something was deleted
-    };
-    const bool mine = co_await ticker_.Wait(counted_, kCountUs, std::move(free));
-    if (!mine) co_return false;
-    auto counting = std::make_shared<Counting>();
-    counting_[id] = counting;
-    std::shared_ptr<Counting> shared = counting;
-    Spawn(CountUnique(id, std::move(shared)));
+/// What deleting `views` would free; nothing if that takes too long without going on: the auditor
+/// has other work, or hangs. What was begun goes on then, so one at a time is for each of `whom`.
+Task<Result<std::optional<uint64_t>>> PoolImpl::BytesFreedSoon(CountingFor whom,
+                                                               DoomedViews views) {
     uint64_t steps = 0;
-    std::function<bool(int64_t*)> done = [&](int64_t* until_us) {
-        const uint64_t now = counting->steps;
+    const auto look = [&](const Counting& counting, int64_t* until_us) {
+        const uint64_t now = counting.steps;
         if (now != std::exchange(steps, now)) *until_us = ticker_.NowUs() + kCountUs;
         if (core_.closing) *until_us = 0;
-        return counting->done;
+    };
+    std::function<bool(int64_t*)> free = [&](int64_t* until_us) {
+        const auto other = counting_.find(whom);  // it may have begun before something was deleted
+        if (other == counting_.end()) return true;
+        look(*other->second, until_us);
+        return false;
+    };
+    const std::optional<uint64_t> unknown;
+    const bool mine = co_await ticker_.Wait(counted_, kCountUs, std::move(free));
+    if (!mine) co_return unknown;
+    auto counting = std::make_shared<Counting>();
+    counting_[whom] = counting;
+    std::shared_ptr<Counting> shared = counting;
+    Spawn(Count(whom, std::move(views), std::move(shared)));
+    steps = 0;
+    std::function<bool(int64_t*)> done = [&](int64_t* until_us) {
+        look(*counting, until_us);
+        return counting->bytes.has_value();
     };
     const bool counted = co_await ticker_.Wait(counted_, kCountUs, std::move(done));
-    if (counted && !counting->error.ok()) co_return counting->error.error();
-    co_return counted;
+    if (!counted) co_return unknown;
+    if (!counting->bytes->ok()) co_return counting->bytes->error();
+    const std::optional<uint64_t> bytes = counting->bytes->value();
+    co_return bytes;
+}
+
+/// Puts `unique` into unique_. False if that takes too long.
+Task<Result<bool>> PoolImpl::Counted(SnapshotId id) {
+    DoomedViews views;
+    views.snapshots.push_back(id);
+    const CountingFor whom(DiskId{}, id);
+    Task<Result<std::optional<uint64_t>>> counting = BytesFreedSoon(whom, std::move(views));
+    const Result<std::optional<uint64_t>> bytes = co_await counting;
+    if (!bytes.ok()) co_return bytes.error();
+    co_return bytes.value().has_value();
 }
 
 // ---- the list of exports
