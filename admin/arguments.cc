@@ -314,6 +314,18 @@ Error Usage(std::string message) {
     return MakeError(ErrorKind::kInvalid, std::move(message));
 }
 
+size_t FindVerbIn(const std::vector<std::string>& arguments) {
+    size_t at = 0;
+    for (; at < arguments.size(); ++at) {
+        const std::string& word = arguments[at];
+        if (word == "--") return std::min(at + 1, arguments.size());
+        if (word.size() < 2 || word[0] != '-') break;
+        const Option* option = FindOption(word.substr(0, word.find('=')));
+        if (option && option->value && word.find('=') == std::string::npos) ++at;
+    }
+    return std::min(at, arguments.size());
+}
+
 Result<Arguments> ParseArguments(const std::vector<std::string>& arguments) {
     Reader reader{arguments, 0, {}, {}};
     if (Status status = reader.ReadAll(); !status.ok()) return status.error();

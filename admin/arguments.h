@@ -2,6 +2,7 @@
 // Not what the verbs do: that is cli.h.
 #pragma once
 
+#include <cstddef>
 #include <optional>
 #include <string>
 #include <vector>
@@ -42,6 +43,10 @@ struct Arguments {
 /// Options may stand anywhere, as `--option VALUE` or `--option=VALUE`; after `--` everything is an
 /// operand. kInvalid for what does not fit the grammar.
 Result<Arguments> ParseArguments(const std::vector<std::string>& arguments);
+
+/// Where the verb stands in `arguments`, behind global options perhaps; their number if there is
+/// none. It may be a verb of another program's.
+size_t FindVerbIn(const std::vector<std::string>& arguments);
 
 /// What is wrong with a command line: exit code 2.
 Error Usage(std::string message);

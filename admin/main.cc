@@ -5,6 +5,7 @@
 // storage engine's: 5 ms instead of 2).
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "admin/arguments.h"
 #include "admin/cli.h"
 #include "base/priority.h"
 #include "base/standard_streams.h"
@@ -33,17 +35,20 @@ varve::Error Become(const char* name, char** argv) {
 
 int main(int argc, char** argv) {
     varve::OccupyStandardStreams();
-    const std::string verb = argc > 1 ? argv[1] : "";
+    // Without a program name there are no arguments either.
+    const std::vector<std::string> words(argv + (argc > 0), argv + argc);
+    const size_t at = varve::admin::FindVerbIn(words);
+    const std::string verb = at < words.size() ? words[at] : "";
     if (verb == "attach" || verb == "detach" || verb == "attached") {
+        // It wants its verb first.
+        std::rotate(argv + 1, argv + 1 + at, argv + 2 + at);
         std::fprintf(stderr, "varve: %s\n", Become("varve-attach", argv).message.c_str());
         return varve::admin::ExitCodeOf(varve::ErrorKind::kFailed);
     }
     // Applications may be frozen while they wait for a snapshot.
     varve::PreferThisThread();
-    // Without a program name there are no arguments either.
     return varve::admin::RunCli(
-        std::vector<std::string>(argv + (argc > 0), argv + argc),
-        [argv](const std::string&) -> varve::Result<varve::cow::CheckReport> {
+        words, [argv](const std::string&) -> varve::Result<varve::cow::CheckReport> {
             return Become("varve-check", argv);
         });
 }

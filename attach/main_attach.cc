@@ -69,6 +69,14 @@ std::string Sentence(const Record& record) {
     return text;
 }
 
+void PrintDevice(const std::string& device, bool as_json) {
+    if (as_json) {
+        std::cout << boost::json::serialize(boost::json::object{{"device", device}}) << '\n';
+    } else {
+        std::cout << device << '\n';
+    }
+}
+
 // ---- attach
 
 struct AttachCommand {
@@ -156,7 +164,7 @@ int Supervise(const AttachCommand& command, int report_fd) {
     std::_Exit(Supervise(command, report_fd));
 }
 
-int Attach(AttachCommand& command) {
+int Attach(AttachCommand& command, bool as_json) {
     const Status s = command.Complete();
     if (!s.ok()) return Fail(s.error());
     if (command.foreground) return Supervise(command, -1);
@@ -176,7 +184,7 @@ int Attach(AttachCommand& command) {
     }
     while (!answer.empty() && answer.back() == '\n') answer.pop_back();
     if (answer.starts_with("OK ")) {
-        std::printf("%s\n", answer.c_str() + 3);
+        PrintDevice(answer.substr(3), as_json);
         return 0;
     }
     ::waitpid(child, nullptr, 0);
@@ -215,7 +223,7 @@ Status CheckUnused(const Record& record) {
     return s;
 }
 
-int Detach(const std::string& device, bool force) {
+int Detach(const std::string& device, bool force, bool as_json) {
     const Result<uint32_t> index = IndexOf(device);
     if (!index.ok()) return Fail(index.error());
     const Records records(Directory());
@@ -239,6 +247,7 @@ int Detach(const std::string& device, bool force) {
         records.Remove(index.value());
     }
     ::close(lock);
+    if (as_json) PrintDevice(record.value().device(), true);
     return 0;
 }
 
@@ -276,6 +285,20 @@ int NameOf(const std::string& device) {
 
 // ---- the command line
 
+/// Options of every verb of varve.
+struct Globals {
+    bool json = false;
+    bool yes = false;   // nothing is asked
+    std::string admin;  // no server is spoken to there
+
+    void Define(CLI::App& app) {
+        app.add_flag("--json", json, "print one JSON document instead of text");
+        app.add_flag("--yes,-y", yes, "do not ask (there is nothing to ask here)");
+        app.add_option("--admin", admin, "the server's admin socket (not needed here)");
+        app.set_version_flag("--version", "varve " VARVE_VERSION);
+    }
+};
+
 struct Commands {
     CLI::App app{"Varve: disks of an NBD server as devices of this machine"};
     AttachCommand attach;
@@ -283,7 +306,7 @@ struct Commands {
     std::string device;
     bool force = false;
     CLI::App* detach_app = app.add_subcommand("detach", "end it");
-    bool as_json = false;
+    Globals globals;
     std::string name_of;
     CLI::App* attached_app = app.add_subcommand("attached", "what is attached, and how it is");
 
@@ -292,8 +315,8 @@ struct Commands {
         attach.Define(*attach_app);
         detach_app->add_option("DEVICE", device, "/dev/nbdN")->required();
         detach_app->add_flag("--force", force, "even if it is in use or has no connection");
-        attached_app->add_flag("--json", as_json, "print one JSON document");
         attached_app->add_option("--name-of", name_of, "print the name of a device (for udev)");
+        for (CLI::App* each : {attach_app, detach_app, attached_app}) globals.Define(*each);
     }
 
     /// 0, or the exit code.
@@ -332,6 +355,7 @@ Result<std::vector<std::string>> FromTable(const std::string& name, bool foregro
 int Run(const std::vector<std::string>& words) {
     auto commands = std::make_unique<Commands>();
     if (const int code = commands->Parse(words); code != 0) return code;
+    const bool json_before = commands->globals.json;  // of a table's line
     if (!commands->attach.table.empty()) {
         const Result<std::vector<std::string>> line =
             FromTable(commands->attach.table, commands->attach.foreground);
@@ -339,9 +363,10 @@ int Run(const std::vector<std::string>& words) {
         commands = std::make_unique<Commands>();
         if (const int code = commands->Parse(line.value()); code != 0) return code;
     }
-    if (commands->attach_app->parsed()) return Attach(commands->attach);
-    if (commands->detach_app->parsed()) return Detach(commands->device, commands->force);
-    return commands->name_of.empty() ? Attached(commands->as_json) : NameOf(commands->name_of);
+    const bool as_json = commands->globals.json || json_before;
+    if (commands->attach_app->parsed()) return Attach(commands->attach, as_json);
+    if (commands->detach_app->parsed()) return Detach(commands->device, commands->force, as_json);
+    return commands->name_of.empty() ? Attached(as_json) : NameOf(commands->name_of);
 }
 
 }  // namespace

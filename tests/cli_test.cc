@@ -522,6 +522,28 @@ TEST(CliWithoutServer, AnUnreachableServerIsExit7) {
     EXPECT_TRUE(Contains(dead.err, "start varved")) << dead.err;
 }
 
+// They belong to another program, which varve becomes.
+TEST(CliWithoutServer, OptionsMayStandBeforeTheVerbsOfThisMachineToo) {
+    const testing::TemporaryDirectory nothing;
+    ASSERT_EQ(::setenv("VARVE_ATTACH_STATE", nothing.path().c_str(), 1), 0);
+    for (const Strings& words : {Strings{"--json", "attached"}, Strings{"attached", "--json"},
+                                 Strings{"--admin", "attach", "--json", "attached"},
+                                 Strings{"--admin=list", "attached", "--json", "--yes"}}) {
+        const Outcome outcome = Invoke(words);
+        EXPECT_EQ(outcome.code, 0) << outcome.err;
+        EXPECT_EQ(outcome.out, "{\"attached\":[]}\n");
+    }
+    for (const Strings& words : {Strings{"--yes", "detach", "/dev/nbd15"},
+                                 Strings{"detach", "/dev/nbd15", "-y", "--admin", "nowhere"}}) {
+        const Outcome outcome = Invoke(words);
+        EXPECT_EQ(outcome.code, 3) << outcome.err;
+        EXPECT_NE(outcome.err.find("not attached"), std::string::npos) << outcome.err;
+    }
+    EXPECT_EQ(Invoke({"--json", "detach"}).code, 2);
+    EXPECT_EQ(Invoke({"attach", "--version"}).out.rfind("varve ", 0), 0U);
+    ::unsetenv("VARVE_ATTACH_STATE");
+}
+
 TEST(CliWithoutServer, TheOfflineCheckMakesNoPool) {
     TemporaryDirectory directory;
     for (const std::string& path : {directory.path(), directory.path() + "/none"}) {
