@@ -829,6 +829,27 @@ TEST_F(ConnectionTest, EndsOfManyLeaversCostNoMoreThanTheirNumber) {
     On([&] { volume_->Release(); });
 }
 
+TEST_F(ConnectionTest, OfAReadOnlyVolumeNotEndlesslyManyLeaversHang) {
+    On([&] { volume_->hold = volume_->read_only_export = true; });
+    const auto leave = [&](size_t already) {
+        Client& client = Connect();
+        client.SendBytes(Client::Header(wire::kCmdRead, 0, 512, already));
+        Until([&] { return volume_->running() == already + 1; });
+        client.Close();
+    };
+    for (size_t i = 0; i < 64; ++i) leave(i);
+    EXPECT_TRUE(AwaitLeavers().get());
+    leave(64);
+    std::future<bool> waits;
+    // Once the server has noticed.
+    do {
+        waits = AwaitLeavers(waits_.emplace_back());
+        On([] { return true; });
+    } while (waits.wait_for(std::chrono::seconds(0)) == std::future_status::ready);
+    On([&] { volume_->Release(); });
+    EXPECT_TRUE(waits.get());
+}
+
 TEST_F(ConnectionTest, WhatALeaverHasNotFinishedInTimeIsGivenUp) {
     ConnectionLimits limits;
     limits.leave_ms_max = 50;

@@ -103,8 +103,9 @@ class ConnectionHost {
     /// Waits until nothing can land on `volume` any more of clients that have left it: their
     /// connections have ended. They are given ConnectionLimits::leave_ms_max to finish what is
     /// outstanding, then that is given up; what hangs in the device is waited for as long as it
-    /// does. Clients that are there are not waited for. False once `wait` is given up.
-    /// REQUIRES: `wait` and `volume` live meanwhile.
+    /// does. Clients that are there are not waited for. On a read-only volume nothing lands: there
+    /// it waits only if many have left, which bounds them. False once `wait` is given up. REQUIRES:
+    /// `wait` and `volume` live meanwhile.
     Task<bool> AwaitLeavers(cow::Volume& volume, LeaverWait& wait);
 
     /// End() for all of them.

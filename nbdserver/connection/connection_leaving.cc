@@ -9,6 +9,13 @@
 #include "nbdserver/connection/connection_impl.h"
 
 namespace varve::nbdserver {
+namespace {
+
+/// Clients that have left a read-only volume and whose requests hang, before the next ones wait:
+/// else those who come and go while the device hangs would take all connections.
+constexpr size_t kReadersLeftMax = 64;
+
+}  // namespace
 
 /// What the system knows of the peer: POLLRDHUP has sent its last byte, POLLHUP takes nothing
 /// either, POLLERR it broke off.
@@ -42,8 +49,8 @@ void Connection::OnHangUp(int32_t result) {
     Leaving(result);
 }
 
-/// Asks the system once about each of the first `count` connections that is of `volume`. False if
-/// nobody was found, now or before, who has left it and not ended; `*look`: this look's number.
+/// Looks at the first `count` connections that are of `volume`; `*look`: this look's number. True
+/// if clients are found, now or before, who have left it and whose connections have not ended.
 bool ConnectionHost::Shared::FindLeavers(cow::Volume& volume, uint64_t count, uint64_t* look) {
     std::vector<Connection*> candidates;
     std::vector<pollfd> sockets;
@@ -52,19 +59,22 @@ bool ConnectionHost::Shared::FindLeavers(cow::Volume& volume, uint64_t count, ui
         candidates.push_back(connection);
         sockets.push_back({connection->fd_, POLLRDHUP, 0});
     }
-    poll(sockets.data(), sockets.size(), 0);
     *look = ++looks;
-    peers_asked += candidates.size();
-    bool any = false;
+    const bool read_only = volume.read_only();
+    if (!read_only) {  // what is not noticed yet matters only where something may land
+        poll(sockets.data(), sockets.size(), 0);
+        peers_asked += candidates.size();
+    }
+    size_t found = 0;
     for (size_t i = 0; i < candidates.size(); ++i) {
         Connection& connection = *candidates[i];
         if (!connection.Leaving(sockets[i].revents)) continue;
-        any = true;
+        ++found;
         if (connection.seen_leaving_ != 0) continue;
         connection.seen_leaving_ = *look;
         ++leavers[&volume].left[*look];
     }
-    return any;
+    return found > (read_only ? kReadersLeftMax : 0);
 }
 
 /// Gives up what is left of those that were seen leaving up to `look`.

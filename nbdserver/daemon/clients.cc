@@ -160,7 +160,7 @@ Task<Status> Clients::Attach(std::shared_ptr<Client> client, std::string export_
     std::shared_ptr<Client> shared = client;
     Task<Status> opening = Open(std::move(shared), std::move(export_name));
     Status status = co_await opening;
-    if (!status.ok() || client->description.read_only) co_return status;
+    if (!status.ok()) co_return status;
     Executor& reactor = *client->reactor;
     co_await Hop(reactor);
     Task<bool> waiting = host_of_(reactor).AwaitLeavers(*client->opened.volume, client->leavers);
