@@ -143,7 +143,7 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
     size_t written_ = 0;  // bytes of output_
     bool running_ = false;
     bool waiting_ = false;  // in line, at ticket_
-    Slots::Line::iterator ticket_;
+    Slots::Ticket ticket_;
     bool finishing_ = false;
     bool ended_ = false;  // the client will send no more
     bool closed_ = false;

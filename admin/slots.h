@@ -17,10 +17,14 @@ enum class Pace {
 };
 
 /// Of the places, an eighth is for glances only. At most half may be taken by changes that have
-/// begun; further ones wait in line. At most a quarter is for work.
+/// begun, and a quarter by work; further ones wait in line.
 class Slots {
   public:
     using Line = std::list<std::function<void()>>;
+    struct Ticket {
+        Pace pace = Pace::kChange;
+        Line::iterator at;
+    };
     enum class Entry { kBegins, kWaits, kRefused };
 
     /// `places`: commands under way or in line, all together; one for each connection.
@@ -28,18 +32,24 @@ class Slots {
 
     /// Asks for a place. kBegins: Leave() is owed. kWaits: `turn` is called once, when it is its
     /// turn, and Leave() is owed from then on; until then LeaveLine(`*ticket`) gives it up.
-    Entry Enter(Pace pace, std::function<void()> turn, Line::iterator* ticket);
-    void LeaveLine(Line::iterator ticket) { line_.erase(ticket); }
+    Entry Enter(Pace pace, std::function<void()> turn, Ticket* ticket);
+    void LeaveLine(Ticket ticket) { KindOf(ticket.pace).line.erase(ticket.at); }
     /// One that has begun is over. May call the next one's `turn`.
     void Leave(Pace pace);
 
-    size_t changes() const { return changes_; }  // that have begun
-    size_t waiting() const { return line_.size(); }
+    size_t begun(Pace pace) const { return pace == Pace::kWork ? works_.begun : changes_.begun; }
+    size_t waiting() const { return works_.line.size() + changes_.line.size(); }
 
   private:
-    const size_t most_, changes_max_, works_max_;
-    size_t changes_ = 0, works_ = 0;
-    Line line_;  // of changes
+    struct Kind {
+        size_t most = 1;
+        size_t begun = 0;
+        Line line;
+    };
+    Kind& KindOf(Pace pace) { return pace == Pace::kWork ? works_ : changes_; }
+
+    const size_t most_;
+    Kind works_, changes_;
 };
 
 }  // namespace varve::admin
