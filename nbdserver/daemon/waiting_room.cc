@@ -23,14 +23,14 @@ WaitingRoom::WaitingRoom(Control& control, Gate& gate, uint64_t each_max, uint64
 void WaitingRoom::Enter(Guest& guest) {
     guest.looks = 0;
     guest.seated = guest.ended = false;
-    guests_.insert(&guest);
+    guest.place = guests_.insert(guests_.end(), &guest);
     if (std::exchange(watching_, true)) return;
     gate_.Enter();
     Spawn(Watch());
 }
 
 void WaitingRoom::Leave(Guest& guest) {
-    guests_.erase(&guest);
+    guests_.erase(guest.place);
     if (!guest.seated) return;
     --seated_;
     const auto count = seated_for_.find(guest.name);

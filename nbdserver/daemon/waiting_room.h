@@ -9,8 +9,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <list>
 #include <map>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -33,6 +33,7 @@ class WaitingRoom {
 
       private:
         friend class WaitingRoom;
+        std::list<Guest*>::iterator place;
         unsigned looks = 0;
         bool seated = false;
         bool ended = false;
@@ -44,7 +45,8 @@ class WaitingRoom {
     WaitingRoom(Control& control, Gate& gate, uint64_t each_max, uint64_t all_max,
                 std::function<void()> seated);
 
-    /// A guest whose wait lasts longer than some 50 ms is seated, or ended if there is no room.
+    /// A guest whose wait lasts longer than some 50 ms is seated, or ended if there is no room: in
+    /// the order in which they came.
     void Enter(Guest& guest);
     void Leave(Guest& guest);
 
@@ -62,7 +64,7 @@ class WaitingRoom {
     const std::function<void()> on_seated_;
     Timer timer_;
     bool watching_ = false;
-    std::set<Guest*> guests_;
+    std::list<Guest*> guests_;  // who came first is first
     uint64_t seated_ = 0;
     std::map<std::string, uint64_t> seated_for_;  // by export
 };
