@@ -19,6 +19,18 @@ class Clock {
     virtual void PostAfter(int64_t us, Executor& executor, Runnable* runnable) = 0;
 };
 
+/// Over once `us` have passed; never without a clock.
+class Deadline {
+  public:
+    Deadline(Clock* clock, int64_t us)
+        : clock_(clock), until_us_(clock ? clock->NowUs() + us : 0) {}
+    bool over() const { return clock_ && clock_->NowUs() >= until_us_; }
+
+  private:
+    Clock* const clock_;
+    const int64_t until_us_;
+};
+
 /// The system's monotonic clock, with a thread of its own for waking up.
 class SystemClock : public Clock {
   public:

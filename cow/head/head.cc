@@ -20,9 +20,6 @@ constexpr uint64_t kLeaseGrowth = 4;
 constexpr uint64_t kLeaseLow = 1024;
 /// A lease of a tight region may be smaller than what a write needs: 64 blocks at most.
 constexpr unsigned kLeaseTries = 64;
-/// A request waits so long for room of metadata: less than the patience of the kernel's client (30
-/// seconds by default).
-constexpr int64_t kSeekRoomUs = 10'000'000;
 /// What a write to a chunk, or unmapping some of it, costs the lane in units of Turns; and what
 /// each of its runs adds to that.
 constexpr uint64_t kSegmentCost = 64;
@@ -157,13 +154,11 @@ Task<Errno> Head::Growable(Requester* requester) {
 /// for ever, as a client has its own patience.
 Task<void> Head::SeekRoom() {
     seeking_room_ = true;
-    Clock* const clock = core_.environment.clock;
-    const int64_t until = clock ? clock->NowUs() + kSeekRoomUs : 0;
+    const Deadline deadline(core_.environment.clock, kSpacePatienceUs);
     bool more = true;
     do {
         more = co_await host_.FreeMetadata(lane_.executor);
-        more = more && core_.metadata().full() && room_seekers_ > 0;
-    } while (more && (!clock || clock->NowUs() < until));
+    } while (more && core_.metadata().full() && room_seekers_ > 0 && !deadline.over());
     seeking_room_ = false;
     ++room_searches_;
     room_sought_.WakeAll();

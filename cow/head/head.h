@@ -75,6 +75,10 @@ struct HeadLimits {
 };
 inline constexpr uint64_t kJournalRowWeight = 8;
 
+/// A request waits so long for deletions to give back space, of data or of metadata: less than the
+/// patience of the kernel's client (30 seconds by default).
+inline constexpr int64_t kSpacePatienceUs = 10'000'000;
+
 /// What a head asks of the pool. Tasks are started on the head's lane and finish there.
 class HeadHost {
   public:

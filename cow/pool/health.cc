@@ -33,9 +33,8 @@ void Worsen(PoolStatus& status, Health health, std::string warning) {
 /// Of a command that adds rows.
 Status PoolImpl::Growable() const {
     MetadataStore& metadata = *core_.environment.metadata;
-    if (!metadata.full()) return Status();
-    metadata.Space();  // somebody may have made room a moment ago
-    if (!metadata.full()) return Status();
+    // Measured once more: somebody may have made room a moment ago.
+    if (!metadata.full() || metadata.Space().free > 0) return Status();
     return MakeError(ErrorKind::kNoSpace,
                      "the pool's metadata is full; delete snapshots or disks, or make room on its "
                      "file system");
@@ -108,11 +107,11 @@ Task<bool> PoolImpl::FreeMetadata(Executor& lane) {
     MetadataStore& metadata = core_.metadata();
     co_await Hop(core_.home());
     background_.Enter();
+    metadata.Space();
     bool more = false;
-    {
+    if (metadata.full() && !core_.closing) {
         const Pacer::Hurry hurry(core_.pacer, Pacer::Work::kSpace);
-        metadata.Space();
-        if (metadata.full() && !core_.closing) more = co_await reclaimer_.WaitStep();
+        more = co_await reclaimer_.WaitStep();
         metadata.Space();
     }
     background_.Leave();

@@ -20,8 +20,6 @@ constexpr size_t kRecallTogether = 256;
 constexpr int64_t kHurryUs = 1'000'000;
 /// What takes longer is told as being waited for.
 constexpr int64_t kToldUs = 1'000'000;
-/// A request waits so long for deletions to give back space.
-constexpr int64_t kFindSpaceUs = 10'000'000;
 
 }  // namespace
 
@@ -144,7 +142,7 @@ Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& l
 }
 
 /// The pool looks full: takes back what idle disks were handed, folds trims, and waits for
-/// deletions under way, for kFindSpaceUs at most. kNoSpace only when all of that gave nothing.
+/// deletions under way, for kSpacePatienceUs at most. kNoSpace only when all of that gave nothing.
 Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk, uint64_t most) {
     const Error full = MakeError(ErrorKind::kNoSpace,
                                  "the pool is full; delete snapshots or disks, or enlarge it");
@@ -165,10 +163,8 @@ Task<Result<std::vector<Extent>>> PoolImpl::FindSpace(DiskId for_disk, uint64_t 
         co_await committer_.Settled();
         lease = co_await leases_.Take(most);
     }
-    Clock* const clock = core_.environment.clock;
-    const int64_t until = clock ? clock->NowUs() + kFindSpaceUs : 0;
-    for (bool more = true; !lease.ok() && more && !core_.closing;) {
-        if (clock && clock->NowUs() > until) break;
+    const Deadline deadline(core_.environment.clock, kSpacePatienceUs);
+    for (bool more = true; !lease.ok() && more && !core_.closing && !deadline.over();) {
         // Once more after the last step: what it freed may not have been there at the one before.
         more = co_await reclaimer_.WaitStep();
         co_await committer_.Settled();
