@@ -55,11 +55,13 @@ Status Checker::CheckJournal() {
 void Checker::OwnJournaled(uint64_t chunk, const Runs& added, BlockSet& journaled) {
     for (const Run& run : added) {
         for (uint64_t block = run.place; block < run.place + run.count; ++block) {
-            OwnBlock(chunk, block, journaled);
             const bool mapped =
                 block < blocks_ && (live_.Contains(block) || dying_.Contains(block));
-            if (mapped)
+            if (mapped) {
                 Fault(fmt::format("chunk {}: block {} has another owner too", chunk, block));
+            } else {
+                OwnBlock(chunk, block, journaled);
+            }
         }
     }
 }

@@ -42,45 +42,56 @@ BranchRows* FamilyChunk::Find(BranchId id) {
     return at == rows.end() || at->branch != id ? nullptr : &*at;
 }
 
-Status Checker::ReadRows(Family::Member& member, uint64_t end, Cursor& cursor, Window& window) {
-    if (member.next_row >= end) return Status();
-    const BranchId id = member.branch;
-    for (cursor.Seek(KeyFrom('M', id, member.next_row)); AtBranch(cursor, id); cursor.Next()) {
+/// Calls take(chunk) for each row of `id` from chunk `*next` up to `end`; `*next` becomes the next
+/// chunk that has some. REQUIRES: of one pass, which begins with `table.placed` false, branches
+/// come in ascending order.
+template <typename F>
+Status Checker::ReadWindow(Table& table, BranchId id, uint64_t* next, uint64_t end, F&& take) {
+    if (*next >= end) return Status();
+    Cursor& cursor = *table.cursor;
+    const std::string from = KeyFrom(table.letter, id, *next);
+    // What the cursor has come over in this pass, deleted rows among it, is not passed again.
+    const bool ahead = table.placed && (!cursor.valid() || cursor.key() >= from);
+    if (!ahead) cursor.Seek(from);
+    table.placed = true;
+    for (; AtBranch(cursor, id); cursor.Next()) {
         const uint64_t chunk = KeyNumber(cursor.key(), 1);
         if (chunk >= end) break;
-        const Generation generation{~KeyNumber(cursor.key(), 2)};
-        std::optional<Runs> runs = DecodeRuns(cursor.value(), generation);
+        take(chunk);
+    }
+    *next = AtBranch(cursor, id) ? KeyNumber(cursor.key(), 1) : kNoChunk;
+    return cursor.status();
+}
+
+Status Checker::ReadRows(Table& map, Family::Member& member, uint64_t end, Window& window) {
+    const BranchId id = member.branch;
+    return ReadWindow(map, id, &member.next_row, end, [&](uint64_t chunk) {
+        const Generation generation{~KeyNumber(map.cursor->key(), 2)};
+        std::optional<Runs> runs = DecodeRuns(map.cursor->value(), generation);
         ++report_.map_rows;
         row_hash_ += HashRow(id.value, generation.value, chunk);
         if (!runs) {
             Fault(fmt::format("branch {}, chunk {}, generation {}: unreadable map row", id.value,
                               chunk, generation.value));
-            continue;
+            return;
         }
         std::vector<BranchRows>& rows = window[chunk].rows;
         if (rows.empty() || rows.back().branch != id) rows.push_back({id, {}});
         rows.back().versions.push_back({ChunkIndex{chunk}, {id, generation}, std::move(*runs)});
-    }
-    member.next_row = AtBranch(cursor, id) ? KeyNumber(cursor.key(), 1) : kNoChunk;
-    return cursor.status();
+    });
 }
 
-Status Checker::ReadNotes(Family::Member& member, uint64_t end, Cursor& cursor, Window& window) {
-    if (member.next_note >= end) return Status();
+Status Checker::ReadNotes(Table& notes, Family::Member& member, uint64_t end, Window& window) {
     const BranchId id = member.branch;
-    for (cursor.Seek(KeyFrom('W', id, member.next_note)); AtBranch(cursor, id); cursor.Next()) {
-        const uint64_t chunk = KeyNumber(cursor.key(), 1);
-        if (chunk >= end) break;
+    return ReadWindow(notes, id, &member.next_note, end, [&](uint64_t chunk) {
         ++notes_;
-        std::optional<NoteRecord> note = DecodeNote(cursor.value());
+        std::optional<NoteRecord> note = DecodeNote(notes.cursor->value());
         if (note) {
             window[chunk].dead.push_back(std::move(*note));
         } else {
             Fault(fmt::format("branch {}, chunk {}: unreadable note", id.value, chunk));
         }
-    }
-    member.next_note = AtBranch(cursor, id) ? KeyNumber(cursor.key(), 1) : kNoChunk;
-    return cursor.status();
+    });
 }
 
 /// Whether some view reads the parent's state of this chunk through `id`.
@@ -124,12 +135,11 @@ void Checker::FindVisible(FamilyChunk& chunk) {
 
 /// Of a whole branch nobody reads its parent's state.
 void Checker::CheckWhole(const Family& family, FamilyChunk& chunk) {
-    for (const Family::Member& member : family.members) {
-        const History::Branch& branch = catalog_.history().Get(member.branch);
-        if (!branch.whole || !FallsThrough(chunk, member.branch)) continue;
+    for (const BranchId id : family.whole) {
+        const History::Branch& branch = catalog_.history().Get(id);
+        if (!FallsThrough(chunk, id)) continue;
         if (MappedAt(chunk, branch.parent, branch.fork) == 0) continue;
-        Fault(fmt::format("branch {} is flattened, but lacks chunk {}", member.branch.value,
-                          chunk.index));
+        Fault(fmt::format("branch {} is flattened, but lacks chunk {}", id.value, chunk.index));
     }
 }
 
@@ -182,8 +192,8 @@ void Checker::OwnBlock(uint64_t chunk, uint64_t block, BlockSet& owner) {
 }
 
 Status Checker::CheckFamily(Family& family) {
-    const std::unique_ptr<Cursor> rows = view_.Range("M", PrefixEnd("M"));
-    const std::unique_ptr<Cursor> notes = view_.Range("W", PrefixEnd("W"));
+    Table map{'M', view_.Range("M", PrefixEnd("M"))};
+    Table notes{'W', view_.Range("W", PrefixEnd("W"))};
     PlacesSeen seen;
     for (;;) {
         uint64_t first = kNoChunk;
@@ -193,9 +203,10 @@ Status Checker::CheckFamily(Family& family) {
         if (first == kNoChunk) return Status();
         const uint64_t end = std::min(first, kNoChunk - kWindowChunks) + kWindowChunks;
         Window window;
+        map.placed = notes.placed = false;
         for (Family::Member& member : family.members) {
-            if (Status s = ReadRows(member, end, *rows, window); !s.ok()) return s;
-            if (Status s = ReadNotes(member, end, *notes, window); !s.ok()) return s;
+            if (Status s = ReadRows(map, member, end, window); !s.ok()) return s;
+            if (Status s = ReadNotes(notes, member, end, window); !s.ok()) return s;
         }
         for (auto& [index, chunk] : window) {
             chunk.index = index;
@@ -218,6 +229,7 @@ Status Checker::CheckFamilies() {
         const BranchId root = parent == roots.end() ? id : parent->second;
         roots[id] = root;
         families[root].members.push_back({id});
+        if (branch.whole) families[root].whole.push_back(id);
     }
     for (auto& [root, family] : families) {
         if (Status s = CheckFamily(family); !s.ok()) return s;

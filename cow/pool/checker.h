@@ -89,6 +89,7 @@ struct Family {
         uint64_t next_row = 0, next_note = 0;
     };
     std::vector<Member> members;  // ascending: parents before children
+    std::vector<BranchId> whole;  // those of them that were flattened
 };
 
 class Checker {
@@ -109,8 +110,15 @@ class Checker {
     Status CheckFamilies();
     Status CheckFamily(Family& family);
     using Window = std::map<uint64_t, FamilyChunk>;
-    Status ReadRows(Family::Member& member, uint64_t end, Cursor& cursor, Window& window);
-    Status ReadNotes(Family::Member& member, uint64_t end, Cursor& cursor, Window& window);
+    struct Table {
+        char letter;
+        std::unique_ptr<Cursor> cursor;
+        bool placed = false;  // in this pass over the members
+    };
+    template <typename F>
+    Status ReadWindow(Table& table, BranchId id, uint64_t* next, uint64_t end, F&& take);
+    Status ReadRows(Table& map, Family::Member& member, uint64_t end, Window& window);
+    Status ReadNotes(Table& notes, Family::Member& member, uint64_t end, Window& window);
     bool FallsThrough(FamilyChunk& chunk, BranchId id) const;
     bool IsRead(FamilyChunk& chunk, BranchId id, Generation from, Generation to) const;
     void FindVisible(FamilyChunk& chunk);
