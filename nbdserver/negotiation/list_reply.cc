@@ -9,15 +9,22 @@ namespace {
 
 constexpr size_t kPieceBytes = 64 << 10;
 
-void Append(std::string& out, uint32_t type, uint32_t length) {
+}  // namespace
+
+void AppendReply(std::string& out, uint32_t option, uint32_t type, size_t length) {
     wire::OptionReply reply;
-    reply.option = uint32_t{wire::kOptList};
+    reply.option = option;
     reply.type = type;
-    reply.length = length;
+    reply.length = static_cast<uint32_t>(length);
     out.append(reinterpret_cast<const char*>(&reply), sizeof reply);
 }
 
-}  // namespace
+void AppendErrorReply(std::string& out, uint32_t option, uint32_t type, std::string_view message) {
+    // nbd-client overwrites the last byte of a message: let it be one that does not matter.
+    AppendReply(out, option, type, message.size() + 1);
+    out += message;
+    out += '.';
+}
 
 ListEncoder::ListEncoder(uint64_t bytes_max) : bytes_max_(bytes_max) {
     piece_.reserve(kPieceBytes);
@@ -32,7 +39,7 @@ bool ListEncoder::Add(std::string_view name) {
         reply_.pieces.push_back(std::exchange(piece_, std::string()));
         piece_.reserve(kPieceBytes);
     }
-    Append(piece_, wire::kRepServer, static_cast<uint32_t>(sizeof length) + length);
+    AppendReply(piece_, wire::kOptList, wire::kRepServer, sizeof length + length);
     AppendBig(piece_, length);
     piece_ += name;
     ++reply_.exports;
@@ -41,14 +48,12 @@ bool ListEncoder::Add(std::string_view name) {
 
 ListReply ListEncoder::Finish() {
     if (bytes_ > bytes_max_) {
-        // nbd-client overwrites the last byte of a message.
-        const std::string_view message = "there are too many exports to list them here.";
         reply_ = ListReply();
         piece_.clear();
-        Append(piece_, wire::kRepErrTooBig, static_cast<uint32_t>(message.size()));
-        piece_ += message;
+        AppendErrorReply(piece_, wire::kOptList, wire::kRepErrTooBig,
+                         "there are too many exports to list them here");
     } else {
-        Append(piece_, wire::kRepAck, 0);
+        AppendReply(piece_, wire::kOptList, wire::kRepAck, 0);
     }
     piece_.shrink_to_fit();
     reply_.pieces.push_back(std::move(piece_));

@@ -9,6 +9,11 @@
 
 namespace varve::nbdserver {
 
+/// The head of a reply to an option; `length` bytes of data follow it.
+void AppendReply(std::string& out, uint32_t option, uint32_t type, size_t length);
+/// A whole reply that is an error.
+void AppendErrorReply(std::string& out, uint32_t option, uint32_t type, std::string_view message);
+
 struct ListReply {
     std::vector<std::string> pieces;  // of some 64 KiB; one after the other they are the answer
     uint64_t exports = 0;             // named in it; 0 if it is an error

@@ -342,17 +342,12 @@ Negotiator::Step Negotiator::AnswerList(const ListReply& list) {
 }
 
 void Negotiator::Reply(uint32_t type, std::string_view data) {
-    wire::OptionReply reply;
-    reply.option = option_;
-    reply.type = type;
-    reply.length = static_cast<uint32_t>(data.size());
-    output_ += Bytes(reply);
+    AppendReply(output_, option_, type, data.size());
     output_ += data;
 }
 
 void Negotiator::ReplyError(uint32_t type, std::string_view message) {
-    // nbd-client overwrites the last byte of a message: let it be one that does not matter.
-    Reply(type, std::string(message) + ".");
+    AppendErrorReply(output_, option_, type, message);
 }
 
 uint64_t Negotiator::options_for_list() const {
