@@ -8,6 +8,7 @@
 
 #include "nbdserver/connection/connection.h"
 #include "nbdserver/wire/wire.h"
+#include "tests/raw_nbd.h"
 
 namespace varve::nbdserver {
 namespace {
@@ -30,14 +31,6 @@ std::string Flags(uint32_t flags = wire::kClientFixedNewstyle | wire::kClientNoZ
     std::string out;
     AppendBig(out, flags);
     return out;
-}
-
-std::string Option(uint32_t option, const std::string& data = "") {
-    std::string out;
-    AppendBig(out, wire::kOptionMagic);
-    AppendBig(out, option);
-    AppendBig(out, static_cast<uint32_t>(data.size()));
-    return out + data;
 }
 
 std::string Text(const std::string& text) {

@@ -20,30 +20,13 @@
 #include "admin/unix_socket.h"
 #include "nbdserver/daemon/daemon.h"
 #include "nbdserver/wire/wire.h"
+#include "tests/raw_nbd.h"
 
 namespace varve::nbdserver {
 namespace {
 
 namespace fs = std::filesystem;
 using admin::OwnedFd;
-
-void SendAll(int fd, const std::string& bytes) {
-    ASSERT_EQ(::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL),
-              static_cast<ssize_t>(bytes.size()));
-}
-
-/// Up to `length` bytes; fewer if the peer has closed.
-std::string Receive(int fd, size_t length) {
-    std::string bytes(length, '\0');
-    size_t done = 0;
-    while (done < length) {
-        const ssize_t n = ::recv(fd, bytes.data() + done, length - done, 0);
-        if (n <= 0) break;
-        done += static_cast<size_t>(n);
-    }
-    bytes.resize(done);
-    return bytes;
-}
 
 /// Waits until the peer has closed.
 void ExpectClosed(int fd) {
@@ -52,16 +35,6 @@ void ExpectClosed(int fd) {
     while ((n = ::recv(fd, bytes, sizeof bytes, 0)) > 0) {
     }
     EXPECT_TRUE(n == 0 || errno == ECONNRESET);
-}
-
-const std::string kHello = std::string("\0\0\0\3", 4);
-
-std::string Option(uint32_t option, const std::string& data) {
-    std::string out;
-    AppendBig(out, wire::kOptionMagic);
-    AppendBig(out, option);
-    AppendBig(out, static_cast<uint32_t>(data.size()));
-    return out + data;
 }
 
 std::string ExportName(const std::string& name) {

@@ -16,35 +16,13 @@
 #include "nbdserver/wire/wire.h"
 #include "tests/admin_server.h"
 #include "tests/fake_pool.h"
+#include "tests/raw_nbd.h"
 #include "tests/run_on.h"
 
 namespace varve::nbdserver {
 namespace {
 
 using admin::OwnedFd;
-
-const std::string kHello = std::string("\0\0\0\3", 4);
-
-void SendAll(int fd, const std::string& bytes) {
-    ASSERT_EQ(::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL),
-              static_cast<ssize_t>(bytes.size()));
-}
-
-/// Up to `length` bytes; fewer if the peer has closed.
-std::string Receive(int fd, size_t length) {
-    std::string bytes(length, '\0');
-    const ssize_t n = length == 0 ? 0 : ::recv(fd, bytes.data(), length, MSG_WAITALL);
-    bytes.resize(n < 0 ? 0 : static_cast<size_t>(n));
-    return bytes;
-}
-
-std::string Option(uint32_t option, const std::string& data) {
-    std::string out;
-    AppendBig(out, wire::kOptionMagic);
-    AppendBig(out, option);
-    AppendBig(out, static_cast<uint32_t>(data.size()));
-    return out + data;
-}
 
 /// The server alone, in front of a pool that opens no exports: as when a disk waits for the device.
 class WaitingClientsTest : public ::testing::Test {
