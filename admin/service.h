@@ -44,8 +44,8 @@ struct Backend {
 /// not been taken, so no client makes the server buffer more than one line and one answer. When
 /// all connections are taken, a new one replaces the one that has been silent longest; if all run
 /// commands, it waits until one is over. Commands that may hang with the device leave some of the
-/// connections to others (slots.h): beyond that they are refused. One that waits in line is not
-/// begun if its client goes.
+/// connections to others (slots.h): they wait in line, and beyond that are refused. One that waits
+/// in line is not begun if its client goes.
 class Service {
   public:
     Service(boost::asio::io_context& io, Backend backend, ServiceOptions options);
