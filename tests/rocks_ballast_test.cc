@@ -7,6 +7,7 @@
 #include <rocksdb/file_system.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <string>
 
@@ -37,6 +38,7 @@ class Full : public rocksdb::FileSystemWrapper {
     }
 
     std::atomic<int64_t> room = int64_t{1} << 40;
+    uint64_t most_compacting = 0;  // seen while something was written
     Ballast* ballast = nullptr;
 
   private:
@@ -45,6 +47,7 @@ class Full : public rocksdb::FileSystemWrapper {
             : FSWritableFileOwnerWrapper(std::move(file)), full(system) {}
         IOStatus Append(const Slice& data, const IOOptions& options,
                         IODebugContext* debug) override {
+            full.most_compacting = std::max(full.most_compacting, full.ballast->compacting.load());
             if (Take(data.size())) return target()->Append(data, options, debug);
             IOStatus status = target()->Append(Slice(data.data(), data.size() / 2), options, debug);
             return status.ok() ? IOStatus::NoSpace("no room") : status;
@@ -158,6 +161,32 @@ TEST_F(BallastTest, RocksDbGoesOnWhereOthersFilledTheFileSystem) {
         ASSERT_TRUE(db->Get({}, key, &value).ok()) << i;
         EXPECT_EQ(std::string(1000, static_cast<char>('a' + i % 26)), value);
     }
+}
+
+// What is free must not look less for as long as a compaction lasts. A flush's tables stay.
+TEST_F(BallastTest, CountsTheTablesThatCompactionsAreWriting) {
+    Ballast ballast(path_, 0);
+    const auto full = std::make_shared<Full>();
+    full->ballast = &ballast;
+    const auto full_env = rocksdb::NewCompositeEnv(full);
+    const auto env = NewBallastEnv(*full_env, ballast);
+    rocksdb::Options options;
+    options.env = env.get();
+    options.create_if_missing = true;
+    options.compression = rocksdb::kNoCompression;
+    options.disable_auto_compactions = true;
+    options.writable_file_max_buffer_size = 64 << 10;
+    rocksdb::DB* opened = nullptr;
+    ASSERT_TRUE(rocksdb::DB::Open(options, (root_ / "db").string(), &opened).ok());
+    const std::unique_ptr<rocksdb::DB> db(opened);
+    for (const int first : {0, 1000}) {
+        ASSERT_EQ(1000, WriteRows(*db, first, 1000));
+        ASSERT_TRUE(db->Flush({}).ok());
+    }
+    EXPECT_EQ(0u, full->most_compacting);
+    ASSERT_TRUE(db->CompactRange({}, nullptr, nullptr).ok());
+    EXPECT_LE(1'800'000u, full->most_compacting);  // of 2,000,000 that it writes
+    EXPECT_EQ(0u, ballast.compacting);
 }
 
 }  // namespace

@@ -15,6 +15,13 @@ namespace {
 /// Of a capacity, free: with less, there is a warning.
 constexpr uint64_t kLowPart = 16;
 constexpr uint64_t kLowDataMax = 1 << 30;
+
+/// Metadata: with less free, there is a warning. What is free goes up and down by some memtables,
+/// as these are flushed and tables compacted, so a warning comes no later than as much as is owed
+/// (four of them); of a small one, a quarter.
+uint64_t LowMetadata(const MetadataSpace& space) {
+    return std::max(space.capacity / kLowPart, std::min(space.capacity / 4, space.owed));
+}
 /// Bytes of data that a byte of metadata has room for, at least: single blocks, each a run in a row
 /// and a slot of a row of checksums, in one generation.
 constexpr uint64_t kDataForByte = 128;
@@ -59,7 +66,7 @@ void PoolImpl::Judge(PoolStatus& status) const {
             status, Health::kFull,
             "the metadata is full: new blocks, snapshots and disks are refused; delete snapshots "
             "or disks, or make room on its file system");
-    } else if (space.free < space.capacity / kLowPart) {
+    } else if (space.free < LowMetadata(space)) {
         Worsen(status, Health::kWarning,
                fmt::format("the metadata has {} left; delete snapshots or disks, or make room on "
                            "its file system",

@@ -27,6 +27,7 @@ class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
   public:
     BallastFile(std::unique_ptr<FSWritableFile> file, Ballast& ballast)
         : FSWritableFileOwnerWrapper(std::move(file)), ballast_(ballast) {}
+    ~BallastFile() override { Compacted(); }
 
     IOStatus Append(const Slice& data, const IOOptions& options, IODebugContext* debug) override {
         const uint64_t at = end_;
@@ -37,7 +38,7 @@ class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
             positioned_ = true;
             status = target()->PositionedAppend(data, at, options, debug);
         }
-        if (status.ok()) end_ = at + data.size();
+        if (status.ok()) SetEnd(at + data.size());
         return status;
     }
     IOStatus Append(const Slice& data, const IOOptions& options,
@@ -50,7 +51,7 @@ class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
         while (status.IsNoSpace() && Give(data.size())) {
             status = target()->PositionedAppend(data, offset, options, debug);
         }
-        if (status.ok()) end_ = std::max(end_, offset + data.size());
+        if (status.ok()) SetEnd(std::max(end_, offset + data.size()));
         return status;
     }
     IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
@@ -60,8 +61,12 @@ class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
     }
     IOStatus Truncate(uint64_t size, const IOOptions& options, IODebugContext* debug) override {
         IOStatus status = target()->Truncate(size, options, debug);
-        if (status.ok()) end_ = std::min(end_, size);
+        if (status.ok()) SetEnd(std::min(end_, size));
         return status;
+    }
+    IOStatus Close(const IOOptions& options, IODebugContext* debug) override {
+        Compacted();
+        return target()->Close(options, debug);
     }
     void SetIOPriority(rocksdb::Env::IOPriority priority) override {
         compaction_ = priority == rocksdb::Env::IO_LOW;
@@ -72,6 +77,14 @@ class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
     bool Give(uint64_t bytes) {
         const uint64_t keep = compaction_ ? ballast_.bytes() / 2 : 0;
         return ballast_.Give(std::max(kPieceBytes, bytes), keep);
+    }
+    void SetEnd(uint64_t end) {
+        if (compaction_) ballast_.compacting += end - end_;
+        end_ = end;
+    }
+    /// From now on RocksDB tells of it.
+    void Compacted() {
+        if (std::exchange(compaction_, false)) ballast_.compacting -= end_;
     }
 
     Ballast& ballast_;

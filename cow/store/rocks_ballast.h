@@ -30,6 +30,9 @@ class Ballast {
     uint64_t bytes() const { return bytes_; }  // as wanted
     uint64_t held() const { return held_.load(std::memory_order_relaxed); }
 
+    /// Bytes of the tables that compactions are writing now.
+    std::atomic<uint64_t> compacting = 0;
+
   private:
     const std::string path_;
     const uint64_t bytes_;

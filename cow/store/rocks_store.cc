@@ -193,7 +193,8 @@ class RocksStore : public MetadataStore {
         ground_.ballast->Refill(available);
         db_->GetIntProperty(rocksdb::DB::Properties::kLiveSstFilesSize, &live);
         db_->GetIntProperty(rocksdb::DB::Properties::kSizeAllMemTables, &memory);
-        const uint64_t written = std::max(ground_.tables->GetTotalSize(), live);
+        const uint64_t closed = std::max(ground_.tables->GetTotalSize(), live);
+        const uint64_t written = closed + ground_.ballast->compacting;
         const uint64_t logs = kLogBuffers * buffer_bytes_;
         const uint64_t missing = ground_.ballast->bytes() - ground_.ballast->held();
         const uint64_t room = available + (written - live) + std::min(memory, logs);
