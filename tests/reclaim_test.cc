@@ -2,6 +2,7 @@
 // Work is counted, in seeks and rows of the metadata store; no test looks at a clock.
 #include "cow/format/format.h"
 #include "tests/engine_fixture.h"
+#include "tests/simulation/dice.h"
 
 namespace varve {
 namespace {
@@ -243,6 +244,87 @@ TEST_F(ReclaimTest, WhatSeveralShareIsFreedByDeletingThemTogether) {
     Ok(pool().DeleteSnapshot("d@t", false));
     Reclaim();
     EXPECT_EQ(used - 8192, Used());
+}
+
+TEST_F(ReclaimTest, AnEstimateOfManySnapshotsWalksTheirHistoryOnce) {
+    std::map<unsigned, double> work;
+    for (const unsigned snapshots : {64u, 512u}) {  // looked at on home, and elsewhere
+        Ok(pool().CreateDisk("d", 16 * kChunkBytes));
+        for (unsigned i = 0; i < snapshots; ++i) {
+            Write("d", i % 16 * kChunkBytes, 4096, 'x');
+            Ok(pool().CreateSnapshots({"d@s" + std::to_string(i)}));
+        }
+        Reclaim();
+        const uint64_t before = media.seeks + media.steps;
+        const auto freed = machine->Do(pool().EstimateDelete({"d"}, true));
+        work[snapshots] = static_cast<double>(media.seeks + media.steps - before) / snapshots;
+        EXPECT_EQ(Used(), freed.value());
+        Close("d");
+        Ok(pool().DeleteDisk("d", true, false));
+        Reclaim();
+        EXPECT_EQ(0u, Used());
+    }
+    EXPECT_LT(work[512], work[64] * 1.5);
+}
+
+TEST_F(ReclaimTest, AnEstimateSaysWhatDeletingThoseFrees) {
+    for (uint64_t seed = 0; seed < 40; ++seed) {
+        Dice dice = Dice::Of(seed, 0);
+        std::vector<std::string> disks{"d"}, snapshots, doomed;
+        Ok(pool().CreateDisk("d", 4 * kChunkBytes));
+        for (unsigned i = 0; i < 12; ++i) {
+            const std::string& disk = disks[dice.Draw(disks.size())];
+            for (uint64_t n = dice.Draw(4); n > 0; --n) {
+                Write(disk, dice.Draw(16) * (kChunkBytes / 4), 4096, 'x');
+            }
+            if (exports.contains(disk)) Close(disk);
+            const std::string snapshot = disk + "@s" + std::to_string(i);
+            Ok(pool().CreateSnapshots({snapshot}));
+            snapshots.push_back(snapshot);
+            const std::string& from = snapshots[dice.Draw(snapshots.size())];
+            const uint64_t kind = dice.Draw(4);
+            if (kind == 0) Ok(pool().CloneSnapshot(from, "c" + std::to_string(i)));
+            if (kind == 0) disks.push_back("c" + std::to_string(i));
+            if (kind == 1) Ok(pool().RestoreSnapshot(from, std::nullopt, false, false));
+        }
+        for (const std::string& snapshot : snapshots) {
+            if (dice.Chance(0.6)) doomed.push_back(snapshot);
+        }
+        Reclaim();
+        const uint64_t used = Used();
+        const auto freed = machine->Do(pool().EstimateDelete(doomed, false));
+        for (const std::string& snapshot : doomed) Ok(pool().DeleteSnapshot(snapshot, false));
+        Reclaim();
+        EXPECT_EQ(used - freed.value(), Used()) << "seed " << seed;
+        for (const std::string& disk : disks) Ok(pool().DeleteDisk(disk, true, false));
+        Reclaim();
+        EXPECT_EQ(0u, Used());
+    }
+}
+
+TEST_F(ReclaimTest, AnEstimateEndsWhenThePoolCloses) {
+    Ok(pool().CreateDisk("d", 2'000 * kChunkBytes));
+    for (uint64_t c = 0; c < 2'000; ++c) Write("d", c * kChunkBytes, 4096, 'x');
+    Flush("d");
+    Reclaim();
+    Close("d");
+    std::optional<Status> ended;
+    const auto estimate = [](Executor* home, cow::Pool* p, std::optional<Status>* s) -> Task<void> {
+        co_await Hop(*home);
+        std::vector<std::string> names{"d"};
+        const auto freed = co_await p->EstimateDelete(std::move(names), false);
+        *s = freed.status();
+    };
+    Spawn(estimate(&machine->home(), &pool(), &ended));
+    const uint64_t before = media.seeks;
+    scheduler.RunUntil([&] { return media.seeks - before > 100; });
+    ASSERT_FALSE(ended);
+    pool().PrepareShutdown();
+    scheduler.RunUntil([&] { return ended.has_value(); });
+    EXPECT_FALSE(ended->ok());
+    EXPECT_LT(media.seeks - before, 2'000u) << "it counted on";
+    Stop();
+    Start();
 }
 
 TEST_F(ReclaimTest, ClosingEndsAStepInItsMiddle) {

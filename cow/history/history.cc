@@ -123,41 +123,49 @@ std::pair<BranchId, Generation> History::RegionKeyOf(BranchId id, Generation gen
     return {bottom.branch, bottom.after};
 }
 
-Region History::RegionWithout(BranchId id, Generation generation, const Views& gone) const {
+Region History::RegionOver(BranchId id, Generation generation, const Views& gone,
+                           bool losing) const {
     Region region;
     const Stretch bottom = BottomOf(id, generation, gone, &region.floor);
     std::vector<Sprout> sprouts{{bottom.branch, bottom.after, -1}};
     while (!sprouts.empty()) {
         const Sprout sprout = sprouts.back();
         sprouts.pop_back();
-        Grow(region, sprout, gone, sprouts);
+        const int first = static_cast<int>(region.segments.size());
+        Grow(region, sprout, gone, losing, sprouts);
+        region.parts.push_back({sprout.branch, first, static_cast<int>(region.segments.size())});
     }
+    std::sort(region.parts.begin(), region.parts.end(),
+              [](const Region::Part& a, const Region::Part& b) { return a.branch < b.branch; });
     return region;
 }
 
-/// Adds a branch up to its first live view; what forks off below is left in `sprouts`.
-void History::Grow(Region& region, Sprout sprout, const Views& gone,
+/// Adds a branch up to its first live view; what forks off below is left in `sprouts`. `losing`:
+/// views that are to be gone end segments too.
+void History::Grow(Region& region, Sprout sprout, const Views& gone, bool losing,
                    std::vector<Sprout>& sprouts) const {
     const Branch& branch = Get(sprout.branch);
+    auto snapshot = branch.snapshots.upper_bound(sprout.after);
+    auto child = branch.children.upper_bound(sprout.after);
+    const bool head_goes = branch.head && gone.heads.contains(sprout.branch);
     for (;;) {
-        const auto snapshot = branch.snapshots.upper_bound(sprout.after);
-        const auto child = branch.children.upper_bound(sprout.after);
-        const Generation next_snapshot = snapshot == branch.snapshots.end() ? kHead : *snapshot;
+        const auto end = branch.snapshots.end();
+        while (!losing && snapshot != end && gone.snapshots.contains(*snapshot)) ++snapshot;
+        const Generation next_snapshot = snapshot == end ? kHead : *snapshot;
         const Generation next_fork = child == branch.children.end() ? kHead : child->first;
         const Generation to = std::min(next_snapshot, next_fork);
         const bool top = to == kHead;
-        const bool view = top ? branch.head : to == next_snapshot;
+        const bool goes = top ? head_goes : losing && gone.snapshots.contains(to);
+        const bool view = top ? branch.head && (losing || !goes) : to == next_snapshot;
+        const int here = static_cast<int>(region.segments.size());
         region.segments.push_back({{sprout.branch, sprout.after, to}, sprout.parent, view});
-        sprout.parent = static_cast<int>(region.segments.size()) - 1;
-        const bool passed =
-            view && (top ? gone.heads.contains(sprout.branch) : gone.snapshots.contains(to));
-        if (passed) region.gone.push_back(sprout.parent);
-        if (top || (view && !passed)) return;
-        const auto [begin, end] = branch.children.equal_range(to);
-        for (auto fork = begin; fork != end; ++fork) {
-            sprouts.push_back({fork->second, to, sprout.parent});
+        if (view && goes) region.gone.push_back(here);
+        if (top || (view && !goes)) return;
+        if (to == next_snapshot) ++snapshot;
+        for (; child != branch.children.end() && child->first == to; ++child) {
+            sprouts.push_back({child->second, to, here});
         }
-        sprout.after = to;
+        sprout = {sprout.branch, to, here};
     }
 }
 
@@ -200,13 +208,37 @@ Line History::StretchesAbove(BranchId id, Generation generation, const Views& go
 }
 
 int Region::SegmentAt(BranchId branch, Generation generation) const {
-    for (size_t i = 0; i < segments.size(); ++i) {
-        const Segment& segment = segments[i];
-        const bool holds =
-            segment.branch == branch && segment.after < generation && generation <= segment.to;
-        if (holds) return static_cast<int>(i);
+    const auto part = std::lower_bound(parts.begin(), parts.end(), branch,
+                                       [](const Part& p, BranchId id) { return p.branch < id; });
+    if (part == parts.end() || part->branch != branch) return -1;
+    const auto first = segments.begin() + part->first, end = segments.begin() + part->end;
+    const auto at = std::lower_bound(first, end, generation,
+                                     [](const Segment& s, Generation g) { return s.to < g; });
+    if (at == end || at->after >= generation) return -1;
+    return static_cast<int>(at - segments.begin());
+}
+
+std::vector<int> Region::PathDown(const std::vector<int>& from) const {
+    std::set<int, std::greater<>> path;
+    for (int segment : from) {
+        while (segment >= 0 && path.insert(segment).second) {
+            segment = segments[static_cast<size_t>(segment)].parent;
+        }
     }
-    return -1;
+    return {path.begin(), path.end()};
+}
+
+Line Region::StretchesOf(const std::vector<int>& path) const {
+    std::map<BranchId, Stretch> by_branch;
+    for (const int segment : path) {
+        const Stretch& part = segments[static_cast<size_t>(segment)];
+        Stretch& whole = by_branch.try_emplace(part.branch, part).first->second;
+        whole.after = std::min(whole.after, part.after);
+        whole.to = std::max(whole.to, part.to);
+    }
+    Line line;
+    for (const auto& [branch, stretch] : by_branch) line.push_back(stretch);
+    return line;
 }
 
 }  // namespace varve::cow

@@ -56,6 +56,17 @@ struct Region {
 
     /// Index of the segment that holds the end of that generation; -1 if none does.
     int SegmentAt(BranchId branch, Generation generation) const;
+    /// The segments `from` and all below them down to the floor, highest first, each once.
+    std::vector<int> PathDown(const std::vector<int>& from) const;
+    /// What the segments of such a path hold, each branch once.
+    Line StretchesOf(const std::vector<int>& path) const;
+
+    /// A branch's segments are [first, end), ascending. By branch.
+    struct Part {
+        BranchId branch;
+        int first, end;
+    };
+    std::vector<Part> parts;
 };
 
 class History {
@@ -95,9 +106,15 @@ class History {
     /// The region in which the row of a view at (`id`, `generation`) was born, with the views that
     /// are live now: the one just below the generation that follows.
     Region RegionOf(BranchId id, Generation generation) const;
-    /// The same without the views `gone`. Segments that end at them are in `Region::gone`, and have
-    /// `view` set.
-    Region RegionWithout(BranchId id, Generation generation, const Views& gone) const;
+    /// The same without the views `gone`.
+    Region RegionWithout(BranchId id, Generation generation, const Views& gone) const {
+        return RegionOver(id, generation, gone, false);
+    }
+    /// The part of the tree that is one region without the views `gone`, as it is with them:
+    /// segments end at them, are in `Region::gone`, and have `view` set.
+    Region RegionLosing(BranchId id, Generation generation, const Views& gone) const {
+        return RegionOver(id, generation, gone, true);
+    }
     /// What tells that region from all others: its lowest branch, and where it begins there. Cheap.
     std::pair<BranchId, Generation> RegionKeyOf(BranchId id, Generation generation,
                                                 const Views& gone = {}) const;
@@ -118,7 +135,9 @@ class History {
     };
     Stretch BottomOf(BranchId id, Generation generation, const Views& gone,
                      Generation* floor) const;
-    void Grow(Region& region, Sprout sprout, const Views& gone, std::vector<Sprout>& sprouts) const;
+    Region RegionOver(BranchId id, Generation generation, const Views& gone, bool losing) const;
+    void Grow(Region& region, Sprout sprout, const Views& gone, bool losing,
+              std::vector<Sprout>& sprouts) const;
 
     std::map<BranchId, Branch> branches_;
 };

@@ -202,7 +202,7 @@ void Reclaimer::AddTarget(MetadataView& view, Targets& targets, BranchId branch,
     const History& history = catalog_.history();
     Target& target = targets[history.RegionKeyOf(branch, generation)];
     if (!target.sweeper) {
-        Region region = history.RegionOf(branch, generation);
+        auto region = std::make_shared<const Region>(history.RegionOf(branch, generation));
         target.sweeper = std::make_unique<Sweeper>(view, std::move(region), hints_);
     }
     const int segment = target.sweeper->region().SegmentAt(branch, from);

@@ -34,39 +34,40 @@ void SweepHints::Set(BranchId below, ChunkIndex chunk, BranchId witness) {
     hints_[{below, chunk}] = witness;
 }
 
-Sweeper::Sweeper(MetadataView& view, Region region, SweepHints& hints)
-    : view_(view), region_(std::move(region)), hints_(hints), children_(region_.segments.size()) {
-    for (size_t i = 0; i < region_.segments.size(); ++i) {
-        const int parent = region_.segments[i].parent;
+/// Not in the constructor, which home calls.
+void Sweeper::Prepare() {
+    children_.resize(region_->segments.size());
+    for (size_t i = 0; i < children_.size(); ++i) {
+        const int parent = region_->segments[i].parent;
         if (parent >= 0) children_[static_cast<size_t>(parent)].push_back(static_cast<int>(i));
     }
 }
 
 Status Sweeper::Sweep(ChunkIndex chunk, const std::vector<int>& from, SweepPlan& plan) {
-    rows_.clear();
-    FindPath(from);
+    if (children_.empty()) Prepare();
+    if (path_.from != from) FindPath(from);
     if (Status s = ReadPath(chunk); !s.ok()) return s;
     SweepPlan mine;
     std::vector<Runs> kept, dead;
-    for (const int segment : path_) {
-        const std::vector<MapRow>& rows = rows_[segment].rows;
-        for (size_t r = 0; r < rows.size(); ++r) {
+    for (auto& [segment, found] : on_path_) {
+        for (size_t r = 0; r < found.rows.size(); ++r) {
             if (r == 0) {
                 const Result<bool> needed = Needed(segment, chunk);
                 if (!needed.ok()) return needed.error();
                 if (needed.value()) {
-                    kept.push_back(rows[r].runs);
+                    kept.push_back(found.rows[r].runs);
                     continue;
                 }
             }
-            const RowAt& at = rows[r].at;
+            const RowAt& at = found.rows[r].at;
             mine.deletes.push_back(MapKey(at.branch, chunk, at.generation));
             mine.deletes.push_back(TouchedKey(at.branch, at.generation, chunk));
-            dead.push_back(rows[r].runs);
+            dead.push_back(found.rows[r].runs);
         }
-        if (Status s = CollectNotes(segment, chunk, &mine, dead); !s.ok()) return s;
+        std::move(found.notes.begin(), found.notes.end(), std::back_inserter(dead));
+        std::move(found.marks.begin(), found.marks.end(), std::back_inserter(mine.deletes));
     }
-    Generation floor = region_.floor;
+    Generation floor = region_->floor;
     if (Mutated(Mutant::kSweepIgnoresFloor)) floor = Generation{0};
     for (size_t i = 0; i < dead.size(); ++i) {
         std::erase_if(dead[i], [floor](const Run& run) { return run.birth <= floor; });
@@ -88,49 +89,62 @@ Status Sweeper::Sweep(ChunkIndex chunk, const std::vector<int>& from, SweepPlan&
     return Status();
 }
 
-void Sweeper::FindPath(const std::vector<int>& from) {
-    path_.clear();
-    for (int segment : from) {
-        for (; segment >= 0; segment = At(segment).parent) path_.push_back(segment);
-    }
-    std::sort(path_.begin(), path_.end(), std::greater<>());
-    path_.erase(std::unique(path_.begin(), path_.end()), path_.end());
+bool Sweeper::Path::Contains(int segment) const {
+    return std::binary_search(segments.begin(), segments.end(), segment, std::greater<>());
 }
 
-/// The rows of the path's segments. Those of one branch lie side by side, and are read at once.
-Status Sweeper::ReadPath(ChunkIndex chunk) {
-    std::map<BranchId, Stretch> stretches;
-    for (const int segment : path_) {
-        const Stretch& part = At(segment);
-        Stretch& whole = stretches.try_emplace(part.branch, part).first->second;
-        whole.after = std::min(whole.after, part.after);
-        whole.to = std::max(whole.to, part.to);
-        rows_[segment].read = true;
+void Sweeper::FindPath(const std::vector<int>& from) {
+    path_.from = from;
+    path_.segments = region_->PathDown(from);
+    path_.stretches = region_->StretchesOf(path_.segments);
+    path_.forks.clear();
+    for (const int segment : path_.segments) {
+        const std::vector<int>& children = children_[static_cast<size_t>(segment)];
+        const bool forks = std::any_of(children.begin(), children.end(),
+                                       [this](int child) { return !path_.Contains(child); });
+        if (forks) path_.forks.push_back(segment);
     }
-    for (const auto& [branch, stretch] : stretches) {
+}
+
+/// The path's rows and notes. Those of one branch lie side by side, and are read at once.
+Status Sweeper::ReadPath(ChunkIndex chunk) {
+    on_path_.clear();
+    beside_.clear();
+    const auto found_at = [this](BranchId branch, Generation generation) -> Found* {
+        const int segment = region_->SegmentAt(branch, generation);
+        return segment >= 0 && path_.Contains(segment) ? &on_path_[segment] : nullptr;
+    };
+    for (const Stretch& stretch : path_.stretches) {
         Result<std::vector<MapRow>> rows = ReadVersions(view_, stretch, chunk);
         if (!rows.ok()) return rows.error();
         for (MapRow& row : rows.value()) {
-            const auto holds = [&row](const Segment& s) {
-                return s.branch == row.at.branch && s.after < row.at.generation &&
-                       row.at.generation <= s.to;
-            };
-            const auto segment = std::find_if(path_.begin(), path_.end(),
-                                              [&](int index) { return holds(At(index)); });
-            if (segment != path_.end()) rows_[*segment].rows.push_back(std::move(row));
+            Found* found = found_at(row.at.branch, row.at.generation);
+            if (found) found->rows.push_back(std::move(row));
         }
+        const auto take = [&](Generation generation, std::string_view key, Runs note) {
+            Found* found = found_at(stretch.branch, generation);
+            if (!found) return;
+            found->notes.push_back(std::move(note));
+            found->marks.emplace_back(key);
+        };
+        if (Status s = ReadNotes(stretch, chunk, take); !s.ok()) return s;
     }
     return Status();
 }
 
-Status Sweeper::Read(int segment, ChunkIndex chunk) {
-    Rows& found = rows_[segment];
-    if (found.read) return Status();
-    Result<std::vector<MapRow>> rows = ReadVersions(view_, At(segment), chunk);
-    if (!rows.ok()) return rows.error();
-    found.rows = std::move(rows.value());
-    found.read = true;
-    return Status();
+/// What a segment has, on the path or beside it; of the latter, rows only. Null: nothing.
+Result<Sweeper::Found*> Sweeper::Read(int segment, ChunkIndex chunk) {
+    if (path_.Contains(segment)) {
+        const auto found = on_path_.find(segment);
+        return found == on_path_.end() ? nullptr : &found->second;
+    }
+    const auto [found, fresh] = beside_.try_emplace(segment);
+    if (fresh) {
+        Result<std::vector<MapRow>> rows = ReadVersions(view_, At(segment), chunk);
+        if (!rows.ok()) return rows.error();
+        found->second.rows = std::move(rows.value());
+    }
+    return &found->second;
 }
 
 /// Which of the segment's children is asked first.
@@ -161,8 +175,9 @@ Result<bool> Sweeper::Needed(int segment, ChunkIndex chunk) {
     while (!open.empty()) {
         const int here = open.back();
         open.pop_back();
-        if (Status s = Read(here, chunk); !s.ok()) return s.error();
-        if (!rows_[here].rows.empty()) continue;
+        const Result<Found*> found = Read(here, chunk);
+        if (!found.ok()) return found.error();
+        if (found.value() && !found.value()->rows.empty()) continue;
         if (At(here).view) {
             for (int child = here; child != segment; child = At(child).parent) {
                 const BranchId below = At(At(child).parent).branch;
@@ -178,7 +193,7 @@ Result<bool> Sweeper::Needed(int segment, ChunkIndex chunk) {
 /// Takes out of `dead` what rows and notes beside the path name.
 Status Sweeper::KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead) {
     if (Mutated(Mutant::kSweepFreesVisible)) return Status();
-    for (const int segment : path_) {
+    for (const int segment : path_.forks) {
         if (Status s = KeepNamedAbove(segment, chunk, dead); !s.ok()) return s;
     }
     return Status();
@@ -188,16 +203,13 @@ Status Sweeper::KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead) {
 /// leaves the path at the end of `segment` names nothing that was born later.
 Status Sweeper::KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>& dead) {
     const Generation end = At(segment).to;
-    const auto on_path = [this](int other) {
-        return std::binary_search(path_.begin(), path_.end(), other, std::greater<>());
-    };
     std::vector<int> open;
     const auto look_at_children = [&](int of) {
         const std::vector<int>& children = children_[static_cast<size_t>(of)];
         const size_t first = FirstToAsk(of, chunk);
         for (size_t i = children.size(); i-- > 0;) {
             const int child = children[(first + i) % children.size()];
-            if (!on_path(child)) open.push_back(child);
+            if (!path_.Contains(child)) open.push_back(child);
         }
     };
     if (!BornBy(end, dead)) return Status();
@@ -216,20 +228,23 @@ Status Sweeper::KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>&
 }
 
 Status Sweeper::SubtractNamed(int segment, ChunkIndex chunk, std::vector<Runs>& dead) {
-    if (Status s = Read(segment, chunk); !s.ok()) return s;
+    const Result<Found*> found = Read(segment, chunk);
+    if (!found.ok()) return found.error();
     std::vector<Runs> named;
-    if (Status s = CollectNotes(segment, chunk, nullptr, named); !s.ok()) return s;
-    for (const MapRow& row : rows_[segment].rows) named.push_back(row.runs);
+    const auto take = [&named](Generation, std::string_view, Runs note) {
+        named.push_back(std::move(note));
+    };
+    if (Status s = ReadNotes(At(segment), chunk, take); !s.ok()) return s;
+    for (const MapRow& row : found.value()->rows) named.push_back(row.runs);
     for (Runs& runs : dead) {
         for (const Runs& other : named) runs = Subtract(runs, other);
     }
     return Status();
 }
 
-/// Of heads that stood in this segment. With a `plan` they go with it.
-Status Sweeper::CollectNotes(int segment, ChunkIndex chunk, SweepPlan* plan,
-                             std::vector<Runs>& named) {
-    const Stretch& stretch = At(segment);
+/// Calls take(generation, key, note) for those of heads that stood in that stretch.
+template <typename F>
+Status Sweeper::ReadNotes(const Stretch& stretch, ChunkIndex chunk, F&& take) {
     const std::string lower =
         NoteKey(stretch.branch, chunk, Generation{stretch.after.value + 1}, 0);
     const std::string upper =
@@ -238,15 +253,15 @@ Status Sweeper::CollectNotes(int segment, ChunkIndex chunk, SweepPlan* plan,
     const auto notes = view_.Range(lower, upper);
     for (notes->Seek(lower); notes->valid(); notes->Next()) {
         const std::string_view key = notes->key();
+        const Generation generation{KeyNumber(key, 2)};
         std::optional<NoteRecord> note = DecodeNote(notes->value());
         if (!note) {
             return MakeError(
                 ErrorKind::kDamaged,
                 fmt::format("the note on branch {}, chunk {}, generation {} is damaged",
-                            stretch.branch.value, chunk.value, KeyNumber(key, 2)));
+                            stretch.branch.value, chunk.value, generation.value));
         }
-        named.push_back(std::move(*note));
-        if (plan) plan->deletes.emplace_back(key);
+        take(generation, key, std::move(*note));
     }
     return notes->status();
 }

@@ -18,6 +18,9 @@
 // is in vain costs a step for each branch and chunk, once.
 #pragma once
 
+#include <functional>
+#include <map>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -56,25 +59,40 @@ class SweepHints {
 class Sweeper {
   public:
     /// `region` and `view` must be taken at the same moment on the home executor.
-    Sweeper(MetadataView& view, Region region, SweepHints& hints);
+    Sweeper(MetadataView& view, std::shared_ptr<const Region> region, SweepHints& hints)
+        : view_(view), region_(std::move(region)), hints_(hints) {}
 
     /// Adds what is dead of `chunk` to `plan`. `from`: the segments in which a view was deleted or
     /// a note was left. kDamaged if a row or a note cannot be read, for nobody knows what it names:
     /// then the plan is as it was.
     Status Sweep(ChunkIndex chunk, const std::vector<int>& from, SweepPlan& plan);
 
-    const Region& region() const { return region_; }
+    const Region& region() const { return *region_; }
 
   private:
-    struct Rows {
-        bool read = false;
-        std::vector<MapRow> rows;  // newest first
+    /// What a segment has of the present chunk.
+    struct Found {
+        std::vector<MapRow> rows;        // newest first
+        std::vector<Runs> notes;         // of heads that stood in it
+        std::vector<std::string> marks;  // the notes' keys
     };
-    const Segment& At(int index) const { return region_.segments[static_cast<size_t>(index)]; }
-    Status Read(int segment, ChunkIndex chunk);
-    Status ReadPath(ChunkIndex chunk);
+    /// The segments from which a sweep begins down to the floor. Nearly always those of the chunk
+    /// before: a line of 100,000 views is not followed for each.
+    struct Path {
+        std::vector<int> from;
+        std::vector<int> segments;  // highest first
+        Line stretches;
+        std::vector<int> forks;  // those of which something forks off that is not in `segments`
+
+        bool Contains(int segment) const;
+    };
+    const Segment& At(int index) const { return region_->segments[static_cast<size_t>(index)]; }
+    void Prepare();
     void FindPath(const std::vector<int>& from);
-    Status CollectNotes(int segment, ChunkIndex chunk, SweepPlan* plan, std::vector<Runs>& named);
+    Status ReadPath(ChunkIndex chunk);
+    Result<Found*> Read(int segment, ChunkIndex chunk);
+    template <typename F>
+    Status ReadNotes(const Stretch& stretch, ChunkIndex chunk, F&& take);
     size_t FirstToAsk(int segment, ChunkIndex chunk) const;
     Result<bool> Needed(int segment, ChunkIndex chunk);
     Status KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead);
@@ -82,12 +100,13 @@ class Sweeper {
     Status SubtractNamed(int segment, ChunkIndex chunk, std::vector<Runs>& dead);
 
     MetadataView& view_;
-    const Region region_;
+    const std::shared_ptr<const Region> region_;
     SweepHints& hints_;
-    std::vector<std::vector<int>> children_;  // of each segment
+    std::vector<std::vector<int>> children_;  // of each segment; empty: nothing was swept yet
+    Path path_;
     // Of the present chunk:
-    std::vector<int> path_;  // the segments from which it began down to the floor, highest first
-    std::unordered_map<int, Rows> rows_;
+    std::map<int, Found, std::greater<>> on_path_;  // of those that have something, highest first
+    std::unordered_map<int, Found> beside_;         // of others that were read
 };
 
 /// The chunks that may have something dead after a view at one place was deleted: a dead row is
