@@ -34,6 +34,7 @@ class MadeUpRows : public MetadataStore {
     MakeRow make;
     std::map<uint64_t, std::optional<std::string>> committed;
     uint64_t rows_read = 0;
+    uint64_t unreadable = ~uint64_t{0};  // cursors fail from this region on
 
     std::unique_ptr<MetadataView> View() override { return std::make_unique<RowsView>(*this); }
     Status Commit(const Batch& batch) override {
@@ -56,11 +57,15 @@ class MadeUpRows : public MetadataStore {
         bool valid() const override { return value_.has_value(); }
         std::string_view key() const override { return key_; }
         std::string_view value() const override { return *value_; }
-        Status status() const override { return Status(); }
+        Status status() const override {
+            return failed_ ? Status(MakeError(ErrorKind::kIo, "a page")) : Status();
+        }
 
       private:
         void Find(uint64_t region) {
             value_.reset();
+            failed_ = region >= rows_.unreadable;
+            if (failed_) return;
             for (region_ = region; region_ < end_ && !value_; ++region_) {
                 value_ = rows_.Row(region_);
             }
@@ -71,6 +76,7 @@ class MadeUpRows : public MetadataStore {
         MadeUpRows& rows_;
         const uint64_t end_;
         uint64_t region_ = 0;
+        bool failed_ = false;
         std::string key_;
         std::optional<std::string> value_;
     };
@@ -283,6 +289,27 @@ TEST_F(AllocatorTest, ADamagedRowIsSetAside) {
         ASSERT_EQ(extents.size(), 1U);
         ASSERT_NE(extents[0].place / kRegionBlocks % 3, 0U);
     }
+}
+
+TEST_F(AllocatorTest, WhatCannotBeReadCountsAsFull) {
+    store.unreadable = 100;
+    Open(kPage, [](uint64_t) { return RowWithFree(2000); });
+    std::set<uint64_t> regions;
+    for (uint64_t i = 0; i < 101; ++i) {
+        const std::vector<Extent> extents = Take(cow::kRegionBlocks);
+        ASSERT_EQ(extents.size(), 1U);
+        regions.insert(extents[0].place / kRegionBlocks);
+    }
+    for (uint64_t region = 0; region < 100; ++region) EXPECT_TRUE(regions.contains(region));
+    EXPECT_TRUE(regions.contains(kPage)) << "the file did not grow";
+    EXPECT_EQ(kPage - 100, allocator->set_aside());
+    // One that can be read after all is of use again.
+    const std::vector<uint64_t> held{200};
+    allocator->Hold(held);
+    simulation::Await(scheduler, home, OpenThem(leases.get(), held));
+    allocator->Unhold(held);
+    EXPECT_EQ(kPage - 101, allocator->set_aside());
+    EXPECT_EQ(200U, Take(1)[0].place / kRegionBlocks);
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ Result<std::vector<JournalPart>> ReadJournal(MetadataView& view) {
 
 Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line& line,
                                                  const JournalPart& part, size_t begin, size_t most,
-                                                 size_t* end) {
+                                                 size_t* end, std::vector<DamagedRow>* lost) {
     std::vector<JournaledChunk> chunks;
     std::vector<MapRow> rows;  // of the chunks below `known`
     std::vector<DamagedRow> damaged;
@@ -97,8 +97,12 @@ Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line&
             rows = std::move(read.value().rows);
             damaged = std::move(read.value().damaged);
         }
-        for (const DamagedRow& lost : damaged) {
-            if (lost.chunk == index) return MakeError(ErrorKind::kDamaged, lost.what);
+        const auto bad = std::find_if(damaged.begin(), damaged.end(),
+                                      [index](const DamagedRow& r) { return r.chunk == index; });
+        if (bad != damaged.end()) {
+            lost->push_back(*bad);
+            while (next < part.changes.size() && part.changes[next].chunk == index) ++next;
+            continue;
         }
         JournaledChunk& chunk = chunks.emplace_back();
         chunk.index = index;

@@ -47,9 +47,10 @@ struct JournaledChunk {
 };
 
 /// Applies changes of `part`, from the `begin`-th on, to what `line` resolves their chunks to.
-/// At most `most` chunks; `*end` is where to go on.
+/// At most `most` chunks; `*end` is where to go on. Chunks whose rows cannot be read are left out,
+/// and added to `lost`.
 Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line& line,
                                                  const JournalPart& part, size_t begin, size_t most,
-                                                 size_t* end);
+                                                 size_t* end, std::vector<DamagedRow>* lost);
 
 }  // namespace varve::cow

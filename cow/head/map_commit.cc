@@ -38,10 +38,12 @@ Status BuildRow(CommitContext& context, const HeadCommit& commit, const HeadComm
     }
     NoteRecord dropped;
     for (const Run& run : row.dropped) {
-        if (run.birth == commit.generation || Mutated(Mutant::kHeadFreesHeldBlock)) {
+        const bool mine = run.birth == commit.generation || Mutated(Mutant::kHeadFreesHeldBlock);
+        // In a region that cannot be read it stays named, by a note, until it can be freed.
+        if (mine && context.allocator.Open(ExtentOf(run)).ok()) {
             if (Status s = context.allocator.MarkFree(ExtentOf(run)); !s.ok()) return s;
             if (!Mutated(Mutant::kReusedBeforeCommit)) context.freed.push_back(ExtentOf(run));
-        } else if (run.birth > snapshot_below) {
+        } else if (mine || run.birth > snapshot_below) {
             dropped.push_back(run);
         }
     }

@@ -41,8 +41,9 @@ Status Checker::CheckJournal() {
         }
         const Line line = catalog_.history().LineOf(part.branch, part.generation);
         for (size_t next = 0; next < part.changes.size();) {
+            std::vector<DamagedRow> lost;  // CheckFamilies has found them
             const Result<std::vector<JournaledChunk>> chunks =
-                ApplyJournal(view_, line, part, next, kJournaledTogether, &next);
+                ApplyJournal(view_, line, part, next, kJournaledTogether, &next, &lost);
             if (!chunks.ok()) return chunks.error();
             for (const JournaledChunk& chunk : chunks.value()) {
                 OwnJournaled(chunk.index.value, Subtract(chunk.after, chunk.before), journaled);
@@ -123,7 +124,7 @@ Status Checker::CheckRegions() {
     constexpr uint64_t kWords = kRegionBlocks / 64;
     std::vector<bool>& listed = in_use_;
     listed.resize(catalog_.pool().region_count);
-    uint64_t used = 0, lost = 0;
+    uint64_t used = 0, lost = 0, unreadable = 0;
     const auto compare = [&](uint64_t region, const uint64_t* bits) {
         for (uint64_t w = 0; w < kWords; ++w) {
             const uint64_t live = live_.word(region * kWords + w);
@@ -143,7 +144,12 @@ Status Checker::CheckRegions() {
         const bool sound = region < listed.size() &&
                            (full || cursor->value().size() == 1 + sizeof(Allocator::Bits));
         if (!sound) {
-            Fault(fmt::format("allocator region {} is unreadable", region));
+            Fault(
+                fmt::format("allocator region {} is unreadable: nothing is written to it, and "
+                            "nothing given back",
+                            region));
+            ++unreadable;
+            if (region < listed.size()) listed[region] = true;
             continue;
         }
         std::memset(bits, 0xff, sizeof bits);
@@ -156,7 +162,7 @@ Status Checker::CheckRegions() {
         if (!listed[region]) compare(region, bits);
     }
     if (lost > 0) Fault(fmt::format("{} blocks are mapped but not marked as used", lost));
-    if (used != catalog_.pool().used_blocks) {
+    if (used != catalog_.pool().used_blocks && unreadable == 0) {
         Fault(fmt::format("{} blocks are marked as used, the pool's record says {}", used,
                           catalog_.pool().used_blocks));
     }

@@ -86,6 +86,12 @@ void PoolImpl::Judge(PoolStatus& status) const {
                fmt::format("{} of frozen data are damaged; run: varve scrub",
                            FormatSize(status.damaged_bytes)));
     }
+    if (allocator_.set_aside() > 0) {
+        Worsen(status, Health::kWarning,
+               fmt::format("{} of the data file cannot be used, as the allocator's rows of it "
+                           "cannot be read; run: varve check",
+                           FormatSize(allocator_.set_aside() * kRegionBytes)));
+    }
     if (status.reclaim_set_aside > 0) {
         Worsen(status, Health::kWarning,
                fmt::format("{} chunks or deletions cannot be read, so their space is not given "

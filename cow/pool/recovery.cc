@@ -47,9 +47,15 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
     const Line line = catalog_.history().LineOf(part.branch, part.generation);
     const auto view = core_.metadata().View();
     for (size_t next = 0; next < part.changes.size();) {
+        std::vector<DamagedRow> lost;
         Result<std::vector<JournaledChunk>> chunks =
-            ApplyJournal(*view, line, part, next, kFoldTogether, &next);
+            ApplyJournal(*view, line, part, next, kFoldTogether, &next, &lost);
         if (!chunks.ok()) co_return chunks.error();
+        for (const DamagedRow& row : lost) {  // as before, only that chunk cannot be read
+            Log(LogLevel::kError,
+                fmt::format("disk {} has lost its last writes to chunk {}: {}",
+                            catalog_.disk(owner->disk).record.name, row.chunk.value, row.what));
+        }
         HeadCommit commit = MakeCommit(part, owner->snapshot, std::move(chunks.value()));
         if (commit.empty()) continue;
         std::vector<Extent> touched = FreedBy(commit);
@@ -59,7 +65,11 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
         Change change = [&](CommitContext& context) -> Status {
             for (const HeadCommit::Row& row : commit.rows) {
                 for (const Run& run : row.added) {
-                    Status s = context.allocator.Claim({run.place, run.count});
+                    const Extent extent{run.place, run.count};
+                    Status s = context.allocator.Open(extent);
+                    // Of a damaged region nothing is handed out, so nobody else has the blocks.
+                    if (!s.ok() && s.error().kind == ErrorKind::kDamaged) continue;
+                    if (s.ok()) s = context.allocator.Claim(extent);
                     if (!s.ok()) return s;
                 }
             }

@@ -221,17 +221,41 @@ Task<Result<Reclaimer::Swept>> Reclaimer::Sweep(Targets targets) {
     for (auto& [key, target] : targets) {
         for (const auto& [chunk, from] : target.chunks) {
             if (core_.closing) break;
-            const Status s = target.sweeper->Sweep(chunk, from, swept.plan);
+            SweepPlan plan;
+            const Status s = target.sweeper->Sweep(chunk, from, plan);
             if (!s.ok()) swept.unread.emplace_back(chunk, s.error().message);
+            if (!plan.deletes.empty()) swept.plans.emplace_back(chunk, std::move(plan));
             ++swept.chunks;
         }
     }
     targets.clear();
     co_await Hop(core_.home());
     swept_chunks_ += swept.chunks;
-    SweepPlan& plan = swept.plan;
-    if (plan.deletes.empty()) co_return swept;
-    Change change = [this, &plan](CommitContext& context) -> Status {
+    if (swept.plans.empty()) co_return swept;
+    std::vector<Extent> freed;
+    for (const auto& [chunk, plan] : swept.plans) {
+        freed.insert(freed.end(), plan.freed.begin(), plan.freed.end());
+    }
+    Change change = [this, &swept](CommitContext& context) { return BuildSwept(swept, context); };
+    std::vector<uint64_t> regions = RegionsOf(freed);
+    const Status s =
+        co_await committer_.CommitIn(std::move(regions), std::move(change), core_.home());
+    if (!s.ok()) co_return s.error();
+    co_return swept;
+}
+
+/// A chunk of whose blocks some are in a region that cannot be read keeps its rows and notes: so
+/// they stay named, and are freed once it can be. An error is a contradiction, and the pool's end.
+Status Reclaimer::BuildSwept(Swept& swept, CommitContext& context) {
+    for (auto& [chunk, plan] : swept.plans) {
+        Status opened;
+        for (const Extent& extent : plan.freed) {
+            if (opened.ok()) opened = context.allocator.Open(extent);
+        }
+        if (!opened.ok()) {
+            swept.unread.emplace_back(chunk, opened.error().message);
+            continue;
+        }
         for (const Extent& extent : plan.freed) {
             Status marked = context.allocator.MarkFree(extent);
             if (!marked.ok()) {
@@ -241,14 +265,9 @@ Task<Result<Reclaimer::Swept>> Reclaimer::Sweep(Targets targets) {
             context.freed.push_back(extent);
         }
         for (std::string& key : plan.deletes) context.batch.Delete(std::move(key));
-        return Status();
-    };
-    std::vector<uint64_t> regions = RegionsOf(plan.freed);
-    const Status s =
-        co_await committer_.CommitIn(std::move(regions), std::move(change), core_.home());
-    if (!s.ok()) co_return s.error();
-    freed_blocks_ += plan.freed_blocks;
-    co_return swept;
+        freed_blocks_ += plan.freed_blocks;
+    }
+    return Status();
 }
 
 // ---- jobs

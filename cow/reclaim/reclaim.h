@@ -71,7 +71,7 @@ class Reclaimer {
     };
     using Targets = std::map<std::pair<BranchId, Generation>, Target>;
     struct Swept {
-        SweepPlan plan;
+        std::vector<std::pair<ChunkIndex, SweepPlan>> plans;  // of chunks with something dead
         uint64_t chunks = 0;
         std::vector<std::pair<ChunkIndex, std::string>> unread;  // and why
     };
@@ -90,6 +90,7 @@ class Reclaimer {
     void AddTarget(MetadataView& view, Targets& targets, BranchId branch, Generation generation,
                    Generation from, const std::vector<ChunkIndex>& chunks);
     Task<Result<Swept>> Sweep(Targets targets);
+    Status BuildSwept(Swept& swept, CommitContext& context);
     Task<Status> FinishJob(OpenJob& open);
     Task<Result<bool>> PruneStep();
     Task<Result<bool>> FlattenStep();

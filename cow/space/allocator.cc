@@ -101,7 +101,11 @@ void Allocator::LearnPage(uint64_t page, const std::vector<RegionState>& states)
     const uint64_t base = page * RegionStates::kPageRegions;
     for (uint64_t i = 0; i < states.size() && base + i < first_count_; ++i) {
         if (states_.Get(base + i) != RegionState::kUnknown) continue;
-        RegionState state = states[i] == RegionState::kUnknown ? RegionState::kFull : states[i];
+        RegionState state = states[i];
+        if (state == RegionState::kUnknown) {
+            SetAside(base + i, DamagedRegion(base + i));
+            continue;
+        }
         // It has the superblock, so it is never wholly free.
         if (base + i == 0 && state == RegionState::kBare) state = RegionState::kRoomy;
         states_.Set(base + i, state);
@@ -134,7 +138,8 @@ Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
         bitmap = BitmapOf(*row);
         if (!bitmap) return DamagedRegion(index);
     }
-    Open& open = open_[index];
+    aside_.erase(index);
+    Bitmaps& open = open_[index];
     if (row && bitmap->empty()) {
         open.used.set();
     } else if (row) {
@@ -152,6 +157,8 @@ Status Allocator::Know(uint64_t index) {
     if (index >= pool_.region_count) return DamagedRegion(index);
     if (open_.contains(index)) return Status();
     if (!NeedsRow(index)) return Learn(index, std::nullopt);
+    const auto aside = aside_.find(index);
+    if (aside != aside_.end()) return aside->second;
     ++home_reads_;
     const Result<std::optional<std::string>> row = metadata_.View()->Get(RegionKey(index));
     if (!row.ok()) return row.error();
@@ -175,17 +182,31 @@ void Allocator::Unhold(const std::vector<uint64_t>& regions) {
     }
 }
 
-void Allocator::SetAside(uint64_t region) {
-    if (!open_.contains(region)) states_.Set(region, RegionState::kFull);
+void Allocator::SetAside(uint64_t region, Error why) {
+    if (open_.contains(region)) return;
+    states_.Set(region, RegionState::kFull);
+    aside_.try_emplace(region, std::move(why));
+}
+
+Status Allocator::Open(const Extent& extent) {
+    const uint64_t last = (extent.place + extent.count - 1) / kRegionBlocks;
+    for (uint64_t region = extent.place / kRegionBlocks; region <= last; ++region) {
+        if (region >= pool_.region_count) break;  // a contradiction, which marking finds
+        Status s = Know(region);
+        if (s.ok()) continue;
+        SetAside(region, s.error());
+        return s;
+    }
+    return Status();
 }
 
 // ---- open regions
 
 /// REQUIRES: it is open, or has no row.
-Allocator::Open& Allocator::Opened(uint64_t index) {
+Allocator::Bitmaps& Allocator::Opened(uint64_t index) {
     const auto found = open_.find(index);
     if (found != open_.end()) return found->second;
-    Open& open = open_[index];
+    Bitmaps& open = open_[index];
     if (index == 0) open.busy.set(0);
     open.free = kRegionBlocks - open.busy.count();
     return open;
@@ -193,7 +214,7 @@ Allocator::Open& Allocator::Opened(uint64_t index) {
 
 /// After its bitmaps changed, or what they are needed for.
 void Allocator::Settle(uint64_t index) {
-    Open& open = open_.at(index);
+    Bitmaps& open = open_.at(index);
     const RegionState before = states_.Get(index);
     RegionState state = before;
     if (open.free == 0) {
@@ -215,7 +236,7 @@ void Allocator::Settle(uint64_t index) {
     while (open_.size() > open_max_ && idle_.size() > 1) Close(idle_.front());
 }
 
-void Allocator::KeepOpen(Open& open) {
+void Allocator::KeepOpen(Bitmaps& open) {
     if (open.idle) idle_.erase(open.place);
     open.idle = false;
 }
@@ -248,7 +269,7 @@ std::vector<Extent> Allocator::Take(uint64_t index, uint64_t most) {
     std::vector<Extent> extents;
     const RegionState state = states_.Get(index);
     if (state == RegionState::kBare || state == RegionState::kDiscarding) return extents;
-    Open& open = Opened(index);
+    Bitmaps& open = Opened(index);
     const uint64_t base = index * kRegionBlocks;
     most = std::min(most, open.free);
     for (uint64_t i = 0; i < kRegionBlocks && most > 0; ++i) {
@@ -319,23 +340,24 @@ Status Allocator::ForEachPart(Extent extent, F&& apply) {
 }
 
 Status Allocator::Claim(const Extent& extent) {
-    return ForEachPart(extent,
-                       [this](uint64_t index, Open& open, uint64_t first, uint64_t end) -> Status {
-                           for (uint64_t bit = first; bit < end; ++bit) {
-                               if (open.busy[bit]) return DamagedRegion(index);
-                               open.busy.set(bit);
-                               --open.free;
-                               ++open.pending;
-                               ++leased_blocks_;
-                           }
-                           Settle(index);
-                           return Status();
-                       });
+    return ForEachPart(
+        extent, [this](uint64_t index, Bitmaps& open, uint64_t first, uint64_t end) -> Status {
+            for (uint64_t bit = first; bit < end; ++bit) {
+                if (open.busy[bit]) return DamagedRegion(index);
+                open.busy.set(bit);
+                --open.free;
+                ++open.pending;
+                ++leased_blocks_;
+            }
+            Settle(index);
+            return Status();
+        });
 }
 
 Status Allocator::MarkUsed(const Extent& extent) {
     pool_.used_blocks += extent.count;
-    return ForEachPart(extent, [this](uint64_t index, Open& open, uint64_t first, uint64_t end) {
+    if (!aside_.empty() && !Open(extent).ok()) return Status();
+    return ForEachPart(extent, [this](uint64_t index, Bitmaps& open, uint64_t first, uint64_t end) {
         for (uint64_t bit = first; bit < end; ++bit) {
             VARVE_CHECK(open.busy[bit] && !open.used[bit]);
             open.used.set(bit);
@@ -351,7 +373,7 @@ Status Allocator::MarkUsed(const Extent& extent) {
 
 Status Allocator::MarkFree(const Extent& extent) {
     Status s = ForEachPart(
-        extent, [](uint64_t index, const Open& open, uint64_t first, uint64_t end) -> Status {
+        extent, [](uint64_t index, const Bitmaps& open, uint64_t first, uint64_t end) -> Status {
             for (uint64_t bit = first; bit < end; ++bit) {
                 if (!open.used[bit]) return DamagedRegion(index);
             }
@@ -359,7 +381,7 @@ Status Allocator::MarkFree(const Extent& extent) {
         });
     if (!s.ok()) return s;
     pool_.used_blocks -= extent.count;
-    return ForEachPart(extent, [this](uint64_t index, Open& open, uint64_t first, uint64_t end) {
+    return ForEachPart(extent, [this](uint64_t index, Bitmaps& open, uint64_t first, uint64_t end) {
         for (uint64_t bit = first; bit < end; ++bit) open.used.reset(bit);
         open.pending += end - first;
         leased_blocks_ += end - first;
@@ -374,7 +396,7 @@ Status Allocator::MarkFree(const Extent& extent) {
 
 void Allocator::Release(const Extent& extent) {
     const Status s =
-        ForEachPart(extent, [this](uint64_t index, Open& open, uint64_t first, uint64_t end) {
+        ForEachPart(extent, [this](uint64_t index, Bitmaps& open, uint64_t first, uint64_t end) {
             for (uint64_t bit = first; bit < end; ++bit) {
                 VARVE_CHECK(open.busy[bit] && !open.used[bit]);
                 open.busy.reset(bit);

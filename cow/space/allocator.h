@@ -18,6 +18,7 @@
 
 #include <bitset>
 #include <list>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -66,8 +67,14 @@ class Allocator {
     /// While a region is held, it stays open: nobody can miss a change of its row.
     void Hold(const std::vector<uint64_t>& regions);
     void Unhold(const std::vector<uint64_t>& regions);
-    /// Its row cannot be read: nothing is leased from it any more.
-    void SetAside(uint64_t region);
+    /// Its row cannot be read: nothing is leased from it, and nothing freed in it, until Learn()
+    /// has taken it in after all.
+    void SetAside(uint64_t region, Error why);
+    /// Regions whose rows could not be read.
+    uint64_t set_aside() const { return aside_.size(); }
+    /// Sees to it that blocks may be marked; reads nothing if their regions are held. kDamaged or
+    /// the store's error if the row of one cannot be read: then it is set aside.
+    Status Open(const Extent& extent);
 
     // ---- leases
     /// A region that is provisioned and at least a quarter free; one that has less.
@@ -93,7 +100,8 @@ class Allocator {
 
     /// free -> leased, for blocks that were written before a crash. kDamaged if one is not free.
     Status Claim(const Extent& extent);
-    /// REQUIRES: leased. Goes into the next Encode.
+    /// REQUIRES: leased; or of a region that is set aside, of which they are only counted. Goes
+    /// into the next Encode.
     Status MarkUsed(const Extent& extent);
     /// kDamaged if a block is not used: then nothing was changed and nothing may be freed.
     Status MarkFree(const Extent& extent);
@@ -121,7 +129,7 @@ class Allocator {
     uint64_t home_reads() const { return home_reads_; }
 
   private:
-    struct Open {
+    struct Bitmaps {
         Bits used;
         Bits busy;             // used, leased or resting
         uint64_t free = 0;     // blocks that are not busy
@@ -132,9 +140,9 @@ class Allocator {
     };
 
     Status Know(uint64_t index);
-    Open& Opened(uint64_t index);
+    Bitmaps& Opened(uint64_t index);
     void Settle(uint64_t index);
-    void KeepOpen(Open& open);
+    void KeepOpen(Bitmaps& open);
     void Close(uint64_t index);
     /// Calls apply(region, its bitmaps, first bit, end bit) for the part of `extent` in each.
     template <typename F>
@@ -146,9 +154,10 @@ class Allocator {
     const uint64_t capacity_max_;
     const uint64_t open_max_;
     RegionStates states_;
-    std::unordered_map<uint64_t, Open> open_;
+    std::unordered_map<uint64_t, Bitmaps> open_;
     std::list<uint64_t> idle_;  // open without need; used last: last
     std::unordered_map<uint64_t, uint64_t> held_;
+    std::map<uint64_t, Error> aside_;         // regions whose rows cannot be read, and why
     uint64_t unknown_from_ = 0, unknown_to_;  // pages
     const uint64_t first_count_;              // regions when the pool was opened
     std::set<uint64_t> changed_;              // since the last Encode

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "base/log.h"
 
 namespace varve::cow {
@@ -11,6 +13,7 @@ namespace {
 constexpr uint64_t kKnowBeforeGrowing = 1024;
 /// Regions provisioned ahead of demand: 32 MiB.
 constexpr size_t kReadyAhead = 2;
+constexpr RegionState kUnread = RegionState::kUnknown;
 
 }  // namespace
 
@@ -29,7 +32,7 @@ Task<Result<std::vector<Extent>>> Leases::Take(uint64_t most) {
             std::vector<Extent> extents;
             if (opened.ok()) extents = allocator_.Take(*region, most);
             allocator_.Unhold(held);
-            if (!opened.ok()) allocator_.SetAside(*region);
+            if (!opened.ok()) allocator_.SetAside(*region, opened.error());
             if (!opened.ok()) Log(LogLevel::kError, opened.error().message);
             if (extents.empty()) continue;  // others were faster
             Refilled();
@@ -69,9 +72,9 @@ Task<void> Leases::Open(std::vector<uint64_t> regions) {
     for (const uint64_t region : regions) rows.push_back(view->Get(RegionKey(region)));
     co_await Hop(core_.home());
     for (size_t i = 0; i < regions.size(); ++i) {
-        if (!rows[i].ok()) continue;
-        const Status ignored = allocator_.Learn(regions[i], rows[i].value());
-        (void)ignored;
+        Status s = rows[i].status();
+        if (s.ok()) s = allocator_.Learn(regions[i], rows[i].value());
+        if (!s.ok()) allocator_.SetAside(regions[i], s.error());
     }
 }
 
@@ -98,7 +101,7 @@ Task<Status> Leases::Provide(size_t wanted, bool urgent) {
         if (bare) {
             s = co_await Reprovision(*bare);
         } else if (search && !allocator_.all_known()) {
-            s = co_await Learn(&rows);
+            co_await Learn(&rows);
         } else if (!full) {
             s = co_await Grow();
             full = !s.ok() && s.error().kind == ErrorKind::kNoSpace;
@@ -116,12 +119,12 @@ Task<Status> Leases::Provide(size_t wanted, bool urgent) {
 }
 
 /// Reads the rows of a page of regions that are not known yet, and adds how many there were, or one
-/// if there was none. About 2 ms.
-Task<Status> Leases::Learn(uint64_t* rows) {
+/// if there was none. What cannot be read counts as full. About 2 ms.
+Task<void> Leases::Learn(uint64_t* rows) {
     const uint64_t page = *allocator_.UnknownPage();
     const uint64_t base = page * RegionStates::kPageRegions;
     std::vector<RegionState> states(RegionStates::kPageRegions, RegionState::kBare);
-    uint64_t damaged = 0;
+    size_t read = 0;  // regions up to the last row
     co_await Hop(core_.loader());
     const std::string end = RegionKey(base + states.size());
     const std::unique_ptr<MetadataView> view = core_.metadata().View();
@@ -132,21 +135,21 @@ Task<Status> Leases::Learn(uint64_t* rows) {
         const RegionState state = Allocator::StateOf(cursor->value());
         if (region - base >= states.size()) continue;
         states[region - base] = state;
-        if (state == RegionState::kUnknown) ++damaged;
+        read = region - base + 1;
     }
     const Status s = cursor->status();
+    if (!s.ok()) std::fill(states.begin() + static_cast<ptrdiff_t>(read), states.end(), kUnread);
     co_await Hop(core_.home());
     ++*rows;
-    if (!s.ok()) co_return s;
+    const uint64_t before = allocator_.set_aside();
     allocator_.LearnPage(page, states);
-    if (damaged > 0) {
+    const uint64_t aside = allocator_.set_aside() - before;
+    if (aside > 0) {
         Log(LogLevel::kError,
-            fmt::format(
-                "{} of the allocator's regions from {} on are damaged; they are not written "
-                "to any more",
-                damaged, base));
+            fmt::format("{} of the allocator's regions from {} on cannot be read{}; they are not "
+                        "written to until the next start",
+                        aside, base, s.ok() ? "" : ": " + s.error().message));
     }
-    co_return s;
 }
 
 Task<Status> Leases::Grow() {

@@ -34,7 +34,7 @@ class Leases {
 
   private:
     Task<Status> Provide(size_t wanted, bool urgent);
-    Task<Status> Learn(uint64_t* rows);
+    Task<void> Learn(uint64_t* rows);
     Task<Status> OpenOne(uint64_t region);
     void Refilled();
     Task<Status> Grow();
