@@ -127,6 +127,36 @@ TEST_F(FlattenTest, WritesBesideAFlatteningLoseNothing) {
     for (uint64_t c = 0; c < kChunks; ++c) Expect("c4", c * kChunkBytes + 4096, 4096, 'w');
 }
 
+TEST_F(FlattenTest, FlatteningsTakeTurns) {
+    Restart({.reclaim_step_chunks = 1});
+    for (const char* name : {"large", "small"}) {
+        const uint64_t chunks = name == std::string("large") ? 200 : 3;
+        const std::string base = std::string(name) + "-base";
+        Ok(pool().CreateDisk(base, chunks * kChunkBytes));
+        for (uint64_t c = 0; c < chunks; ++c) Write(base, c * kChunkBytes, 4096, 'x');
+        Ok(pool().CreateSnapshots({base + "@s"}));
+        Ok(pool().CloneSnapshot(base + "@s", name));
+    }
+    Reclaim();
+    std::map<std::string, bool> done;
+    const auto flatten = [](Executor* home, cow::Pool* p, std::string name,
+                            std::map<std::string, bool>* flags) -> Task<void> {
+        co_await Hop(*home);
+        std::string disk = name;
+        const Status s = co_await p->FlattenDisk(std::move(disk));
+        EXPECT_TRUE(s.ok());
+        (*flags)[name] = true;
+    };
+    for (const char* name : {"large", "small"}) {
+        Spawn(flatten(&machine->home(), &pool(), name, &done));
+    }
+    scheduler.RunUntil([&] { return done["small"]; });
+    EXPECT_FALSE(done["large"]) << "the large one went first";
+    scheduler.RunUntil([&] { return done["large"]; });
+    EXPECT_EQ(1u, Depth("large"));
+    Expect("large", 199 * kChunkBytes, 4096, 'x');
+}
+
 TEST_F(FlattenTest, AnInterruptedFlatteningGoesOnAfterTheNextStart) {
     Restart({.reclaim_step_chunks = 1});
     MakeChain(4);

@@ -141,5 +141,25 @@ TEST(HistoryTest, NothingThatDiesIsMissed) {
     EXPECT_GT(deaths, 1000U);
 }
 
+TEST(HistoryTest, WhatCouldBeRemovedIsKnown) {
+    History history = MakeLine(1);
+    EXPECT_TRUE(history.bare().empty());
+    history.AddBranch(BranchId{10}, kRoot, Generation{2});
+    history.AddBranch(BranchId{11}, kRoot, Generation{2});
+    EXPECT_EQ(2U, history.bare().size());
+    history.SetHead(BranchId{10}, true);
+    history.SetHead(BranchId{11}, true);
+    history.SetHead(kRoot, false);
+    history.RemoveSnapshot(kRoot, Generation{2});
+    EXPECT_TRUE(history.bare().empty()) << "it tells that two may share blocks";
+    history.SetHead(BranchId{11}, false);
+    EXPECT_EQ(std::set<BranchId>{BranchId{11}}, history.bare());
+    history.RemoveBranch(BranchId{11});
+    EXPECT_EQ(std::set<BranchId>{kRoot}, history.bare());
+    history.RemoveBranch(kRoot);
+    EXPECT_TRUE(history.bare().empty());
+    EXPECT_EQ(0U, history.Get(BranchId{10}).parent.value);
+}
+
 }  // namespace
 }  // namespace varve::cow

@@ -327,6 +327,77 @@ TEST_F(ReclaimTest, AnEstimateEndsWhenThePoolCloses) {
     Start();
 }
 
+TEST_F(ReclaimTest, MoreDeletionsThanAreKeptOpenTakeTurns) {
+    Restart({.reclaim_step_chunks = 1});
+    constexpr unsigned kDisks = 70;
+    constexpr uint64_t kChunks = 6;
+    for (unsigned i = 0; i < kDisks; ++i) {
+        const std::string name = "d" + std::to_string(i);
+        Ok(pool().CreateDisk(name, kChunks * kChunkBytes));
+        for (uint64_t c = 0; c < kChunks; ++c) Write(name, c * kChunkBytes, 4096, 'x');
+        Flush(name);
+        Close(name);
+    }
+    Reclaim();
+    for (unsigned i = 0; i < kDisks; ++i) {
+        Ok(pool().DeleteDisk("d" + std::to_string(i), false, false));
+    }
+    scheduler.RunUntil([&] { return RowsOf('J') < kDisks; });
+    std::map<uint64_t, uint64_t> left;  // rows, by branch
+    const auto rows = media.metadata();
+    for (const auto& [key, value] : *rows) left[cow::KeyNumber(key, 0)] += key[0] == 'M' ? 1 : 0;
+    for (const auto& [branch, count] : left) EXPECT_LT(count, kChunks) << "one has to wait";
+    Reclaim();
+    EXPECT_EQ(0u, Used());
+    EXPECT_EQ(0u, RowsOf('J'));
+}
+
+TEST_F(ReclaimTest, NotesOfBeforeARestartDoNotWaitForAllNewOnes) {
+    constexpr uint64_t kChunks = 100;
+    Restart({.reclaim_step_chunks = 1});
+    Ok(pool().CreateDisk("d", kChunks * kChunkBytes));
+    for (uint64_t c = 0; c < kChunks; ++c) Write("d", c * kChunkBytes, 4096, 'a');
+    Ok(pool().CreateSnapshots({"d@s"}));
+    Flush("d");
+    Ok(pool().DeleteSnapshot("d@s", false));
+    Reclaim();
+    // Two loads of notes, one of before a restart.
+    const auto fold = [](Executor* home, cow::Pool* p, bool* done) -> Task<void> {
+        co_await Hop(*home);
+        co_await p->GetStatus();
+        *done = true;
+    };
+    const auto write = [&](uint64_t from, uint64_t to, bool* done) {
+        for (uint64_t c = from; c < to; ++c) Write("d", c * kChunkBytes, 4096, 'b');
+        Spawn(fold(&machine->home(), &pool(), done));
+    };
+    bool first = false, second = false;
+    write(0, 30, &first);
+    scheduler.RunUntil([&] { return RowsOf('W') >= 25; });
+    Close("d");
+    pool().PrepareShutdown();
+    scheduler.RunUntil([&] { return first; });
+    ASSERT_TRUE(machine->Stop().ok());
+    machine.reset();
+    ASSERT_GT(RowsOf('W'), 10u);
+    std::set<std::string> old;
+    const auto before = media.metadata();
+    for (const auto& [key, value] : *before) {
+        if (key[0] == 'W') old.insert(key);
+    }
+    Start({.reclaim_step_chunks = 1});
+    write(30, kChunks, &second);
+    scheduler.RunUntil([&] {
+        const auto rows = media.metadata();
+        return std::none_of(old.begin(), old.end(),
+                            [&](const auto& k) { return rows->contains(k); });
+    });
+    EXPECT_GT(RowsOf('W'), 10u) << "new notes went first";
+    scheduler.RunUntil([&] { return second; });
+    Reclaim();
+    EXPECT_EQ(kChunks * 4096, Used());
+}
+
 TEST_F(ReclaimTest, ClosingEndsAStepInItsMiddle) {
     Restart({.reclaim_step_chunks = 64});
     constexpr uint64_t kChunks = 64;

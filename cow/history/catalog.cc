@@ -140,6 +140,7 @@ Status Catalog::LoadJobs(MetadataView& view) {
             return Damaged(fmt::format("reclaim job {} is unreadable", number));
         }
         jobs_[number] = record;
+        job_branches_.insert(record.branch);
         return Status();
     });
 }
@@ -283,10 +284,12 @@ void Catalog::RemoveBranch(BranchId id, Batch& batch) {
 void Catalog::AddJob(JobRecord job, Batch& batch) {
     const uint64_t number = NextId();
     jobs_[number] = job;
+    job_branches_.insert(job.branch);
     batch.Put(JobKey(number), Encode(job));
 }
 
 void Catalog::RemoveJob(uint64_t number, Batch& batch) {
+    job_branches_.erase(job_branches_.find(jobs_.at(number).branch));
     jobs_.erase(number);
     batch.Delete(JobKey(number));
 }

@@ -31,6 +31,7 @@ class Catalog {
     const std::map<DiskId, Disk>& disks() const { return disks_; }
     const std::map<SnapshotId, SnapshotRecord>& snapshots() const { return snapshots_; }
     const std::map<uint64_t, JobRecord>& jobs() const { return jobs_; }
+    bool HasJob(BranchId id) const { return job_branches_.contains(id); }
     const History& history() const { return history_; }
     /// Branches that are being flattened.
     const std::set<BranchId>& flattening() const { return flattening_; }
@@ -87,6 +88,7 @@ class Catalog {
     std::map<std::string, DiskId, std::less<>> disk_names_;
     std::map<SnapshotId, SnapshotRecord> snapshots_;
     std::map<uint64_t, JobRecord> jobs_;
+    std::multiset<BranchId> job_branches_;  // that `jobs_` are about
     uint64_t names_version_ = 0;
     History history_;
     std::set<BranchId> flattening_;

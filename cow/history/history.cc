@@ -11,12 +11,24 @@ void History::AddBranch(BranchId id, BranchId parent, Generation fork) {
     Branch& branch = branches_[id];
     branch.parent = parent;
     branch.fork = fork;
-    if (parent.value != 0) branches_.at(parent).children.emplace(fork, id);
+    Changed(id);
+    if (parent.value == 0) return;
+    branches_.at(parent).children.emplace(fork, id);
+    Changed(parent);
+}
+
+/// Its views or children.
+void History::Changed(BranchId id) {
+    ++version_;
+    const Branch& branch = branches_.at(id);
+    const bool bare = branch.snapshots.empty() && branch.children.size() <= 1 && !branch.head;
+    if (bare) bare_.insert(id);
+    if (!bare) bare_.erase(id);
 }
 
 void History::RemoveBranch(BranchId id) {
     const Branch branch = Get(id);
-    VARVE_CHECK(branch.snapshots.empty() && branch.children.size() <= 1 && !branch.head);
+    VARVE_CHECK(bare_.contains(id));
     if (branch.parent.value != 0) {
         auto& siblings = branches_.at(branch.parent).children;
         const auto [begin, end] = siblings.equal_range(branch.fork);
@@ -28,18 +40,24 @@ void History::RemoveBranch(BranchId id) {
         branches_.at(child).fork = branch.fork;
     }
     branches_.erase(id);
+    bare_.erase(id);
+    ++version_;
+    if (branch.parent.value != 0) Changed(branch.parent);
 }
 
 void History::AddSnapshot(BranchId id, Generation generation) {
     VARVE_CHECK(branches_.at(id).snapshots.insert(generation).second);
+    Changed(id);
 }
 
 void History::RemoveSnapshot(BranchId id, Generation generation) {
     VARVE_CHECK(branches_.at(id).snapshots.erase(generation) == 1);
+    Changed(id);
 }
 
 void History::SetHead(BranchId id, bool head) {
     branches_.at(id).head = head;
+    Changed(id);
 }
 
 const History::Branch& History::Get(BranchId id) const {

@@ -89,12 +89,16 @@ class History {
     void AddSnapshot(BranchId id, Generation generation);
     void RemoveSnapshot(BranchId id, Generation generation);
     void SetHead(BranchId id, bool head);
+    /// Grows with each change of the views or of the branches.
+    uint64_t version() const { return version_; }
     void SetWhole(BranchId id) { branches_.at(id).whole = true; }
 
     // ---- questions
     bool Contains(BranchId id) const { return branches_.contains(id); }
     const Branch& Get(BranchId id) const;
     const std::map<BranchId, Branch>& branches() const { return branches_; }
+    /// Those that could be removed: without views, and with one child at most.
+    const std::set<BranchId>& bare() const { return bare_; }
     BranchId Root(BranchId id) const;
     /// Whether the branch's head is the only view of all that have to do with it.
     bool StandsAlone(BranchId id) const;
@@ -139,7 +143,11 @@ class History {
     void Grow(Region& region, Sprout sprout, const Views& gone, bool losing,
               std::vector<Sprout>& sprouts) const;
 
+    void Changed(BranchId id);
+
     std::map<BranchId, Branch> branches_;
+    std::set<BranchId> bare_;
+    uint64_t version_ = 0;
 };
 
 }  // namespace varve::cow

@@ -75,7 +75,7 @@ Task<Status> Flattener::End(BranchId branch, Flattening flattening) {
         context.noted = true;
         return Status();
     };
-    branch_ = BranchId{0};
+    next_.erase(branch);
     const Status s = co_await committer_.Commit(std::move(change), core_.home());
     if (s.ok()) done_();
     co_return s;
@@ -84,11 +84,13 @@ Task<Status> Flattener::End(BranchId branch, Flattening flattening) {
 Task<Result<bool>> Flattener::Step(std::string* unread) {
     // Its rows can wait for room; what the reclaimer gives back wakes it.
     if (catalog_.flattening().empty() || core_.metadata().full()) co_return false;
-    if (!catalog_.flattening().contains(branch_)) {
-        branch_ = *catalog_.flattening().begin();
-        next_ = ChunkIndex{0};
-    }
-    const BranchId id = branch_;
+    std::erase_if(next_, [this](const auto& at) {  // of branches that are gone
+        return !catalog_.flattening().contains(at.first);
+    });
+    auto turn = catalog_.flattening().upper_bound(branch_);
+    if (turn == catalog_.flattening().end()) turn = catalog_.flattening().begin();
+    const BranchId id = branch_ = *turn;
+    const ChunkIndex from = next_[id];
     std::unique_ptr<MetadataView> view;
     Generation lowest;
     Line inherited;
@@ -107,7 +109,7 @@ Task<Result<bool>> Flattener::Step(std::string* unread) {
     }
     Rows found;
     co_await Hop(core_.loader());
-    found = Read(*view, id, inherited, lowest, next_, step_chunks_);
+    found = Read(*view, id, inherited, lowest, from, step_chunks_);
     co_await Hop(core_.home());
     if (!found.status.ok()) {
         *unread = found.status.error().message;
@@ -117,9 +119,9 @@ Task<Result<bool>> Flattener::Step(std::string* unread) {
     }
     if (!found.rows.empty()) s = co_await Put(id, found.rows);
     if (!s.ok()) co_return s.error();
-    next_ = found.next;
+    next_[id] = found.next;
     const bool early = Mutated(Mutant::kFlattenedEarly);
-    if (next_.value == kNoMore || early) s = co_await End(id, Flattening::kDone);
+    if (found.next.value == kNoMore || early) s = co_await End(id, Flattening::kDone);
     if (!s.ok()) co_return s.error();
     co_return true;
 }

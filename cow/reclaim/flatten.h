@@ -6,6 +6,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <string>
 
 #include "cow/head/committer.h"
@@ -23,8 +24,8 @@ class Flattener {
           done_(std::move(done)),
           step_chunks_(step_chunks) {}
 
-    /// Does one step of one branch. False if there is none to be flattened. `*unread`: why one
-    /// was given up, if it was. An error is the commit's.
+    /// Does one step of one branch, in turns with the others. False if there is none to be
+    /// flattened. `*unread`: why one was given up, if it was. An error is the commit's.
     Task<Result<bool>> Step(std::string* unread);
 
   private:
@@ -43,8 +44,8 @@ class Flattener {
     Committer& committer_;
     const std::function<void()> done_;
     const size_t step_chunks_;
-    BranchId branch_;  // the one that is being flattened
-    ChunkIndex next_;  // of it
+    BranchId branch_;                      // the one that had the last turn
+    std::map<BranchId, ChunkIndex> next_;  // where those that are being flattened go on
 };
 
 }  // namespace varve::cow

@@ -10,11 +10,12 @@
 namespace varve::cow {
 namespace {
 
-/// Scans that are kept open; each may hold a line of history. Others wait for one to end.
-constexpr size_t kOpenJobs = 64;
-/// Bare branches that are looked at in one step, and branches that are passed over.
+/// Scans that are kept open; each may hold a line of history. Of others only the place is kept.
+constexpr size_t kOpenScans = 64;
+/// Regions that are kept; each may have thousands of segments.
+constexpr size_t kRegionsKept = 16;
+/// Bare branches that are looked at in one step.
 constexpr size_t kPruneTogether = 64;
-constexpr size_t kPruneLooks = 4096;
 /// Things set aside that are told apart, and logged one by one.
 constexpr size_t kLogMax = 10'000;
 
@@ -124,8 +125,11 @@ bool Reclaimer::SetAside(const std::string& what) {
 // ---- notes
 
 Task<Result<bool>> Reclaimer::NoteStep() {
-    std::vector<NotePlace> notes = notes_.Take(step_chunks_);
-    if (notes.empty() && notes_.pass_needed()) {
+    // In turns: under a steady load of notes the queue is never empty.
+    pass_turn_ = notes_.pass_needed() && (notes_.empty() || !pass_turn_);
+    std::vector<NotePlace> notes;
+    if (!pass_turn_) notes = notes_.Take(step_chunks_);
+    if (pass_turn_) {
         Result<std::vector<NotePlace>> found = co_await PassStep();
         if (!found.ok()) {
             SetAside("the notes cannot be read: " + found.error().message);
@@ -194,16 +198,25 @@ Task<Status> Reclaimer::SweepNotes(std::vector<NotePlace> notes) {
 
 // ---- sweeps
 
+/// The region of that view. Kept from step to step, since it may have thousands of branches.
+std::shared_ptr<const Region> Reclaimer::RegionAt(BranchId branch, Generation generation) {
+    const History& history = catalog_.history();
+    if (std::exchange(regions_version_, history.version()) != history.version()) regions_.clear();
+    const auto key = history.RegionKeyOf(branch, generation);
+    const auto kept = regions_.find(key);
+    if (kept != regions_.end()) return kept->second;
+    if (regions_.size() >= kRegionsKept) regions_.clear();
+    return regions_[key] = std::make_shared<const Region>(history.RegionOf(branch, generation));
+}
+
 /// Adds chunks in which something may have died below the end of `generation`. `from`: a
 /// generation in the segment to begin from. On home, at the same moment as `view`.
 void Reclaimer::AddTarget(MetadataView& view, Targets& targets, BranchId branch,
                           Generation generation, Generation from,
                           const std::vector<ChunkIndex>& chunks) {
-    const History& history = catalog_.history();
-    Target& target = targets[history.RegionKeyOf(branch, generation)];
+    Target& target = targets[catalog_.history().RegionKeyOf(branch, generation)];
     if (!target.sweeper) {
-        auto region = std::make_shared<const Region>(history.RegionOf(branch, generation));
-        target.sweeper = std::make_unique<Sweeper>(view, std::move(region), hints_);
+        target.sweeper = std::make_unique<Sweeper>(view, RegionAt(branch, generation), hints_);
     }
     const int segment = target.sweeper->region().SegmentAt(branch, from);
     VARVE_CHECK(segment >= 0);
@@ -284,33 +297,42 @@ void Reclaimer::ListJobs() {
 /// The next family's oldest job. Nothing if there is none.
 Reclaimer::OpenJob* Reclaimer::ChooseJob() {
     ListJobs();
-    for (size_t i = 0; i < families_.size(); ++i) {
-        auto family = families_.lower_bound(next_family_);
-        if (family == families_.end()) family = families_.begin();
-        next_family_ = BranchId{family->first.value + 1};
-        const auto open = open_jobs_.find(family->first);
-        if (open != open_jobs_.end()) return &open->second;
-        if (open_jobs_.size() >= kOpenJobs) continue;
-        const uint64_t number = family->second.front();
-        const JobRecord job = catalog_.jobs().at(number);
-        const History& history = catalog_.history();
-        CandidateScan scan(history.StretchesBelow(job.branch, job.generation),
-                           history.StretchesAbove(job.branch, job.generation));
-        OpenJob opened{number, job, std::move(scan), {}};
-        return &open_jobs_.emplace(family->first, std::move(opened)).first->second;
+    if (families_.empty()) return nullptr;
+    auto family = families_.upper_bound(family_);
+    if (family == families_.end()) family = families_.begin();
+    OpenJob& open = open_jobs_[family->first];
+    if (open.number == 0) {
+        open.number = family->second.front();
+        open.job = catalog_.jobs().at(open.number);
+        open.family = family->first;
     }
-    return nullptr;
+    OpenScan(open);
+    family_ = family->first;
+    return &open;
+}
+
+/// With too many open, that of the family which had the last turn, and has the next one after all
+/// others, is closed.
+void Reclaimer::OpenScan(OpenJob& open) {
+    if (open.scan) return;
+    const auto last = open_jobs_.find(family_);
+    if (open_scans_ >= kOpenScans && last != open_jobs_.end() && last->second.scan) {
+        last->second.place = last->second.scan->place();
+        last->second.scan.reset();
+        --open_scans_;
+    }
+    const History& history = catalog_.history();
+    open.scan.emplace(history.StretchesBelow(open.job.branch, open.job.generation),
+                      history.StretchesAbove(open.job.branch, open.job.generation), open.place);
+    ++open_scans_;
 }
 
 /// The job is done, or set aside.
-void Reclaimer::CloseJob(uint64_t number) {
-    for (auto family = families_.begin(); family != families_.end(); ++family) {
-        if (family->second.front() != number) continue;
-        open_jobs_.erase(family->first);
-        family->second.erase(family->second.begin());
-        if (family->second.empty()) families_.erase(family);
-        return;
-    }
+void Reclaimer::CloseJob(BranchId family) {
+    open_jobs_.erase(family);
+    --open_scans_;
+    families_.at(family).pop_front();
+    if (families_.at(family).empty()) families_.erase(family);
 }
 
 Task<Result<bool>> Reclaimer::JobStep() {
@@ -331,13 +353,13 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
     Status s;
     {
         const auto view = core_.metadata().View();
-        s = open.scan.Next(*view, step_chunks_, chunks);
+        s = open.scan->Next(*view, step_chunks_, chunks);
     }
     co_await Hop(core_.home());
     if (!s.ok()) {  // its marks cannot be read
         SetAside(fmt::format("deletion {}: {}", open.number, s.error().message));
         jobs_aside_.insert(open.number);
-        CloseJob(open.number);
+        CloseJob(open.family);
         co_return Status();
     }
     if (!chunks.empty()) {
@@ -361,16 +383,17 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
     if (Ending() && resume) co_return Status();
     if (open.unread.size() > kLogMax) {  // the whole job is tried again
         jobs_aside_.insert(open.number);
-        CloseJob(open.number);
+        CloseJob(open.family);
         co_return Status();
     }
-    if (!open.scan.done() && !Ending()) co_return Status();
+    if (!open.scan->done() && !Ending()) co_return Status();
     co_return co_await FinishJob(open);
 }
 
 /// What could not be read stays as notes without blocks, so that it is tried again.
 Task<Status> Reclaimer::FinishJob(OpenJob& open) {
     const uint64_t number = open.number;
+    const BranchId family = open.family;
     const JobRecord job = open.job;
     const std::vector<ChunkIndex> unread = std::move(open.unread);
     Change change = [&](CommitContext& context) {
@@ -384,7 +407,7 @@ Task<Status> Reclaimer::FinishJob(OpenJob& open) {
     };
     const Status s = co_await committer_.Commit(std::move(change), core_.home());
     if (!s.ok()) co_return s;
-    CloseJob(number);
+    CloseJob(family);
     prune_ = true;
     co_return Status();
 }
@@ -396,25 +419,20 @@ Task<Status> Reclaimer::FinishJob(OpenJob& open) {
 /// share blocks.) False if there is nothing to be done.
 Task<Result<bool>> Reclaimer::PruneStep() {
     if (!prune_) co_return false;
-    std::set<BranchId> busy;
-    const auto bare = [&](BranchId id, const History::Branch& branch) {
-        return branch.snapshots.empty() && branch.children.size() <= 1 && !branch.head &&
-               !busy.contains(id);
+    const auto removable = [](const Catalog& catalog, BranchId id) {
+        return catalog.history().bare().contains(id) && !catalog.HasJob(id);
     };
     std::vector<BranchId> empty;
     std::unique_ptr<MetadataView> view;
     bool last = false;
     std::function<void()> look = [&] {
-        for (const auto& [number, job] : catalog_.jobs()) busy.insert(job.branch);
-        const auto& branches = catalog_.history().branches();
-        auto at = branches.lower_bound(prune_from_);
-        for (size_t looks = 0;
-             at != branches.end() && empty.size() < kPruneTogether && looks < kPruneLooks;
-             ++at, ++looks) {
-            if (bare(at->first, at->second)) empty.push_back(at->first);
+        const std::set<BranchId>& bare = catalog_.history().bare();
+        auto at = bare.lower_bound(prune_from_);
+        for (size_t i = 0; at != bare.end() && i < kPruneTogether; ++at, ++i) {
+            if (removable(catalog_, *at)) empty.push_back(*at);
         }
-        last = at == branches.end();
-        prune_from_ = last ? BranchId{0} : at->first;
+        last = at == bare.end();
+        prune_from_ = last ? BranchId{0} : *at;
         view = core_.metadata().View();
     };
     co_await committer_.Look(std::move(look));
@@ -429,11 +447,8 @@ Task<Result<bool>> Reclaimer::PruneStep() {
     if (!empty.empty()) {
         // A bare branch stays bare, and nobody writes rows into it: they are still empty.
         Change change = [&](CommitContext& context) {
-            busy.clear();
-            for (const auto& [number, job] : context.catalog.jobs()) busy.insert(job.branch);
             for (const BranchId id : empty) {
-                const History::Branch& branch = context.catalog.history().Get(id);
-                if (!bare(id, branch)) continue;
+                if (!removable(context.catalog, id)) continue;
                 context.catalog.RemoveBranch(id, context.batch);
                 pruned_ = true;
             }

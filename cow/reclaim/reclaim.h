@@ -14,8 +14,11 @@
 // goes on after a crash; a step that was not committed is simply done again.
 #pragma once
 
+#include <deque>
 #include <functional>
 #include <map>
+#include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -58,11 +61,14 @@ class Reclaimer {
     uint64_t jobs_pending() const { return catalog_.jobs().size() - jobs_aside_.size(); }
 
   private:
+    /// A family's oldest job.
     struct OpenJob {
         uint64_t number = 0;
         JobRecord job;
-        CandidateScan scan;
-        std::vector<ChunkIndex> unread;  // could not be read
+        BranchId family;
+        std::optional<CandidateScan> scan;  // nothing: too many are open
+        CandidateScan::Place place;         // where it goes on then
+        std::vector<ChunkIndex> unread;     // could not be read
     };
     /// Chunks to sweep, by where their regions begin, and the segments to begin from.
     struct Target {
@@ -84,13 +90,15 @@ class Reclaimer {
     Task<Status> SweepNotes(std::vector<NotePlace> notes);
     void ListJobs();
     OpenJob* ChooseJob();
-    void CloseJob(uint64_t number);
+    void OpenScan(OpenJob& job);
+    void CloseJob(BranchId family);
+    std::shared_ptr<const Region> RegionAt(BranchId branch, Generation generation);
+    Status BuildSwept(Swept& swept, CommitContext& context);
     Task<Result<bool>> JobStep();
     Task<Status> JobStepOf(OpenJob& open);
     void AddTarget(MetadataView& view, Targets& targets, BranchId branch, Generation generation,
                    Generation from, const std::vector<ChunkIndex>& chunks);
     Task<Result<Swept>> Sweep(Targets targets);
-    Status BuildSwept(Swept& swept, CommitContext& context);
     Task<Status> FinishJob(OpenJob& open);
     Task<Result<bool>> PruneStep();
     Task<Result<bool>> FlattenStep();
@@ -112,13 +120,19 @@ class Reclaimer {
     SweepHints hints_;
 
     NoteQueue notes_;
+    bool pass_turn_ = false;  // of the pass over the table, else of the queue
+
+    // As long as the tree is the same.
+    std::map<std::pair<BranchId, Generation>, std::shared_ptr<const Region>> regions_;
+    uint64_t regions_version_ = 0;
 
     // Jobs, oldest first, by the root of the branches they are about; those of one are done one
     // after the other.
-    std::map<BranchId, std::vector<uint64_t>> families_;
-    uint64_t listed_ = 0;  // jobs up to this number are in families_
-    std::map<BranchId, OpenJob> open_jobs_;
-    BranchId next_family_;  // whose turn it is
+    std::map<BranchId, std::deque<uint64_t>> families_;
+    uint64_t listed_ = 0;                    // jobs up to this number are in families_
+    std::map<BranchId, OpenJob> open_jobs_;  // that were begun
+    size_t open_scans_ = 0;
+    BranchId family_;  // who had the last turn
     std::set<uint64_t> jobs_aside_;
 
     bool prune_ = true;    // bare branches may have become empty

@@ -266,9 +266,32 @@ Status Sweeper::ReadNotes(const Stretch& stretch, ChunkIndex chunk, F&& take) {
     return notes->status();
 }
 
-CandidateScan::CandidateScan(Line below, Line above) {
-    below_.stretches = std::move(below);
-    above_.stretches = std::move(above);
+CandidateScan::CandidateScan(Line below, Line above, const Place& place)
+    : below_(SideAt(std::move(below), place.below)),
+      above_(SideAt(std::move(above), place.above)) {}
+
+/// One way only leads from a view to a mark, so all before it has been walked. If the line goes
+/// elsewhere now, the walk begins again.
+CandidateScan::Side CandidateScan::SideAt(Line line, const std::string& place) {
+    Side side{std::move(line), 0, {}};
+    if (place.empty()) return side;
+    const BranchId branch{KeyNumber(place, 0)};
+    const Generation generation{KeyNumber(place, 1)};
+    for (size_t i = 0; i < side.stretches.size(); ++i) {
+        const Stretch& stretch = side.stretches[i];
+        if (stretch.branch != branch) continue;
+        if (stretch.after >= generation || generation > stretch.to) continue;
+        side.index = i;
+        side.resume = place;
+    }
+    return side;
+}
+
+std::string CandidateScan::PlaceOf(const Side& side) {
+    if (!side.resume.empty() || side.index == 0) return side.resume;
+    if (side.index >= side.stretches.size()) return {};
+    const Stretch& stretch = side.stretches[side.index];
+    return TouchedKey(stretch.branch, Generation{stretch.after.value + 1}, ChunkIndex{0});
 }
 
 Status CandidateScan::Next(MetadataView& view, size_t most, std::vector<ChunkIndex>& chunks) {

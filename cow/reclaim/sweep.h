@@ -114,12 +114,21 @@ class Sweeper {
 /// the two sides ends first. Both are walked in turns.
 class CandidateScan {
   public:
-    CandidateScan(Line below, Line above);
+    /// The marks from which a scan goes on, on either side; empty: from its beginning.
+    struct Place {
+        std::string below, above;
+    };
+
+    /// `place`: of an earlier scan from the same view, even if the tree has changed since.
+    CandidateScan(Line below, Line above, const Place& place);
+    CandidateScan(Line below, Line above) : CandidateScan(std::move(below), std::move(above), {}) {}
 
     /// Appends at most `most` candidates to `chunks`, with repetitions possible. Goes on where it
     /// stopped, on a newer view if need be. done() afterwards if that was all.
     Status Next(MetadataView& view, size_t most, std::vector<ChunkIndex>& chunks);
     bool done() const { return done_; }
+    /// REQUIRES: not done.
+    Place place() const { return {PlaceOf(below_), PlaceOf(above_)}; }
 
   private:
     struct Side {
@@ -127,6 +136,8 @@ class CandidateScan {
         size_t index = 0;
         std::string resume;  // key to go on from in stretches[index]; empty: its beginning
     };
+    static Side SideAt(Line line, const std::string& place);
+    static std::string PlaceOf(const Side& side);
     Status Step(MetadataView& view, Side& side, size_t most, std::vector<ChunkIndex>& chunks);
 
     Side below_, above_;
