@@ -228,7 +228,7 @@ void Runner::DeleteCounted(const std::string& name, Disk& disk) {
     std::string victim;
     if (!DrawSnapshot(disk, &victim)) return;
     const auto info = machine_->Do(pool().ShowSnapshot(name + "@" + victim));
-    if (!Quiet() || !info.ok() || info.value().approximate) return;
+    if (!Quiet() || hurt_ || !info.ok() || info.value().approximate) return;
     const auto before = machine_->Do(pool().GetStatus());
     Note("delete {}@{} when all is quiet", name, victim);
     const Status s = machine_->Do(pool().DeleteSnapshot(name + "@" + victim, false));

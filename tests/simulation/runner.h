@@ -30,6 +30,9 @@ inline constexpr Scale kLarge{
 /// Many disks, each with little: they share regions, and lanes.
 inline constexpr Scale kMany{10, 16, 2, {12 << 10, (64 << 10) + 3584, 200 << 10, 264 << 10},
                              1,  8,  8};
+/// Few disks, of tens of chunks.
+inline constexpr Scale kWide{2, 3,  2, {2 << 20, (3 << 20) + 512, (5 << 20) - 1536, 8 << 20},
+                             2, 20, 6};
 inline constexpr Scale kSmall{2, 3, 3, {12 << 10, (20 << 10) + 1536, (40 << 10) - 512, 264 << 10},
                               2, 6, 4};
 inline constexpr uint64_t kRoomy = 256 << 20;
@@ -77,6 +80,7 @@ class Runner {
           tight_(dice_.Chance(0.5)),
           limited_(Dice::Of(options.seed, kMetadata).Chance(0.25)),
           rude_(Dice::Of(options.seed, kRude).Chance(0.25)),
+          fragile_(!limited_ && !options.small && Dice::Of(options.seed, kHurt).Chance(0.25)),
           media_(scheduler_, tight_ ? kTight : kRoomy) {
         if (options_.probe) media_.probe = [this](Call call) { return Ask(call); };
     }
@@ -87,9 +91,11 @@ class Runner {
     // Dice that are no step's.
     static constexpr uint64_t kReadsAtOnce = ~uint64_t{0}, kWorld = kReadsAtOnce - 1;
     static constexpr uint64_t kMetadata = kReadsAtOnce - 2, kRude = kReadsAtOnce - 3;
+    static constexpr uint64_t kBreadth = kReadsAtOnce - 4, kHurt = kReadsAtOnce - 5;
 
     static const Scale& ScaleOf(const SimulationOptions& options) {
         if (options.small) return kSmall;
+        if (Dice::Of(options.seed, kBreadth).Chance(0.03)) return kWide;
         return Dice::Of(options.seed, kWorld).Chance(0.2) ? kMany : kLarge;
     }
 
@@ -203,6 +209,8 @@ class Runner {
     void FillUp(uint64_t free_blocks);
     void Reopen();
     void Restart();
+    void Hurt();
+    void Mend();
 
     /// After a restart each disk and snapshot must be something that was legal.
     void SettleAll(bool crashed);
@@ -307,6 +315,7 @@ class Runner {
     const bool tight_;    // in data
     const bool limited_;  // in metadata
     const bool rude_;     // clients write and trim a few blocks for long
+    const bool fragile_;  // rows of the allocator become unreadable for a while
     Media media_;
     cow::PoolOptions pool_options_;
     unsigned lanes_ = 1;
@@ -338,7 +347,8 @@ class Runner {
     };
     std::map<std::pair<std::string, std::string>, Uncertain> uncertain_snapshots_;
     uint64_t begun_there_ = 0, begun_lost_ = 0;
-    std::string grow_;  // a disk whose shrinking a crash met
+    std::optional<std::pair<std::string, std::string>> hurt_;  // a row, as it was
+    std::string grow_;                                         // a disk whose shrinking a crash met
     std::string uncertain_name_;
     std::optional<Image> uncertain_image_;
 };

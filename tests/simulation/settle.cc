@@ -78,6 +78,7 @@ void Runner::VerifyAll() {
         VerifySnapshots(name, disk);
     }
     if (!Quiet()) return;
+    if (hurt_) return VerifyChecksums();  // all is checked when it has been mended
     const auto report = cow::CheckMetadata(machine_->metadata());
     if (!report.ok()) return Violation("check: " + report.error().message);
     const cow::CheckReport& r = report.value();

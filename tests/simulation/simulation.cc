@@ -1,5 +1,6 @@
 #include "tests/simulation/simulation.h"
 
+#include "cow/format/format.h"
 #include "tests/simulation/runner.h"
 
 namespace varve::simulation {
@@ -128,8 +129,33 @@ void Runner::Reopen() {
     const bool crashed = !media_.power() || failed || Struck() != before;
     if (!stopped.ok() && !crashed) Violation("does not close: " + stopped.error().message);
     if (crashed) ++result_.crashes;
+    if (hurt_) Mend();
+    if (!crashed && fragile_ && dice_.Chance(0.5)) Hurt();
     Restart();
     if (Fine()) SettleAll(crashed);
+}
+
+/// From the next start to the one after it a row of the allocator cannot be read. Nothing is
+/// written to its region meanwhile, so that it is right again afterwards.
+void Runner::Hurt() {
+    auto rows = std::make_shared<SimMetadata::Rows>(*media_.metadata());
+    const auto first = rows->lower_bound("R"), end = rows->lower_bound(cow::PrefixEnd("R"));
+    const auto count = static_cast<uint64_t>(std::distance(first, end));
+    if (count == 0) return;
+    const auto row = std::next(first, static_cast<std::ptrdiff_t>(dice_.Draw(count)));
+    Note("region {} cannot be read", cow::KeyNumber(row->first, 0));
+    hurt_ = *row;
+    row->second = "rubbish";
+    media_.SetMetadata(std::move(rows));
+}
+
+void Runner::Mend() {
+    auto rows = std::make_shared<SimMetadata::Rows>(*media_.metadata());
+    std::string& value = (*rows)[hurt_->first];
+    if (value != "rubbish") Violation("a row that could not be read was replaced");
+    value = hurt_->second;
+    media_.SetMetadata(std::move(rows));
+    hurt_.reset();
 }
 
 void Runner::BusyRound() {
