@@ -5,10 +5,10 @@
 
 namespace varve::simulation {
 
-Task<void> Runner::Commands(unsigned count) {
+Task<void> Runner::Commands(uint64_t actor, unsigned count) {
     co_await Hop(machine_->home());
     for (unsigned i = 0; i < count && media_.power() && Fine() && !failed_; ++i) {
-        if (!Begin(kCommander, i)) continue;
+        if (!Begin(actor, i)) continue;
         const uint64_t kind = dice_.Draw(100);
         if (kind < 50) {
             co_await TakeSnapshots();
@@ -61,6 +61,7 @@ Task<void> Runner::TakeSnapshots() {
 }
 
 Task<void> Runner::LookAt(std::string full, Disk& disk, std::string snapshot) {
+    if (!held_.insert(full).second) co_return;  // another is at it
     const Result<cow::Export> opened = co_await pool().OpenExport(full);
     if (!opened.ok()) {
         const bool excused = !media_.power() || Faulty();
@@ -73,6 +74,7 @@ Task<void> Runner::LookAt(std::string full, Disk& disk, std::string snapshot) {
     const Errno error = co_await volume.Read(0, data.span(), nullptr);
     co_await Hop(machine_->home());
     co_await pool().CloseExport(opened.value().id);
+    held_.erase(full);
     Judge(error, "reading a snapshot");
     const bool known = error == 0 && media_.power() && disk.snapshots.contains(snapshot);
     if (known) Verify(full, disk.snapshots.at(snapshot), data.text());
@@ -93,8 +95,10 @@ Task<void> Runner::DeleteSnapshot() {
         auto victim = disk.snapshots.begin();
         std::advance(victim, static_cast<std::ptrdiff_t>(dice_.Draw(disk.snapshots.size())));
         const std::string snapshot = victim->first;
+        if (!held_.insert(name + "@" + snapshot).second) continue;  // another is at it
         Note("delete {}@{}", name, snapshot);
         Status s = co_await pool().DeleteSnapshot(name + "@" + snapshot, false);
+        held_.erase(name + "@" + snapshot);
         if (s.ok() && media_.power()) {
             disk.snapshots.erase(snapshot);
         } else {

@@ -1,5 +1,6 @@
 // Damage: without any, nothing is taken for it; a flipped bit is an I/O error for all who see it.
 #include <algorithm>
+#include <utility>
 
 #include "cow/format/runs.h"
 #include "cow/history/catalog.h"
@@ -29,8 +30,10 @@ Task<void> Runner::WaitForChecksums(bool* done) {
 
 /// Beside clients.
 Task<void> Runner::Scrub() {
+    if (std::exchange(scrubbing_, true)) co_return;  // a second one is refused
     std::optional<std::string> all;
     const Result<cow::ScrubReport> report = co_await pool().Scrub(std::move(all));
+    scrubbing_ = false;
     if (!report.ok()) {
         Do(report.status());
         co_return;

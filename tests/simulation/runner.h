@@ -81,6 +81,7 @@ class Runner {
           limited_(Dice::Of(options.seed, kMetadata).Chance(0.25)),
           rude_(Dice::Of(options.seed, kRude).Chance(0.25)),
           fragile_(!limited_ && !options.small && Dice::Of(options.seed, kHurt).Chance(0.25)),
+          commanders_(Dice::Of(options.seed, kCrowd).Chance(0.25) ? 3 : 1),
           media_(scheduler_, tight_ ? kTight : kRoomy) {
         if (options_.probe) media_.probe = [this](Call call) { return Ask(call); };
     }
@@ -92,6 +93,7 @@ class Runner {
     static constexpr uint64_t kReadsAtOnce = ~uint64_t{0}, kWorld = kReadsAtOnce - 1;
     static constexpr uint64_t kMetadata = kReadsAtOnce - 2, kRude = kReadsAtOnce - 3;
     static constexpr uint64_t kBreadth = kReadsAtOnce - 4, kHurt = kReadsAtOnce - 5;
+    static constexpr uint64_t kCrowd = kReadsAtOnce - 6;
 
     static const Scale& ScaleOf(const SimulationOptions& options) {
         if (options.small) return kSmall;
@@ -159,6 +161,7 @@ class Runner {
         kRestart,
         kVerifier,
         kClients,
+        kCommanders = 253,  // further ones
         kLeaver = 255
     };
 
@@ -271,7 +274,7 @@ class Runner {
 
     // ---- commands beside clients
 
-    Task<void> Commands(unsigned count);
+    Task<void> Commands(uint64_t actor, unsigned count);
     Task<void> TakeSnapshots();
 
     /// Reads a snapshot that was taken a moment ago, beside clients.
@@ -316,6 +319,7 @@ class Runner {
     const bool limited_;  // in metadata
     const bool rude_;     // clients write and trim a few blocks for long
     const bool fragile_;  // rows of the allocator become unreadable for a while
+    const uint64_t commanders_;
     Media media_;
     cow::PoolOptions pool_options_;
     unsigned lanes_ = 1;
@@ -346,7 +350,13 @@ class Runner {
         bool begun;  // else its deletion
     };
     std::map<std::pair<std::string, std::string>, Uncertain> uncertain_snapshots_;
-    uint64_t begun_there_ = 0, begun_lost_ = 0;
+    std::set<std::string> held_;  // DISK@SNAP that a command is at
+    bool scrubbing_ = false;
+    /// Of a cut that the crash met: whether disks have it.
+    struct Fate {
+        bool there = false, lost = false;
+    };
+    std::map<const Moments*, Fate> cuts_;
     std::optional<std::pair<std::string, std::string>> hurt_;  // a row, as it was
     std::string grow_;                                         // a disk whose shrinking a crash met
     std::string uncertain_name_;

@@ -19,12 +19,14 @@ void Runner::SettleAll(bool crashed) {
         SettleDisk(name, disk, crashed);
     }
     if (there.size() != disks_.size()) Violation("a disk came back from the dead");
-    if (begun_there_ > 0 && begun_lost_ > 0) Violation("a cut is there in part");
+    for (const auto& [cut, fate] : cuts_) {
+        if (fate.there && fate.lost) Violation("a cut is there in part");
+    }
     uncertain_disks_.clear();
     uncertain_image_.reset();
     uncertain_snapshots_.clear();
     uncertain_name_.clear();
-    begun_there_ = begun_lost_ = 0;
+    cuts_.clear();
     // What a shrink cut off must not come back, even if a crash met it.
     const auto shrunk = disks_.find(std::exchange(grow_, {}));
     if (Fine() && shrunk != disks_.end()) ResizeTo(shrunk->first, shrunk->second, scale_.sizes[3]);
@@ -50,13 +52,14 @@ void Runner::SettleDisk(const std::string& name, Disk& disk, bool crashed) {
     for (const auto& info : list.value()) there.insert(info.name);
     for (auto& [key, uncertain] : uncertain_snapshots_) {
         if (key.first != name) continue;
-        if (there.contains(key.second)) {
+        const bool kept = there.contains(key.second);
+        if (kept) {
             disk.snapshots.emplace(key.second, uncertain.snapshot);
-            if (uncertain.begun) ++begun_there_;
         } else {
             disk.snapshots.erase(key.second);
-            if (uncertain.begun) ++begun_lost_;
         }
+        Fate& fate = cuts_[uncertain.snapshot.moments.get()];
+        if (uncertain.begun) (kept ? fate.there : fate.lost) = true;
     }
     for (const auto& [snapshot, unused] : disk.snapshots) {
         if (!there.contains(snapshot)) return Violation("lost " + name + "@" + snapshot);

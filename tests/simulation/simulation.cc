@@ -101,7 +101,8 @@ void Runner::Restart() {
         media_.Restore();
         media_.faults = Faults{};
         if (machine_) past_.push_back(std::move(machine_));
-        faulty_ = false;
+        faulty_ = scrubbing_ = false;
+        held_.clear();
         if (dice_.Chance(0.2)) media_.CutAfter(1 + dice_.Draw(40));
         const bool before = Struck();
         {
@@ -168,7 +169,10 @@ void Runner::BusyRound() {
     clients_ += StartClients(&exports);
     if (Fine()) clients_ += StartRude(&exports);
     if (!Fine()) return;
-    Spawn(Commands(static_cast<unsigned>(commands)));
+    Spawn(Commands(kCommander, static_cast<unsigned>(commands)));
+    for (uint64_t i = 1; i < commanders_; ++i, ++clients_) {
+        Spawn(Commands(kCommanders + i - 1, static_cast<unsigned>(commands)));
+    }
     {
         const Exposed exposed(*this);
         if (!scheduler_.RunUntil([this] { return clients_ == 0; })) Violation("deadlock");
