@@ -253,6 +253,31 @@ TEST_F(ServerTest, NegotiationsBeyondTheCapWait) {
     EXPECT_EQ(Receive(fourth.get(), 18).size(), 18U) << "an attached client frees its place";
 }
 
+// One more waits than there are places: one goes for it, who has been there longest.
+TEST_F(ServerTest, OneThatWaitsEndsOneThatIsSilent) {
+    options_.negotiating_max = 2;
+    options_.negotiation_timeout_s = 3600;
+    StartWithDisk();
+    OwnedFd first = ConnectGreeted(), second = ConnectGreeted();
+    OwnedFd third = ConnectGreeted();
+    ExpectClosed(first.get());
+    SendAll(second.get(), kHello + ExportName("disk0"));
+    EXPECT_EQ(Receive(second.get(), 10).size(), 10U);
+}
+
+// They leave as fast as others come, not one after the other: that would take minutes.
+TEST_F(ServerTest, CrowdOfSilentClientsDoesNotKeepOthersOut) {
+    constexpr timeval kTooLong{60, 0};
+    options_.negotiation_timeout_s = 3600;
+    StartWithDisk();
+    std::vector<OwnedFd> silent;
+    for (size_t i = 0; i < 2 * options_.negotiating_max; ++i) silent.push_back(Connect());
+    OwnedFd honest = Connect();
+    ::setsockopt(honest.get(), SOL_SOCKET, SO_RCVTIMEO, &kTooLong, sizeof kTooLong);
+    SendAll(honest.get(), kHello + ExportName("disk0"));
+    EXPECT_EQ(Receive(honest.get(), 28).size(), 28U);
+}
+
 // All places are taken, but nobody waits for one.
 TEST_F(ServerTest, ExactlyFullIsNotCrowded) {
     options_.negotiating_max = 2;

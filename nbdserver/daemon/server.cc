@@ -17,9 +17,10 @@ namespace varve::nbdserver {
 namespace {
 
 constexpr uint64_t kShortagePauseMs = 100;
-// Who negotiates longer than this goes when others wait to begin: those who stall must not keep
-// everybody out for the whole time that a slow but honest client is given.
-constexpr uint64_t kPatienceMs = 1000;
+// Who has kept the server waiting longer than this may go when others wait to begin: who stalls
+// must not keep everybody out for the whole time that a slow but honest client is given. Five round
+// trips of 100 ms, or a packet that was lost, are within it.
+constexpr uint64_t kPatienceMs = 500;
 // An option that asks about a listed export may take as long as a slow network, on top of the rest.
 constexpr uint64_t kListedOptionMs = 250;
 constexpr uint64_t kLookAgainMs = 20;
@@ -41,20 +42,23 @@ LookupError ToLookupError(const Error& error) {
 /// Time in pieces.
 class Stopwatch {
   public:
+    using Clock = std::chrono::steady_clock;
+
     void Go() { began_ = Clock::now(); }
     void Halt() {
         passed_ += Clock::now() - *began_;
         began_.reset();
     }
     bool running() const { return began_.has_value(); }
+    Clock::duration passed() const {
+        return passed_ + (began_ ? Clock::now() - *began_ : Clock::duration::zero());
+    }
     uint64_t ms() const {
-        const Clock::duration now = began_ ? Clock::now() - *began_ : Clock::duration::zero();
-        const auto all = std::chrono::duration_cast<std::chrono::milliseconds>(passed_ + now);
+        const auto all = std::chrono::duration_cast<std::chrono::milliseconds>(passed());
         return static_cast<uint64_t>(all.count());
     }
 
   private:
-    using Clock = std::chrono::steady_clock;
     Clock::duration passed_{};
     std::optional<Clock::time_point> began_;
 };
@@ -141,10 +145,13 @@ Task<void> Server::Closed() {
 
 Task<void> Server::Accept(std::shared_ptr<Acceptor> acceptor) {
     while (!closing_) {
-        while (!closing_ && Full()) co_await room_.Wait();
         Task<bool> waiting = acceptor->socket.WaitReadable();
         const bool readable = co_await waiting;
         if (!readable) break;
+        while (!closing_ && Full()) {
+            MakeRoom();
+            co_await room_.Wait();
+        }
         Errno shortage = 0;
         for (int n = 0; n < kAcceptsPerTurn && !closing_ && !Full(); ++n) {
             if (!AcceptOne(acceptor->socket, &shortage)) break;
@@ -189,16 +196,26 @@ bool Server::AcceptOne(const ControlSocket& socket, Errno* shortage) {
     return true;
 }
 
-/// Whether others wait for a place now, and no place is about to come free.
-bool Server::Crowded() const {
-    if (!Full() || leaving_ > 0) return false;
-    return std::any_of(acceptors_.begin(), acceptors_.end(),
-                       [](const auto& acceptor) { return Readable(acceptor->socket.fd()); });
+/// Ends the negotiation that has kept the server waiting longest, if that is too long now that
+/// others wait, and unless a place is about to come free.
+void Server::MakeRoom() {
+    if (leaving_ > 0) return;
+    Handshake* slowest = nullptr;
+    Stopwatch::Clock::duration longest = std::chrono::milliseconds(kPatienceMs);
+    for (const std::shared_ptr<Handshake>& handshake : handshakes_) {
+        const Stopwatch::Clock::duration waited = handshake->waited.passed();
+        if (waited < longest || !IsLate(*handshake)) continue;
+        longest = waited;
+        slowest = handshake.get();
+    }
+    if (slowest) EndLate(*slowest);
 }
 
-uint64_t Server::PatienceMs(const Handshake& handshake) const {
-    if (Crowded()) return std::min(limits_.negotiation_ms_max, kPatienceMs);
-    return limits_.negotiation_ms_max + handshake.negotiator.options_for_list() * kListedOptionMs;
+void Server::EndLate(Handshake& handshake) {
+    if (std::exchange(handshake.leaving, true)) return;
+    Log(LogLevel::kDebug, fmt::format("{} took too long to negotiate", handshake.address));
+    ++leaving_;
+    handshake.socket.Cancel();
 }
 
 /// Whether it is the client that is waited for now, not this thread that has not come to it.
@@ -207,26 +224,26 @@ bool Server::IsLate(const Handshake& handshake) {
     return !handshake.reading || !Readable(handshake.socket.fd());
 }
 
+uint64_t Server::AllowedMs(const Handshake& handshake) const {
+    return limits_.negotiation_ms_max + handshake.negotiator.options_for_list() * kListedOptionMs;
+}
+
+/// Ends it once it has taken all the time there is. From kPatienceMs on it may go for others: then
+/// whoever waits for a place looks again.
 Task<void> Server::WatchDeadline(std::shared_ptr<Handshake> handshake) {
     for (;;) {
         const uint64_t waited_ms = handshake->waited.ms();
-        const uint64_t patience_ms = PatienceMs(*handshake);
-        uint64_t step_ms = kLookAgainMs;
-        if (waited_ms < patience_ms) {
-            step_ms = std::min(patience_ms - waited_ms, kPatienceMs);
-        } else if (IsLate(*handshake)) {
-            break;
-        }
-        Task<bool> wait = handshake->deadline.Wait(step_ms);
+        const uint64_t allowed_ms = AllowedMs(*handshake);
+        if (waited_ms >= allowed_ms && IsLate(*handshake)) break;
+        if (waited_ms >= kPatienceMs) room_.WakeAll();
+        const uint64_t next_ms =
+            waited_ms < kPatienceMs ? kPatienceMs : std::max(allowed_ms, waited_ms);
+        Task<bool> wait =
+            handshake->deadline.Wait(std::clamp(next_ms - waited_ms, kLookAgainMs, kPatienceMs));
         const bool expired = co_await wait;
         if (!expired) break;
     }
-    if (!handshake->deadline.cancelled()) {
-        Log(LogLevel::kDebug, fmt::format("{} took too long to negotiate", handshake->address));
-        handshake->leaving = true;
-        ++leaving_;
-        handshake->socket.Cancel();
-    }
+    if (!handshake->deadline.cancelled()) EndLate(*handshake);
     gate_.Leave();
 }
 

@@ -26,8 +26,8 @@ namespace varve::nbdserver {
 
 struct ServerLimits {
     NegotiationLimits negotiation;
-    /// How long the server waits for one client, in all; its own time does not count. 1 s is
-    /// enough to make room for others that wait for a place.
+    /// How long the server waits for one client, in all; its own time does not count. Half a
+    /// second is enough to make room for another that waits for a place.
     uint64_t negotiation_ms_max = 10'000;
     uint64_t negotiating_max = 100;     // more wait in the listeners' backlogs
     uint64_t waiting_max = 100;         // for one export, besides those; more are refused
@@ -61,9 +61,10 @@ class Server {
     Task<void> Accept(std::shared_ptr<Acceptor> acceptor);
     bool AcceptOne(const ControlSocket& socket, Errno* shortage);
     bool Full() const { return handshakes_.size() - waiting_.seated() >= limits_.negotiating_max; }
-    bool Crowded() const;
-    uint64_t PatienceMs(const Handshake& handshake) const;
+    void MakeRoom();
+    uint64_t AllowedMs(const Handshake& handshake) const;
     static bool IsLate(const Handshake& handshake);
+    void EndLate(Handshake& handshake);
     Task<void> WatchDeadline(std::shared_ptr<Handshake> handshake);
     Task<void> Negotiate(std::shared_ptr<Handshake> handshake);
     Task<void> Converse(std::shared_ptr<Handshake> handshake);
@@ -91,7 +92,7 @@ class Server {
     bool closing_ = false;
     uint64_t leaving_ = 0;  // of handshakes_: closed already
     bool full_ = false;     // reported already
-    WaitList room_;         // a negotiation ended
+    WaitList room_;         // a negotiation ended, or may be ended for others
     Gate gate_;             // accept loops, connections and their deadlines
     WaitingRoom waiting_;   // of handshakes_: those that wait for their export
 };
