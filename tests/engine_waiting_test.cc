@@ -65,6 +65,23 @@ TEST_F(EngineWaitingTest, WhoObservesDoesNotWaitForACommit) {
     EXPECT_EQ(4096U, Unique("d@s"));
 }
 
+TEST_F(EngineWaitingTest, AnOlderSnapshotOpensWhileANewOneIsStuck) {
+    Ok(pool().CreateDisk("d", kMiB));
+    EXPECT_EQ(0, Write("d", 0, 4096, 'a'));
+    Ok(pool().CreateSnapshots({"d@old"}));
+    EXPECT_EQ(0, Write("d", 0, 4096, 'b'));
+    machine->committer().Stall(true);
+    Beside<Status> creation(machine->home(), pool().CreateSnapshots({"d@new"}));
+    RunOut([&] { return pool().FindExport("d@new").ok(); });
+    Expect("d@old", 0, 4096, 'a');
+    EXPECT_EQ(ErrorKind::kBusy, machine->Do(pool().OpenExport("d@new")).error().kind);
+    EXPECT_FALSE(creation.result.has_value());
+    machine->committer().Stall(false);
+    RunOut([&] { return creation.result.has_value(); });
+    EXPECT_TRUE(creation.result->ok());
+    Expect("d@new", 0, 4096, 'b');
+}
+
 TEST_F(EngineWaitingTest, WhoObservesDoesNotWaitForTheAuditor) {
     Ok(pool().CreateDisk("d", kMiB));
     EXPECT_EQ(0, Write("d", 0, 8192, 'a'));

@@ -122,6 +122,8 @@ class Head : public MappedVolume {
     Task<Errno> Seal(HeadCommit* commit);
     /// After the seal was committed, with the snapshot; or not.
     void FinishCut(SnapshotId snapshot);
+    /// Whether all of a snapshot's generation is in map rows: of all but the one sealed last it is.
+    bool IsFolded(Generation generation) const;
     /// Waits until all of the generation that was sealed last is in map rows, or the pool failed.
     Task<void> SealedFolded();
     /// Makes durable, in map rows, all that was answered before. Errors as of Flush().

@@ -158,6 +158,10 @@ void Head::FinishCut(SnapshotId snapshot) {
     round_done_.WakeAll();
 }
 
+bool Head::IsFolded(Generation generation) const {
+    return generation < sealed_generation_ || !(sealed_open_ || cut_);
+}
+
 Task<void> Head::SealedFolded() {
     while ((sealed_open_ || cut_) && !core_.failed) co_await round_done_.Wait();
 }

@@ -85,8 +85,7 @@ Task<Result<Export>> PoolImpl::OpenExport(std::string name, const bool* given_up
     for (SnapshotId folded; id.ok() && id.value() != folded; id = catalog_.FindSnapshot(name)) {
         folded = id.value();
         if (Mutated(Mutant::kOpenedUnfolded)) continue;
-        const DiskId disk = catalog_.snapshot(folded).disk;
-        const bool stored = co_await SealedWithin(disk, kSealedUs, given_up);
+        const bool stored = co_await FoldedWithin(folded, kSealedUs, given_up);
         if (!stored) {
             co_return MakeError(
                 ErrorKind::kBusy,

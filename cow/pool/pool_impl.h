@@ -130,7 +130,8 @@ class PoolImpl : public Pool, public HeadHost {
     FindDisks DiskNamed(const std::string& name) const;
     FindDisks DiskOf(const std::string& snapshot) const;
     Task<void> WatchSealed(DiskId id);
-    Task<bool> SealedWithin(DiskId id, int64_t us, const bool* given_up = nullptr);
+    Task<bool> IsFolded(SnapshotId id);
+    Task<bool> FoldedWithin(SnapshotId id, int64_t us, const bool* given_up = nullptr);
     Task<void> Refreshes();
     Task<bool> Refreshed();
     Task<void> Count(CountingFor whom, DoomedViews views, std::shared_ptr<Counting> counting);

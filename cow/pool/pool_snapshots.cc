@@ -200,7 +200,7 @@ Task<Status> PoolImpl::CreateSnapshots(std::vector<std::string> names) {
 /// Without `*waits` the figures are those of memory; it is cleared when something hangs.
 Task<Result<SnapshotInfo>> PoolImpl::InfoOf(SnapshotId id, bool* waits) {
     const Error gone = MakeError(ErrorKind::kNotFound, "the snapshot was deleted meanwhile");
-    if (*waits) *waits = co_await SealedWithin(catalog_.snapshot(id).disk, kStoredUs);
+    if (*waits) *waits = co_await FoldedWithin(id, kStoredUs);
     if (!catalog_.snapshots().contains(id)) co_return gone;
     if (*waits) {
         const Result<bool> counted = co_await Counted(id);

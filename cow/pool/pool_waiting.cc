@@ -108,10 +108,25 @@ Task<void> PoolImpl::WatchSealed(DiskId id) {
     background_.Leave();
 }
 
-/// Until what is frozen of the disk is in map rows; false if that takes too long, or `*given_up`.
-Task<bool> PoolImpl::SealedWithin(DiskId id, int64_t us, const bool* given_up) {
+/// Whether the snapshot is in map rows. A newer one of its disk may not be.
+Task<bool> PoolImpl::IsFolded(SnapshotId id) {
+    const DiskId disk = catalog_.snapshot(id).disk;
+    const Generation generation = catalog_.snapshot(id).generation;
+    Head& head = *disks_.at(disk).head;
+    ++disks_.at(disk).visitors;
+    co_await Hop(head.executor());
+    const bool folded = head.IsFolded(generation);
+    co_await Hop(core_.home());
+    EndVisit(disk);
+    co_return folded;
+}
+
+/// Until the snapshot is in map rows, or gone; false if that takes too long, or `*given_up`.
+Task<bool> PoolImpl::FoldedWithin(SnapshotId snapshot, int64_t us, const bool* given_up) {
+    const DiskId id = catalog_.snapshot(snapshot).disk;
+    const bool folded = co_await IsFolded(snapshot);
     const auto disk = disks_.find(id);
-    if (disk == disks_.end()) co_return true;
+    if (folded || disk == disks_.end()) co_return true;
     const uint64_t seen = disk->second.seen_sealed;
     if (!disk->second.watched) Spawn(WatchSealed(id));
     std::function<bool(int64_t*)> done = [this, id, seen, given_up](int64_t* until_us) {
