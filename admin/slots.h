@@ -17,7 +17,9 @@ enum class Pace {
 };
 
 /// Of the places, an eighth is for glances only. At most half may be taken by changes that have
-/// begun, and a quarter by work; further ones wait in line.
+/// begun, and a quarter by work; further ones wait in line. But a line takes no place in which one
+/// of the other kind could begin: with 128 places, at most 80 changes, or 48 of work, have begun or
+/// wait in line, and 112 of both together.
 class Slots {
   public:
     using Line = std::list<std::function<void()>>;
@@ -42,7 +44,8 @@ class Slots {
 
   private:
     struct Kind {
-        size_t most = 1;
+        size_t most = 1;  // that have begun
+        size_t room = 1;  // and in line
         size_t begun = 0;
         Line line;
     };

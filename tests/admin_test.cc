@@ -2,8 +2,10 @@
 // Not the command line: that is cli_test.cc.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <boost/json/array.hpp>
 #include <boost/json/object.hpp>
 #include <boost/json/serialize.hpp>
@@ -13,6 +15,7 @@
 
 #include "admin/command.h"
 #include "admin/jsonrpc.h"
+#include "admin/slots.h"
 #include "tests/admin_server.h"
 
 namespace varve::admin {
@@ -302,6 +305,62 @@ TEST(DecodeCommand, DoesNotRepeatEndlessNames) {
     EXPECT_LT(RefusalOf("disk.show", "{\"" + huge + "\":1}").size(), 200u);
     const auto decoded = DecodeCommand(One(Call(huge)));
     EXPECT_LT(std::get<RpcError>(decoded).error.message.size(), 200u);
+}
+
+// ---- slots
+
+/// How many enter, of one kind, until one is refused. Those that wait: no `turn` may come.
+size_t Fill(Slots& slots, Pace pace) {
+    Slots::Ticket ticket;
+    for (size_t entered = 0;; ++entered) {
+        const auto turn = [] { ADD_FAILURE() << "nobody has left"; };
+        if (slots.Enter(pace, turn, &ticket) == Slots::Entry::kRefused) return entered;
+    }
+}
+
+TEST(Slots, ALineTakesNoPlaceInWhichTheOtherKindCouldBegin) {
+    for (const size_t places : {3, 4, 8, 16, 128, 1000}) {
+        for (const auto& [first, second] :
+             {std::pair(Pace::kChange, Pace::kWork), std::pair(Pace::kWork, Pace::kChange)}) {
+            Slots slots(places), others(places);
+            const size_t entered = Fill(slots, first);
+            Fill(others, second);
+            const size_t begun = others.begun(second);
+            EXPECT_EQ(Fill(slots, second), places - std::max<size_t>(places / 8, 1) - entered);
+            EXPECT_EQ(slots.begun(second), begun) << places << " places";
+            EXPECT_EQ(Slots::Entry::kBegins, slots.Enter(Pace::kGlance, {}, nullptr));
+        }
+    }
+}
+
+TEST(Slots, TheNumbersOfTheManual) {
+    Slots changes(128), works(128);
+    EXPECT_EQ(Fill(changes, Pace::kChange), 80U);
+    EXPECT_EQ(changes.begun(Pace::kChange), 64U);
+    EXPECT_EQ(Fill(changes, Pace::kWork), 32U);
+    EXPECT_EQ(Fill(works, Pace::kWork), 48U);
+    EXPECT_EQ(works.begun(Pace::kWork), 32U);
+    EXPECT_EQ(Fill(works, Pace::kChange), 64U);
+}
+
+TEST(Slots, WhoLeavesMakesRoomForTheNextInLine) {
+    Slots slots(8);  // 2 for work that has begun, 1 for work that waits
+    Slots::Ticket ticket;
+    int turns = 0;
+    const auto enter = [&] {
+        return slots.Enter(
+            Pace::kWork, [&turns] { ++turns; }, &ticket);
+    };
+    EXPECT_EQ(enter(), Slots::Entry::kBegins);
+    EXPECT_EQ(enter(), Slots::Entry::kBegins);
+    EXPECT_EQ(enter(), Slots::Entry::kWaits);
+    EXPECT_EQ(enter(), Slots::Entry::kRefused);
+    slots.Leave(Pace::kWork);
+    EXPECT_EQ(turns, 1);
+    EXPECT_EQ(enter(), Slots::Entry::kWaits);
+    slots.LeaveLine(ticket);
+    EXPECT_EQ(enter(), Slots::Entry::kWaits);
+    EXPECT_EQ(turns, 1);
 }
 
 // ---- the socket
@@ -629,27 +688,34 @@ std::string Create(const std::string& name) {
     return Call("disk.create", R"({"name":")" + name + R"(","size":4096})");
 }
 
+/// The one of `clients` that is answered first, moved out of it.
+RawClient TakeAnswered(std::deque<RawClient>& clients) {
+    std::vector<pollfd> polled;
+    for (const RawClient& client : clients) polled.push_back({client.fd(), POLLIN, 0});
+    VARVE_CHECK(::poll(polled.data(), polled.size(), 60'000) > 0);
+    const auto at = std::find_if(polled.begin(), polled.end(),
+                                 [](const pollfd& one) { return one.revents != 0; });
+    RawClient answered = std::move(clients.at(static_cast<size_t>(at - polled.begin())));
+    clients.erase(clients.begin() + (at - polled.begin()));
+    return answered;
+}
+
 TEST(Service, ChangesThatHangLeaveRoomForWhoAsksWhatHangs) {
     ServiceOptions options;
-    options.connections_max = 8;  // of them 4 for changes that have begun, 3 for any that wait
+    options.connections_max = 8;  // of them 4 for changes that have begun, 1 for one that waits
     AdminServer server(options);
     server.OnPool([](FakePool& pool) { pool.HoldCreation(); });
     std::deque<RawClient> stuck;
-    for (int i = 0; i < 4; ++i) {
-        stuck.emplace_back(server.path()).Send(Create("begun" + std::to_string(i)) + "\n");
+    for (int i = 0; i < 6; ++i) {
+        stuck.emplace_back(server.path()).Send(Create("d" + std::to_string(i)) + "\n");
     }
-    server.AwaitWaiting(4);
-    for (int i = 0; i < 3; ++i) {
-        stuck.emplace_back(server.path()).Send(Create("waits" + std::to_string(i)) + "\n");
-    }
-    RawClient other(server.path());
-    // Until all of them have been read.
-    while (KindOf(other.Ask(Call("pool.check"))) != "limit") std::this_thread::yield();
+    RawClient other = TakeAnswered(stuck);
+    EXPECT_EQ(KindOf(other.Json()), "limit");
     EXPECT_EQ(KindOf(other.Ask(Create("more"))), "limit");
-    for (const char* method : {"pool.status", "disk.list", "client.list"}) {
+    for (const char* method : {"pool.status", "disk.list", "client.list", "pool.check"}) {
         EXPECT_TRUE(IsResult(other.Ask(Call(method)))) << method;
     }
-    for (int i = 0; i < 3; ++i) {  // one after the other on the place that is left
+    for (int i = 0; i < 3; ++i) {  // one after the other on a place that is left
         RawClient observer(server.path());
         EXPECT_TRUE(IsResult(observer.Ask(Call("pool.status"))));
     }
@@ -659,23 +725,23 @@ TEST(Service, ChangesThatHangLeaveRoomForWhoAsksWhatHangs) {
 
 TEST(Service, AChangeThatWaitsInLineIsNotBegunWhenItsClientHasGone) {
     ServiceOptions options;
-    options.connections_max = 8;
+    options.connections_max = 16;  // of them 8 for changes that have begun, 2 for those that wait
     AdminServer server(options);
     server.OnPool([](FakePool& pool) { pool.HoldCreation(); });
     std::deque<RawClient> begun;
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
         begun.emplace_back(server.path()).Send(Create("begun" + std::to_string(i)) + "\n");
     }
-    server.AwaitWaiting(4);
+    server.AwaitWaiting(8);
     RawClient patient(server.path());
     patient.Send(Create("patient") + "\n");
     patient.EndInput();  // it still takes its answer
     for (int i = 0; i < 50; ++i) RawClient(server.path()).Send(Create("gone") + "\n");
-    // They are gone once three connections at a time stay open.
+    // They are gone once seven connections at a time stay open.
     for (bool open = false; !open;) {
         std::deque<RawClient> idle;
         open = true;
-        for (int i = 0; i < 3; ++i) idle.emplace_back(server.path()).Ask(Call("disk.list"));
+        for (int i = 0; i < 7; ++i) idle.emplace_back(server.path()).Ask(Call("disk.list"));
         for (RawClient& client : idle) open = open && IsResult(client.Ask(Call("disk.list")));
     }
     server.OnPool([](FakePool& pool) { pool.Release(); });
@@ -683,26 +749,27 @@ TEST(Service, AChangeThatWaitsInLineIsNotBegunWhenItsClientHasGone) {
     EXPECT_TRUE(IsResult(patient.Json()));
     RawClient other(server.path());
     const json::value disks = other.Ask(Call("disk.list"));
-    EXPECT_EQ(disks.at("result").at("disks").as_array().size(), 5u) << disks;
+    EXPECT_EQ(disks.at("result").at("disks").as_array().size(), 9u) << disks;
 }
 
 TEST(Service, AChangeThatWaitsInLineIsRefusedWhenTheServerStops) {
     ServiceOptions options;
-    options.connections_max = 4;
+    options.connections_max = 8;
     AdminServer server(options);
     server.OnPool([](FakePool& pool) { pool.HoldCreation(); });
-    RawClient a(server.path()), b(server.path()), waits(server.path());
-    a.Send(Create("a") + "\n");
-    b.Send(Create("b") + "\n");
-    server.AwaitWaiting(2);
-    waits.Send(Create("waits") + "\n");
-    RawClient other(server.path());
-    while (KindOf(other.Ask(Call("pool.check"))) != "limit") std::this_thread::yield();
+    std::deque<RawClient> begun, more;
+    for (int i = 0; i < 4; ++i) {
+        begun.emplace_back(server.path()).Send(Create("begun" + std::to_string(i)) + "\n");
+    }
+    server.AwaitWaiting(4);
+    for (int i = 0; i < 2; ++i) {
+        more.emplace_back(server.path()).Send(Create("more" + std::to_string(i)) + "\n");
+    }
+    EXPECT_EQ(KindOf(TakeAnswered(more).Json()), "limit");  // so the other one waits
     std::future<void> stopped = server.BeginStop();
-    EXPECT_EQ(KindOf(waits.Json()), "busy");
+    EXPECT_EQ(KindOf(more.front().Json()), "busy");
     server.OnPool([](FakePool& pool) { pool.Release(); });
-    EXPECT_TRUE(IsResult(a.Json()));
-    EXPECT_TRUE(IsResult(b.Json()));
+    for (RawClient& client : begun) EXPECT_TRUE(IsResult(client.Json()));
     stopped.wait();
 }
 
