@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <map>
+#include <set>
 
 #include "cow/space/leases.h"
 #include "tests/simulation/world.h"
@@ -34,7 +35,7 @@ class MadeUpRows : public MetadataStore {
     MakeRow make;
     std::map<uint64_t, std::optional<std::string>> committed;
     uint64_t rows_read = 0;
-    uint64_t unreadable = ~uint64_t{0};  // cursors fail from this region on
+    std::set<uint64_t> unreadable;  // no cursor gets past these
 
     std::unique_ptr<MetadataView> View() override { return std::make_unique<RowsView>(*this); }
     Status Commit(const Batch& batch) override {
@@ -49,6 +50,8 @@ class MadeUpRows : public MetadataStore {
     }
 
   private:
+    static Error Unreadable() { return MakeError(ErrorKind::kIo, "a block of rows"); }
+
     class RegionsCursor : public Cursor {
       public:
         RegionsCursor(MadeUpRows& rows, uint64_t end) : rows_(rows), end_(end) {}
@@ -57,17 +60,15 @@ class MadeUpRows : public MetadataStore {
         bool valid() const override { return value_.has_value(); }
         std::string_view key() const override { return key_; }
         std::string_view value() const override { return *value_; }
-        Status status() const override {
-            return failed_ ? Status(MakeError(ErrorKind::kIo, "a page")) : Status();
-        }
+        Status status() const override { return failed_ ? Status(Unreadable()) : Status(); }
 
       private:
         void Find(uint64_t region) {
             value_.reset();
-            failed_ = region >= rows_.unreadable;
-            if (failed_) return;
-            for (region_ = region; region_ < end_ && !value_; ++region_) {
-                value_ = rows_.Row(region_);
+            failed_ = false;
+            for (region_ = region; region_ < end_ && !value_ && !failed_; ++region_) {
+                failed_ = rows_.unreadable.contains(region_);
+                if (!failed_) value_ = rows_.Row(region_);
             }
             if (!value_) return;
             key_ = RegionKey(--region_);
@@ -85,7 +86,9 @@ class MadeUpRows : public MetadataStore {
         explicit RowsView(MadeUpRows& rows) : rows_(rows) {}
         Result<std::optional<std::string>> Get(std::string_view key) override {
             ++rows_.rows_read;
-            return rows_.Row(KeyNumber(key, 0));
+            const uint64_t region = KeyNumber(key, 0);
+            if (rows_.unreadable.contains(region)) return Unreadable();
+            return rows_.Row(region);
         }
         std::unique_ptr<Cursor> Range(std::string_view, std::string_view upper, uint64_t) override {
             return std::make_unique<RegionsCursor>(rows_, KeyNumber(upper, 0));
@@ -292,24 +295,34 @@ TEST_F(AllocatorTest, ADamagedRowIsSetAside) {
 }
 
 TEST_F(AllocatorTest, WhatCannotBeReadCountsAsFull) {
-    store.unreadable = 100;
-    Open(kPage, [](uint64_t) { return RowWithFree(2000); });
+    for (uint64_t region = 100; region < 132; ++region) store.unreadable.insert(region);
+    store.unreadable.insert(kPage - 1);
+    const uint64_t unreadable = store.unreadable.size();
+    Open(kPage, [](uint64_t region) -> std::optional<std::string> {
+        if (region == 500) return std::nullopt;  // bare
+        return region == 501 ? std::string("F") : RowWithFree(2000);
+    });
     std::set<uint64_t> regions;
-    for (uint64_t i = 0; i < 101; ++i) {
+    for (uint64_t i = 0; i < kPage - unreadable; ++i) {
         const std::vector<Extent> extents = Take(cow::kRegionBlocks);
         ASSERT_EQ(extents.size(), 1U);
         regions.insert(extents[0].place / kRegionBlocks);
     }
-    for (uint64_t region = 0; region < 100; ++region) EXPECT_TRUE(regions.contains(region));
+    for (uint64_t region = 0; region < kPage; ++region) {
+        const bool leased = !store.unreadable.contains(region) && region != 501;
+        EXPECT_EQ(leased, regions.contains(region)) << region;
+    }
     EXPECT_TRUE(regions.contains(kPage)) << "the file did not grow";
-    EXPECT_EQ(kPage - 100, allocator->set_aside());
+    EXPECT_EQ(unreadable, allocator->set_aside());
+    EXPECT_LE(store.rows_read, 3 * kPage);  // not again and again
     // One that can be read after all is of use again.
-    const std::vector<uint64_t> held{200};
+    store.unreadable.clear();
+    const std::vector<uint64_t> held{120};
     allocator->Hold(held);
     simulation::Await(scheduler, home, OpenThem(leases.get(), held));
     allocator->Unhold(held);
-    EXPECT_EQ(kPage - 101, allocator->set_aside());
-    EXPECT_EQ(200U, Take(1)[0].place / kRegionBlocks);
+    EXPECT_EQ(unreadable - 1, allocator->set_aside());
+    EXPECT_EQ(120U, Take(1)[0].place / kRegionBlocks);
 }
 
 }  // namespace

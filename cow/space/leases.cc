@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <span>
 
 #include "base/log.h"
 
@@ -14,6 +15,45 @@ constexpr uint64_t kKnowBeforeGrowing = 1024;
 /// Regions provisioned ahead of demand: 32 MiB.
 constexpr size_t kReadyAhead = 2;
 constexpr RegionState kUnread = RegionState::kUnknown;
+
+/// What the rows of a page of regions say.
+struct PageRows {
+    std::vector<RegionState> states{RegionStates::kPageRegions, RegionState::kBare};
+    uint64_t rows = 0;
+    Status why;  // the first error, if some are kUnread
+};
+
+/// For a page of which a part cannot be read. The store reads many rows together, and a cursor does
+/// not get past those that it cannot read.
+void ReadOneByOne(MetadataView& view, uint64_t region, std::span<RegionState> states,
+                  uint64_t* rows) {
+    for (RegionState& state : states) {
+        const Result<std::optional<std::string>> row = view.Get(RegionKey(region++));
+        if (!row.ok()) state = kUnread;
+        if (!row.ok() || !row.value()) continue;
+        state = Allocator::StateOf(*row.value());
+        ++*rows;
+    }
+}
+
+PageRows ReadPage(MetadataView& view, uint64_t base) {
+    PageRows page;
+    size_t read = 0;  // regions up to the last row
+    const std::string end = RegionKey(base + page.states.size());
+    const std::unique_ptr<Cursor> cursor = view.Range(RegionKey(base), end);
+    for (cursor->Seek(RegionKey(base)); cursor->valid(); cursor->Next()) {
+        ++page.rows;
+        const uint64_t region = KeyNumber(cursor->key(), 0);
+        const RegionState state = Allocator::StateOf(cursor->value());
+        if (region - base >= page.states.size()) continue;
+        page.states[region - base] = state;
+        read = region - base + 1;
+    }
+    page.why = cursor->status();
+    if (page.why.ok()) return page;
+    ReadOneByOne(view, base + read, std::span(page.states).subspan(read), &page.rows);
+    return page;
+}
 
 }  // namespace
 
@@ -123,32 +163,18 @@ Task<Status> Leases::Provide(size_t wanted, bool urgent) {
 Task<void> Leases::Learn(uint64_t* rows) {
     const uint64_t page = *allocator_.UnknownPage();
     const uint64_t base = page * RegionStates::kPageRegions;
-    std::vector<RegionState> states(RegionStates::kPageRegions, RegionState::kBare);
-    size_t read = 0;  // regions up to the last row
     co_await Hop(core_.loader());
-    const std::string end = RegionKey(base + states.size());
-    const std::unique_ptr<MetadataView> view = core_.metadata().View();
-    const std::unique_ptr<Cursor> cursor = view->Range(RegionKey(base), end);
-    for (cursor->Seek(RegionKey(base)); cursor->valid(); cursor->Next()) {
-        ++*rows;
-        const uint64_t region = KeyNumber(cursor->key(), 0);
-        const RegionState state = Allocator::StateOf(cursor->value());
-        if (region - base >= states.size()) continue;
-        states[region - base] = state;
-        read = region - base + 1;
-    }
-    const Status s = cursor->status();
-    if (!s.ok()) std::fill(states.begin() + static_cast<ptrdiff_t>(read), states.end(), kUnread);
+    const PageRows read = ReadPage(*core_.metadata().View(), base);
     co_await Hop(core_.home());
-    ++*rows;
+    *rows += read.rows + 1;
     const uint64_t before = allocator_.set_aside();
-    allocator_.LearnPage(page, states);
+    allocator_.LearnPage(page, read.states);
     const uint64_t aside = allocator_.set_aside() - before;
     if (aside > 0) {
         Log(LogLevel::kError,
             fmt::format("{} of the allocator's regions from {} on cannot be read{}; they are not "
                         "written to until the next start",
-                        aside, base, s.ok() ? "" : ": " + s.error().message));
+                        aside, base, read.why.ok() ? "" : ": " + read.why.error().message));
     }
 }
 
