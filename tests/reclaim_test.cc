@@ -50,6 +50,35 @@ class ReclaimTest : public EngineTest {
         (*rows)[row.first] = row.second;
         media.SetMetadata(std::move(rows));
     }
+    /// Until all that was written is in map rows; then the reclaimer stands, with notes to work
+    /// off.
+    void FoldAndLeaveNotes() {
+        bool folded = false;
+        const auto fold = [](Executor* home, cow::Pool* p, bool* done) -> Task<void> {
+            co_await Hop(*home);
+            co_await p->GetStatus();
+            *done = true;
+        };
+        Spawn(fold(&machine->home(), &pool(), &folded));
+        ASSERT_TRUE(scheduler.RunUntil([&] { return RowsOf('W') > 0; }));
+        machine->loader().Stall(true);
+        ASSERT_TRUE(scheduler.RunUntil([&] { return folded; }));
+        ASSERT_GT(RowsOf('W'), 0u);
+    }
+    std::optional<uint64_t> UniqueOfDisk(const std::string& name) {
+        return machine->Do(pool().ShowDisk(name)).value().unique;
+    }
+    /// Begins an estimate of a deletion. `ended` is set when it is answered.
+    void BeginEstimate(const std::string& name, std::optional<Status>* ended) {
+        const auto estimate = [](Executor* home, cow::Pool* p, std::string disk,
+                                 std::optional<Status>* s) -> Task<void> {
+            co_await Hop(*home);
+            std::vector<std::string> names{std::move(disk)};
+            const auto freed = co_await p->EstimateDelete(std::move(names), false);
+            *s = freed.status();
+        };
+        Spawn(estimate(&machine->home(), &pool(), name, ended));
+    }
     void StopUnchecked() {
         for (const auto& [name, e] : exports) Detach(e);
         exports.clear();
@@ -309,13 +338,7 @@ TEST_F(ReclaimTest, AnEstimateEndsWhenThePoolCloses) {
     Reclaim();
     Close("d");
     std::optional<Status> ended;
-    const auto estimate = [](Executor* home, cow::Pool* p, std::optional<Status>* s) -> Task<void> {
-        co_await Hop(*home);
-        std::vector<std::string> names{"d"};
-        const auto freed = co_await p->EstimateDelete(std::move(names), false);
-        *s = freed.status();
-    };
-    Spawn(estimate(&machine->home(), &pool(), &ended));
+    BeginEstimate("d", &ended);
     const uint64_t before = media.seeks;
     scheduler.RunUntil([&] { return media.seeks - before > 100; });
     ASSERT_FALSE(ended);
@@ -325,6 +348,107 @@ TEST_F(ReclaimTest, AnEstimateEndsWhenThePoolCloses) {
     EXPECT_LT(media.seeks - before, 2'000u) << "it counted on";
     Stop();
     Start();
+}
+
+TEST_F(ReclaimTest, AnEstimateEndsWhenNobodyWaitsForItAnyMore) {
+    Ok(pool().CreateDisk("d", 2'000 * kChunkBytes));
+    for (uint64_t c = 0; c < 2'000; ++c) Write("d", c * kChunkBytes, 4096, 'x');
+    Flush("d");
+    Reclaim();
+    std::optional<Status> ended;
+    BeginEstimate("d", &ended);
+    const uint64_t before = media.seeks + media.steps;
+    scheduler.RunUntil([&] { return media.seeks + media.steps - before > 100; });
+    ASSERT_FALSE(ended);
+    machine->auditor().Stall(true);
+    ASSERT_TRUE(scheduler.RunUntil([&] { return ended.has_value(); }));
+    EXPECT_EQ(ErrorKind::kBusy, ended->error().kind);
+    const uint64_t answered = media.seeks + media.steps;
+    machine->auditor().Stall(false);
+    const auto turns = [](Executor* auditor, unsigned count, bool* done) -> Task<void> {
+        for (; count > 0; --count) co_await Hop(*auditor);
+        *done = true;
+    };
+    bool done = false;
+    Spawn(turns(&machine->auditor(), 100, &done));
+    ASSERT_TRUE(scheduler.RunUntil([&] { return done; }));
+    EXPECT_LE(media.seeks + media.steps - answered, 100u) << "it counted on";
+    EXPECT_EQ(Used(), machine->Do(pool().EstimateDelete({"d"}, false)).value());
+}
+
+TEST_F(ReclaimTest, AFigureCostsTheSameHoweverManyClonesThereAreWhileNotesWait) {
+    Restart({.reclaim_step_chunks = 1});
+    constexpr uint64_t kChunks = 32;
+    std::map<unsigned, double> work;
+    for (const unsigned clones : {8u, 64u}) {
+        MakeClones(kChunks, clones);
+        for (uint64_t c = 0; c < kChunks; ++c) Write("c1", c * kChunkBytes, 4096, 'o');
+        Flush("c1");
+        Close("c1");
+        Reclaim();
+        for (uint64_t c = 0; c < kChunks; ++c) Write("c0", c * kChunkBytes, 4096, 'w');
+        FoldAndLeaveNotes();
+        const uint64_t before = media.seeks + media.steps;
+        EXPECT_EQ(kChunks * kBlockBytes, UniqueOfDisk("c1"));
+        work[clones] = static_cast<double>(media.seeks + media.steps - before) / kChunks;
+        machine->loader().Stall(false);
+        Reclaim();
+        const uint64_t used = Used();
+        Ok(pool().DeleteDisk("c1", false, false));
+        Reclaim();
+        EXPECT_EQ(used - kChunks * kBlockBytes, Used());
+        Close("c0");
+        for (unsigned i = 0; i < clones; ++i) {
+            if (i != 1) Ok(pool().DeleteDisk("c" + std::to_string(i), false, false));
+        }
+        Reclaim();
+        EXPECT_EQ(0u, Used());
+    }
+    EXPECT_LT(work[64], work[8] * 1.5);
+}
+
+TEST_F(ReclaimTest, WhatOnlyADeletionUnderWayNamesBesidesADiskIsItsOwn) {
+    constexpr uint64_t kChunks = 8;
+    MakeClones(kChunks, 3);
+    for (const char* name : {"c0", "c1", "c2"}) {
+        for (uint64_t c = 0; c < kChunks; ++c) Write(name, c * kChunkBytes, 4096, name[1]);
+        Flush(name);
+        Close(name);
+    }
+    Reclaim();
+    EXPECT_EQ(kChunks * kBlockBytes, UniqueOfDisk("c0"));  // of each chunk one block is golden's
+    machine->loader().Stall(true);
+    Ok(pool().DeleteDisk("c1", false, false));
+    EXPECT_EQ(kChunks * kBlockBytes, UniqueOfDisk("c0"));  // it is c2's, too
+    Ok(pool().DeleteDisk("c2", false, false));
+    EXPECT_EQ(2 * kChunks * kBlockBytes, UniqueOfDisk("c0"));
+    EXPECT_EQ(2u, machine->Do(pool().GetStatus()).value().reclaim_pending);
+    machine->loader().Stall(false);
+    Reclaim();
+    EXPECT_EQ(2 * kChunks * kBlockBytes, Used());
+}
+
+// Asking 100 clones in vain, for each chunk.
+TEST_F(ReclaimTest, OthersGetTheAuditorHoweverMuchAChunkCosts) {
+    constexpr unsigned kClones = 100, kChunks = 32;
+    MakeClones(kChunks, kClones);
+    for (unsigned i = 1; i < kClones; ++i) {
+        const std::string name = "c" + std::to_string(i);
+        for (uint64_t c = 0; c < kChunks; ++c) Write(name, c * kChunkBytes, 8192, 'w');
+        Close(name);
+    }
+    Reclaim();
+    std::optional<Status> ended;
+    uint64_t before = media.seeks + media.steps, last = before, largest = 0;
+    BeginEstimate("c0", &ended);
+    ASSERT_TRUE(scheduler.RunUntil([&] {
+        const uint64_t now = media.seeks + media.steps;
+        largest = std::max(largest, now - std::exchange(last, now));
+        return ended.has_value();
+    }));
+    EXPECT_TRUE(ended->ok());
+    EXPECT_GT(last - before, 5000u);
+    EXPECT_LT(largest, 2048u);
 }
 
 TEST_F(ReclaimTest, MoreDeletionsThanAreKeptOpenTakeTurns) {

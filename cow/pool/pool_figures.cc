@@ -2,18 +2,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <numeric>
 
 #include "base/units.h"
 #include "cow/history/losses.h"
+#include "cow/pool/freed_count.h"
 #include "cow/pool/pool_impl.h"
 
 namespace varve::cow {
 namespace {
 
-/// Marks, and chunks, that are looked at before others get the auditor.
-constexpr size_t kCandidatesTogether = 4096;
-constexpr size_t kChunksTogether = 256;
 /// With more views the tree is not looked at on home.
 constexpr size_t kViewsOnHome = 256;
 
@@ -23,72 +20,6 @@ void Unique(std::vector<T>& ids) {
     ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
 }
 
-/// Counts what would be dead without some views of a region, less what is dead already and only
-/// waits for the reclaimer. `busy`: something may wait.
-class FreedCount {
-  public:
-    FreedCount(MetadataView& view, Loss loss, bool busy)
-        : view_(view),
-          with_(std::make_shared<const Region>(std::move(loss.with))),
-          without_(std::make_shared<const Region>(std::move(loss.without))),
-          from_with_(with_->gone),
-          from_without_(std::move(loss.from)),
-          scan_(std::move(loss.below), std::move(loss.above)),
-          sweep_with_(view, with_, hints_),
-          sweep_without_(view, without_, hints_) {
-        // To a sweep, what waits elsewhere in the region holds what it names. Here it is dead.
-        if (!busy) return;
-        from_with_ = All(*with_);
-        from_without_ = All(*without_);
-    }
-
-    /// Does a piece.
-    Status Step() {
-        if (!scan_.done()) return Collect();
-        const size_t end = std::min(chunks_.size(), next_ + kChunksTogether);
-        for (; next_ < end; ++next_) {
-            SweepPlan now, then;
-            if (Status s = sweep_with_.Sweep(chunks_[next_], from_with_, now); !s.ok()) return s;
-            if (Status s = sweep_without_.Sweep(chunks_[next_], from_without_, then); !s.ok()) {
-                return s;
-            }
-            blocks_ += then.freed_blocks - now.freed_blocks;
-        }
-        return Status();
-    }
-    bool done() const { return scan_.done() && next_ == chunks_.size(); }
-    uint64_t blocks() const { return blocks_; }
-
-  private:
-    static std::vector<int> All(const Region& region) {
-        std::vector<int> all(region.segments.size());
-        std::iota(all.begin(), all.end(), 0);
-        return all;
-    }
-
-    /// More of the chunks that may have something dead. A chunk comes up once for each generation
-    /// that touched it: memory is for chunks only.
-    Status Collect() {
-        if (Status s = scan_.Next(view_, kCandidatesTogether, chunks_); !s.ok()) return s;
-        if (chunks_.size() < 2 * sorted_ + kCandidatesTogether && !scan_.done()) return Status();
-        std::sort(chunks_.begin(), chunks_.end());
-        chunks_.erase(std::unique(chunks_.begin(), chunks_.end()), chunks_.end());
-        sorted_ = chunks_.size();
-        return Status();
-    }
-
-    MetadataView& view_;
-    const std::shared_ptr<const Region> with_, without_;
-    std::vector<int> from_with_, from_without_;  // segments to sweep from
-    CandidateScan scan_;
-    SweepHints hints_;
-    Sweeper sweep_with_, sweep_without_;
-    std::vector<ChunkIndex> chunks_;
-    size_t sorted_ = 0;  // of them
-    size_t next_ = 0;    // of them
-    uint64_t blocks_ = 0;
-};
-
 }  // namespace
 
 /// Rows and history of one moment, to count by.
@@ -97,7 +28,7 @@ struct PoolImpl::FreedScan {
     std::vector<ViewAt> views;
     std::vector<Loss> losses;
     std::optional<History> history;  // if `losses` are still to be found, with it
-    bool busy = false;
+    Pending pending;
 };
 
 void PoolImpl::LookAtFreed(const DoomedViews& doomed, FreedScan* at) {
@@ -111,7 +42,10 @@ void PoolImpl::LookAtFreed(const DoomedViews& doomed, FreedScan* at) {
         at->views.push_back({catalog_.disk(id).record.branch, kHead});
     }
     at->view = core_.metadata().View();
-    at->busy = !reclaimer_.idle();
+    at->pending.any = !reclaimer_.idle();
+    for (const auto& [number, job] : catalog_.jobs()) {
+        if (at->pending.any) at->pending.jobs.push_back(job);
+    }
     if (at->views.size() <= kViewsOnHome) {
         at->losses = FindLosses(catalog_.history(), at->views);
     } else {
@@ -119,10 +53,9 @@ void PoolImpl::LookAtFreed(const DoomedViews& doomed, FreedScan* at) {
     }
 }
 
-/// Counts on in `steps`, if there is somebody who looks whether it goes on. Takes turns with others
-/// on the auditor, and ends early when the pool closes.
-Task<Result<uint64_t>> PoolImpl::BytesFreedWithout(DoomedViews views,
-                                                   std::atomic<uint64_t>* steps) {
+/// Takes turns with others on the auditor, and ends early when the pool closes, or when nobody
+/// waits for it any more.
+Task<Result<uint64_t>> PoolImpl::BytesFreedWithout(DoomedViews views, Counting& counting) {
     FreedScan at;
     std::function<void()> look = [&] { LookAtFreed(views, &at); };
     co_await committer_.Look(std::move(look));
@@ -133,10 +66,11 @@ Task<Result<uint64_t>> PoolImpl::BytesFreedWithout(DoomedViews views,
     uint64_t blocks = 0;
     Status s;
     for (Loss& loss : at.losses) {
-        FreedCount count(*at.view, std::move(loss), at.busy);
+        FreedCount count(*at.view, std::move(loss), at.pending);
         while (s.ok() && !count.done()) {
-            s = core_.closing ? Stopping() : count.Step();
-            if (steps) ++*steps;
+            const bool vain = core_.closing || counting.given_up;
+            s = vain ? Stopping() : count.Step();
+            ++counting.steps;
             co_await Hop(core_.auditor());
         }
         blocks += count.blocks();

@@ -105,7 +105,8 @@ class PoolImpl : public Pool, public HeadHost {
     };
     /// What would be freed, on its way.
     struct Counting {
-        std::atomic<uint64_t> steps = 0;  // the auditor's
+        std::atomic<uint64_t> steps = 0;     // the auditor's
+        std::atomic<bool> given_up = false;  // nobody waits for it any more
         std::optional<Result<uint64_t>> bytes;
     };
     /// For whom: a head, a snapshot, or, without both, an estimate.
@@ -198,8 +199,7 @@ class PoolImpl : public Pool, public HeadHost {
 
     // pool_figures.cc
     void LookAtFreed(const DoomedViews& doomed, FreedScan* at);
-    Task<Result<uint64_t>> BytesFreedWithout(DoomedViews views,
-                                             std::atomic<uint64_t>* steps = nullptr);
+    Task<Result<uint64_t>> BytesFreedWithout(DoomedViews views, Counting& counting);
 
     // pool_exports.cc
     std::string ExportAsked(std::string name) const;

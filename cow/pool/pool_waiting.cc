@@ -175,7 +175,7 @@ Task<bool> PoolImpl::Refreshed() {
 Task<void> PoolImpl::Count(CountingFor whom, DoomedViews views,
                            std::shared_ptr<Counting> counting) {
     background_.Enter();
-    Task<Result<uint64_t>> counts = BytesFreedWithout(std::move(views), &counting->steps);
+    Task<Result<uint64_t>> counts = BytesFreedWithout(std::move(views), *counting);
     const Result<uint64_t> bytes = co_await counts;
     const SnapshotId snapshot = whom.second;
     if (bytes.ok() && catalog_.snapshots().contains(snapshot)) unique_[snapshot] = bytes.value();
@@ -186,7 +186,8 @@ Task<void> PoolImpl::Count(CountingFor whom, DoomedViews views,
 }
 
 /// What deleting `views` would free; nothing if that takes too long without going on: the auditor
-/// has other work, or hangs. What was begun goes on then, so one at a time is for each of `whom`.
+/// has other work, or hangs. What was begun ends then, but not before the auditor gets to it, so
+/// one at a time is for each of `whom`.
 Task<Result<std::optional<uint64_t>>> PoolImpl::BytesFreedSoon(CountingFor whom,
                                                                DoomedViews views) {
     uint64_t steps = 0;
@@ -214,6 +215,7 @@ Task<Result<std::optional<uint64_t>>> PoolImpl::BytesFreedSoon(CountingFor whom,
         return counting->bytes.has_value();
     };
     const bool counted = co_await ticker_.Wait(counted_, kCountUs, std::move(done));
+    counting->given_up = !counted;
     if (!counted) co_return unknown;
     if (!counting->bytes->ok()) co_return counting->bytes->error();
     const std::optional<uint64_t> bytes = counting->bytes->value();

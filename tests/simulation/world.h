@@ -373,6 +373,7 @@ class Machine {
     Scheduler::Lane& home() { return home_; }
     const cow::Environment& environment() const { return environment_; }
     Scheduler::Lane& committer() { return committer_; }
+    Scheduler::Lane& loader() { return loader_; }
     Scheduler::Lane& auditor() { return auditor_; }
     Scheduler& scheduler() { return scheduler_; }
     cow::MetadataStore& metadata() { return metadata_; }
@@ -388,7 +389,7 @@ class Machine {
     Scheduler& scheduler_;
     Scheduler::Lane& home_;
     Scheduler::Lane& committer_;
-    Executor& loader_;
+    Scheduler::Lane& loader_;
     Scheduler::Lane& auditor_;
     SimSpace space_;
     SimMetadata metadata_;
