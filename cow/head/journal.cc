@@ -93,7 +93,8 @@ Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line&
         if (index >= known) {
             known.value = index.value + kIndicesTogether;
             Result<MapRows> read = ReadMap(view, line, index, known);
-            if (!read.ok()) return read.error();
+            if (!read.ok() && read.error().kind != ErrorKind::kDamaged) return read.error();
+            if (!read.ok()) read = ReadMapInPieces(view, line, index, known);
             rows = std::move(read.value().rows);
             damaged = std::move(read.value().damaged);
         }

@@ -142,6 +142,7 @@ class PoolImpl : public Pool, public HeadHost {
 
     // recovery.cc
     Task<Status> FoldPart(const JournalPart& part);
+    void Lose(const JournalPart& part, const DamagedRow& row, CommitContext& context);
     Task<Status> DropRows(const std::vector<std::string>& keys);
 
     // pool.cc

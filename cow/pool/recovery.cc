@@ -13,6 +13,8 @@ namespace {
 constexpr size_t kFoldTogether = 256;
 /// Journal rows that are deleted in one commit.
 constexpr size_t kRowsTogether = 1024;
+/// The row of a chunk whose last writes are lost: none that a head writes.
+constexpr const char* kLostRow = "?";
 
 Error NobodySees(const JournalPart& part) {
     return MakeError(ErrorKind::kDamaged,
@@ -42,6 +44,17 @@ HeadCommit MakeCommit(const JournalPart& part, SnapshotId snapshot,
 
 }  // namespace
 
+/// The chunk cannot be read as it was before these changes. It reads as an error from now on, even
+/// if it can be read later: without them it would be older than what was flushed.
+void PoolImpl::Lose(const JournalPart& part, const DamagedRow& row, CommitContext& context) {
+    const DiskId disk = catalog_.OwnerOf(part.branch, part.generation)->disk;
+    Log(LogLevel::kError,
+        fmt::format("disk {} has lost its last writes to chunk {}: {}",
+                    catalog_.disk(disk).record.name, row.chunk.value, row.what));
+    context.batch.Put(MapKey(part.branch, row.chunk, part.generation), kLostRow);
+    context.batch.Put(TouchedKey(part.branch, part.generation, row.chunk), "");
+}
+
 Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
     const std::optional<Catalog::Owner> owner = catalog_.OwnerOf(part.branch, part.generation);
     const Line line = catalog_.history().LineOf(part.branch, part.generation);
@@ -51,13 +64,8 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
         Result<std::vector<JournaledChunk>> chunks =
             ApplyJournal(*view, line, part, next, kFoldTogether, &next, &lost);
         if (!chunks.ok()) co_return chunks.error();
-        for (const DamagedRow& row : lost) {  // as before, only that chunk cannot be read
-            Log(LogLevel::kError,
-                fmt::format("disk {} has lost its last writes to chunk {}: {}",
-                            catalog_.disk(owner->disk).record.name, row.chunk.value, row.what));
-        }
         HeadCommit commit = MakeCommit(part, owner->snapshot, std::move(chunks.value()));
-        if (commit.empty()) continue;
+        if (commit.empty() && lost.empty()) continue;
         std::vector<Extent> touched = FreedBy(commit);
         for (const HeadCommit::Row& row : commit.rows) {
             for (const Run& run : row.added) touched.push_back({run.place, run.count});
@@ -65,14 +73,12 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
         Change change = [&](CommitContext& context) -> Status {
             for (const HeadCommit::Row& row : commit.rows) {
                 for (const Run& run : row.added) {
-                    const Extent extent{run.place, run.count};
-                    Status s = context.allocator.Open(extent);
-                    // Of a damaged region nothing is handed out, so nobody else has the blocks.
-                    if (!s.ok() && s.error().kind == ErrorKind::kDamaged) continue;
-                    if (s.ok()) s = context.allocator.Claim(extent);
+                    Status s = context.allocator.Claim({run.place, run.count});
                     if (!s.ok()) return s;
                 }
             }
+            for (const DamagedRow& row : lost) Lose(part, row, context);
+            if (commit.empty()) return Status();
             return BuildHeadCommit(core_, context, owner->disk, commit);
         };
         std::vector<uint64_t> regions = RegionsOf(touched);

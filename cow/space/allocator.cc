@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstring>
 
+#include "base/log.h"
 #include "cow/mutants.h"
 
 namespace varve::cow {
@@ -340,12 +341,24 @@ Status Allocator::ForEachPart(Extent extent, F&& apply) {
 }
 
 Status Allocator::Claim(const Extent& extent) {
+    for (const uint64_t region : RegionsOf({extent})) {
+        if (region >= pool_.region_count) break;  // a contradiction, which claiming finds
+        const Status s = Know(region);
+        if (!s.ok() && s.error().kind != ErrorKind::kDamaged) return s;
+        if (!s.ok()) Renew(region);
+    }
     return ForEachPart(
         extent, [this](uint64_t index, Bitmaps& open, uint64_t first, uint64_t end) -> Status {
+            const bool renewed = renewed_.contains(index);
             for (uint64_t bit = first; bit < end; ++bit) {
-                if (open.busy[bit]) return DamagedRegion(index);
-                open.busy.set(bit);
-                --open.free;
+                if (!open.busy[bit]) {
+                    open.busy.set(bit);
+                    --open.free;
+                } else if (renewed && open.used[bit]) {
+                    open.used.reset(bit);
+                } else {
+                    return DamagedRegion(index);
+                }
                 ++open.pending;
                 ++leased_blocks_;
             }
@@ -354,9 +367,23 @@ Status Allocator::Claim(const Extent& extent) {
         });
 }
 
+/// Gives a region whose row cannot be read a new one: all of it is used.
+void Allocator::Renew(uint64_t index) {
+    Log(LogLevel::kError,
+        fmt::format("allocator region {} is damaged; all of it counts as used from now on", index));
+    aside_.erase(index);
+    renewed_.insert(index);
+    Bitmaps& open = open_[index];
+    open.used.set();
+    open.busy.set();
+    if (index == 0) open.used.reset(0);  // the superblock
+    open.changed = true;
+    changed_.insert(index);
+    states_.Set(index, RegionState::kFull);
+}
+
 Status Allocator::MarkUsed(const Extent& extent) {
     pool_.used_blocks += extent.count;
-    if (!aside_.empty() && !Open(extent).ok()) return Status();
     return ForEachPart(extent, [this](uint64_t index, Bitmaps& open, uint64_t first, uint64_t end) {
         for (uint64_t bit = first; bit < end; ++bit) {
             VARVE_CHECK(open.busy[bit] && !open.used[bit]);

@@ -98,10 +98,11 @@ class Allocator {
     std::optional<uint64_t> TakeSurplus();
     void Discarded(uint64_t region);
 
-    /// free -> leased, for blocks that were written before a crash. kDamaged if one is not free.
+    /// free -> leased, for blocks that were written before a crash. kDamaged if one is not free. A
+    /// region whose row is damaged gets a new one, which says that all else in it is used: whoever
+    /// reads a row of it later must not take these blocks for free.
     Status Claim(const Extent& extent);
-    /// REQUIRES: leased; or of a region that is set aside, of which they are only counted. Goes
-    /// into the next Encode.
+    /// REQUIRES: leased. Goes into the next Encode.
     Status MarkUsed(const Extent& extent);
     /// kDamaged if a block is not used: then nothing was changed and nothing may be freed.
     Status MarkFree(const Extent& extent);
@@ -147,6 +148,7 @@ class Allocator {
     /// Calls apply(region, its bitmaps, first bit, end bit) for the part of `extent` in each.
     template <typename F>
     Status ForEachPart(Extent extent, F&& apply);
+    void Renew(uint64_t region);
 
     MetadataStore& metadata_;
     SpaceStore& space_;
@@ -157,6 +159,7 @@ class Allocator {
     std::unordered_map<uint64_t, Bitmaps> open_;
     std::list<uint64_t> idle_;  // open without need; used last: last
     std::unordered_map<uint64_t, uint64_t> held_;
+    std::set<uint64_t> renewed_;              // by Claim
     std::map<uint64_t, Error> aside_;         // regions whose rows cannot be read, and why
     uint64_t unknown_from_ = 0, unknown_to_;  // pages
     const uint64_t first_count_;              // regions when the pool was opened

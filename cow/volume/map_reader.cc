@@ -135,6 +135,36 @@ Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, 
     return rows;
 }
 
+/// The row that `line` resolves `chunk` to, by one seek for each stretch and no move: that might
+/// meet a page on which there is nothing of the chunk.
+Result<std::optional<MapRow>> ReadRow(MetadataView& view, const Line& line, ChunkIndex chunk) {
+    for (const Stretch& stretch : line) {
+        const std::string lower = MapKey(stretch.branch, chunk, stretch.to);
+        const auto cursor = view.Range(lower, MapKey(stretch.branch, chunk, stretch.after));
+        cursor->Seek(lower);
+        if (Status s = cursor->status(); !s.ok()) return s.error();
+        if (!cursor->valid()) continue;
+        Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
+        if (!row.ok()) return row.error();
+        return std::optional<MapRow>(std::move(row.value()));
+    }
+    return std::optional<MapRow>();
+}
+
+MapRows ReadMapInPieces(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end) {
+    MapRows rows;
+    rows.next = end;
+    for (ChunkIndex chunk = first; chunk < end; ++chunk.value) {
+        Result<std::optional<MapRow>> row = ReadRow(view, line, chunk);
+        if (!row.ok()) {
+            rows.damaged.push_back({chunk, row.error().message});
+        } else if (row.value()) {
+            rows.rows.push_back(std::move(*row.value()));
+        }
+    }
+    return rows;
+}
+
 Status MapRows::AllReadable() const {
     if (damaged.empty()) return Status();
     return MakeError(ErrorKind::kDamaged, damaged.front().what);

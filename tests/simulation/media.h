@@ -8,6 +8,8 @@
 #include <set>
 #include <span>
 #include <string>
+#include <utility>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -152,6 +154,12 @@ class Media {
     /// A store that has not been compacted for long: cursors meet what was deleted.
     bool remembers_deleted = false;
     std::set<std::string> deleted_rows;
+    /// The rows [first, second) lie on a page of the store that cannot be read. Whoever comes to
+    /// one of them gets an error, even if it is beyond what was asked for, as with RocksDB.
+    std::pair<std::string, std::string> bad_page;
+    bool OnBadPage(std::string_view key) const {
+        return key >= bad_page.first && key < bad_page.second;
+    }
     std::set<uint64_t> held;  // stretches of the data file that take space, by offset
 
     // ---- bounds of the metadata, and what it has now

@@ -237,12 +237,14 @@ class SimMetadata : public cow::MetadataStore {
             const std::string from = std::max(lower_, std::string(key));
             at_ = status_.ok() ? rows_->lower_bound(from) : rows_->end();
             PassDeleted(from);
+            LoadPage();
         }
         void Next() override {
             ++media_.steps;
             const std::string from = at_->first;
             ++at_;
             PassDeleted(from);
+            LoadPage();
         }
         bool valid() const override {
             return at_ != rows_->end() && (upper_.empty() || at_->first < upper_);
@@ -253,6 +255,11 @@ class SimMetadata : public cow::MetadataStore {
         Status status() const override { return status_; }
 
       private:
+        void LoadPage() {
+            if (at_ == rows_->end() || !media_.OnBadPage(at_->first)) return;
+            status_ = BadPage();
+            at_ = rows_->end();
+        }
         /// As RocksDB does it, each is a step.
         void PassDeleted(const std::string& from) {
             gave_up_ = false;
@@ -284,6 +291,7 @@ class SimMetadata : public cow::MetadataStore {
             ++media_.seeks;
             const Status s = Lookup(media_);
             if (!s.ok()) return s.error();
+            if (media_.OnBadPage(key)) return BadPage();
             const auto row = rows_->find(std::string(key));
             if (row == rows_->end()) return std::optional<std::string>();
             return std::optional<std::string>(row->second);
@@ -298,6 +306,9 @@ class SimMetadata : public cow::MetadataStore {
         const std::shared_ptr<const Rows> rows_;
     };
 
+    static Error BadPage() {
+        return MakeError(ErrorKind::kDamaged, "a page of the simulated store is damaged");
+    }
     /// Reads need no power here: without any, nothing that comes of them is believed.
     static Status Lookup(Media& media) {
         const bool fails = media.scheduler().running() && media.Next(Call::kLookup) == Fate::kError;
