@@ -161,5 +161,23 @@ TEST(HistoryTest, WhatCouldBeRemovedIsKnown) {
     EXPECT_EQ(0U, history.Get(BranchId{10}).parent.value);
 }
 
+// Each is asked for the way to the next one that is known already.
+TEST(HistoryTest, RootsOfAChainAreKept) {
+    History history;
+    for (uint64_t id = 1; id <= 20'000; ++id) {
+        history.AddBranch(BranchId{id}, BranchId{id - 1}, Generation{id});
+    }
+    history.AddBranch(BranchId{20'001}, BranchId{0}, Generation{0});
+    History::Roots roots;
+    EXPECT_EQ(BranchId{1}, history.Root(BranchId{10'000}, &roots));
+    EXPECT_EQ(10'000u, roots.size());
+    EXPECT_EQ(BranchId{1}, history.Root(BranchId{20'000}, &roots));
+    EXPECT_EQ(20'000u, roots.size());
+    for (const auto& [id, root] : roots) EXPECT_EQ(BranchId{1}, root);
+    EXPECT_EQ(BranchId{20'001}, history.Root(BranchId{20'001}, &roots));
+    EXPECT_EQ(BranchId{20'001}, history.After(BranchId{20'000}));
+    EXPECT_FALSE(history.After(BranchId{20'001}));
+}
+
 }  // namespace
 }  // namespace varve::cow

@@ -66,9 +66,25 @@ const History::Branch& History::Get(BranchId id) const {
     return branch->second;
 }
 
-BranchId History::Root(BranchId id) const {
-    while (Get(id).parent.value != 0) id = Get(id).parent;
-    return id;
+std::optional<BranchId> History::After(BranchId id) const {
+    const auto after = branches_.upper_bound(id);
+    if (after == branches_.end()) return std::nullopt;
+    return after->first;
+}
+
+BranchId History::Root(BranchId id, Roots* known) const {
+    std::vector<BranchId> path;
+    auto found = known->find(id);
+    while (found == known->end()) {
+        path.push_back(id);
+        const BranchId parent = Get(id).parent;
+        if (parent.value == 0) break;
+        id = parent;
+        found = known->find(id);
+    }
+    const BranchId root = found == known->end() ? id : found->second;
+    for (const BranchId on_path : path) (*known)[on_path] = root;
+    return root;
 }
 
 bool History::StandsAlone(BranchId id) const {

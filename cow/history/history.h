@@ -99,7 +99,12 @@ class History {
     const std::map<BranchId, Branch>& branches() const { return branches_; }
     /// Those that could be removed: without views, and with one child at most.
     const std::set<BranchId>& bare() const { return bare_; }
-    BranchId Root(BranchId id) const;
+    /// The branch after that one, by its number.
+    std::optional<BranchId> After(BranchId id) const;
+    /// Costs a step for each branch below it that is not in `known`, where it is kept then: whoever
+    /// asks for many must give one.
+    using Roots = std::map<BranchId, BranchId>;
+    BranchId Root(BranchId id, Roots* known) const;
     /// Whether the branch's head is the only view of all that have to do with it.
     bool StandsAlone(BranchId id) const;
     /// The line of a view at (`id`, `generation`); kHead for a head. Down to the root, or to the

@@ -108,10 +108,11 @@ Task<Status> Scrubber::ScrubView(const View& view, ScrubReport* report) {
 /// All views that may see a block of `view`: those of its family of branches.
 std::vector<Scrubber::Name> Scrubber::NamesBeside(const View& view) const {
     const History& history = catalog_.history();
-    const BranchId root = history.Root(catalog_.disk(view.disk).record.branch);
+    History::Roots roots;
+    const BranchId root = history.Root(catalog_.disk(view.disk).record.branch, &roots);
     std::vector<Name> names;
     for (const auto& [id, disk] : catalog_.disks()) {
-        if (history.Root(disk.record.branch) != root) continue;
+        if (history.Root(disk.record.branch, &roots) != root) continue;
         names.push_back({disk.record.name, "", history.LineOf(disk.record.branch, kHead)});
         for (const auto& [name, snapshot] : disk.snapshots) {
             const SnapshotRecord& record = catalog_.snapshot(snapshot);

@@ -16,6 +16,8 @@ constexpr size_t kOpenScans = 64;
 constexpr size_t kRegionsKept = 16;
 /// Bare branches that are looked at in one step.
 constexpr size_t kPruneTogether = 64;
+/// Jobs that are listed in one step.
+constexpr size_t kListTogether = 1024;
 /// Things set aside that are told apart, and logged one by one.
 constexpr size_t kLogMax = 10'000;
 
@@ -130,24 +132,19 @@ Task<Result<bool>> Reclaimer::NoteStep() {
     std::vector<NotePlace> notes;
     if (!pass_turn_) notes = notes_.Take(step_chunks_);
     if (pass_turn_) {
-        Result<std::vector<NotePlace>> found = co_await PassStep();
-        if (!found.ok()) {
-            SetAside("the notes cannot be read: " + found.error().message);
-            notes_.PassedTo("");
-            co_return true;
-        }
-        notes = std::move(found.value());
+        notes = co_await PassStep();
         if (notes.empty()) co_return true;
     }
     if (notes.empty()) co_return false;
     const Status s = co_await SweepNotes(std::move(notes));
     if (!s.ok()) co_return s.error();
-    prune_ = true;
+    prune_ = prune_again_ = true;
     co_return true;
 }
 
-/// The next notes of the pass over the table.
-Task<Result<std::vector<NotePlace>>> Reclaimer::PassStep() {
+/// The next notes of the pass over the table. Where they cannot be read it goes on with those of
+/// the next branch.
+Task<std::vector<NotePlace>> Reclaimer::PassStep() {
     std::vector<NotePlace> places;
     const std::string from = notes_.pass_from();
     std::string next;
@@ -164,7 +161,14 @@ Task<Result<std::vector<NotePlace>>> Reclaimer::PassStep() {
     if (cursor->valid()) next = std::string(cursor->key());
     const Status s = cursor->status();
     co_await Hop(core_.home());
-    if (!s.ok()) co_return s.error();
+    if (!s.ok()) {
+        SetAside("some notes cannot be read: " + s.error().message);
+        const BranchId here = !places.empty()          ? places.back().branch
+                              : KeyNumbers(from) > 0 ? BranchId{KeyNumber(from, 0)}
+                                                       : BranchId{0};
+        const std::optional<BranchId> after = catalog_.history().After(here);
+        if (after) next = NoteKey(*after, ChunkIndex{0}, Generation{0}, 0);
+    }
     // Of branches that are gone: damage, which varve check finds.
     std::erase_if(places, [this](const NotePlace& place) {
         return !catalog_.history().Contains(place.branch);
@@ -193,6 +197,7 @@ Task<Status> Reclaimer::SweepNotes(std::vector<NotePlace> notes) {
     const Result<Swept> swept = co_await Sweep(std::move(targets));
     if (!swept.ok()) co_return swept.error();
     for (const auto& [chunk, why] : swept.value().unread) SetAside(why);
+    for (const std::string& why : swept.value().kept) SetAside(why);
     co_return Status();
 }
 
@@ -221,8 +226,10 @@ void Reclaimer::AddTarget(MetadataView& view, Targets& targets, BranchId branch,
     const int segment = target.sweeper->region().SegmentAt(branch, from);
     VARVE_CHECK(segment >= 0);
     for (const ChunkIndex chunk : chunks) {
-        std::vector<int>& begin = target.chunks[chunk];
+        Origin& origin = target.chunks[chunk];
+        std::vector<int>& begin = origin.segments;
         if (begin.empty() || begin.back() != segment) begin.push_back(segment);
+        origin.note = {branch, Generation{generation.value + 1}, chunk};
     }
 }
 
@@ -232,12 +239,12 @@ Task<Result<Reclaimer::Swept>> Reclaimer::Sweep(Targets targets) {
     Swept swept;
     co_await Hop(core_.loader());
     for (auto& [key, target] : targets) {
-        for (const auto& [chunk, from] : target.chunks) {
+        for (const auto& [chunk, origin] : target.chunks) {
             if (core_.closing) break;
             SweepPlan plan;
-            const Status s = target.sweeper->Sweep(chunk, from, plan);
+            const Status s = target.sweeper->Sweep(chunk, origin.segments, plan);
             if (!s.ok()) swept.unread.emplace_back(chunk, s.error().message);
-            if (!plan.deletes.empty()) swept.plans.emplace_back(chunk, std::move(plan));
+            if (!plan.deletes.empty()) swept.plans.emplace_back(origin.note, std::move(plan));
             ++swept.chunks;
         }
     }
@@ -246,8 +253,10 @@ Task<Result<Reclaimer::Swept>> Reclaimer::Sweep(Targets targets) {
     swept_chunks_ += swept.chunks;
     if (swept.plans.empty()) co_return swept;
     std::vector<Extent> freed;
-    for (const auto& [chunk, plan] : swept.plans) {
-        freed.insert(freed.end(), plan.freed.begin(), plan.freed.end());
+    for (const auto& [note, plan] : swept.plans) {
+        for (const Runs& runs : plan.freed) {
+            for (const cow::Run& run : runs) freed.push_back({run.place, run.count});
+        }
     }
     Change change = [this, &swept](CommitContext& context) { return BuildSwept(swept, context); };
     std::vector<uint64_t> regions = RegionsOf(freed);
@@ -257,39 +266,53 @@ Task<Result<Reclaimer::Swept>> Reclaimer::Sweep(Targets targets) {
     co_return swept;
 }
 
-/// A chunk of whose blocks some are in a region that cannot be read keeps its rows and notes: so
-/// they stay named, and are freed once it can be. An error is a contradiction, and the pool's end.
+/// Blocks in a region that cannot be read stay named, by a note, and are freed once it can be. It
+/// takes the place of those before it, so that a pass that came by does not meet it again. An error
+/// is a contradiction, and the pool's end.
 Status Reclaimer::BuildSwept(Swept& swept, CommitContext& context) {
-    for (auto& [chunk, plan] : swept.plans) {
-        Status opened;
-        for (const Extent& extent : plan.freed) {
-            if (opened.ok()) opened = context.allocator.Open(extent);
+    for (auto& [place, plan] : swept.plans) {
+        for (std::string& key : plan.deletes) context.batch.Delete(std::move(key));
+        uint64_t number = 0;  // those that had these before are deleted now
+        for (const Runs& runs : plan.freed) {
+            Runs kept;
+            if (Status s = Free(runs, context, &kept, &swept.kept); !s.ok()) {
+                core_.Fail(s.error().message);
+                return s;
+            }
+            if (kept.empty()) continue;
+            context.batch.Put(NoteKey(place.branch, place.chunk, place.generation, number++),
+                              EncodeNote(kept));
         }
-        if (!opened.ok()) {
-            swept.unread.emplace_back(chunk, opened.error().message);
+    }
+    return Status();
+}
+
+/// What cannot be freed goes to `kept`, and to `whys` why.
+Status Reclaimer::Free(const Runs& runs, CommitContext& context, Runs* kept,
+                       std::vector<std::string>* whys) {
+    for (const cow::Run& run : runs) {
+        const Extent extent{run.place, run.count};
+        if (const Status opened = context.allocator.Open(extent); !opened.ok()) {
+            whys->push_back(opened.error().message);
+            kept->push_back(run);
             continue;
         }
-        for (const Extent& extent : plan.freed) {
-            Status marked = context.allocator.MarkFree(extent);
-            if (!marked.ok()) {
-                core_.Fail(marked.error().message);
-                return marked;
-            }
-            context.freed.push_back(extent);
-        }
-        for (std::string& key : plan.deletes) context.batch.Delete(std::move(key));
-        freed_blocks_ += plan.freed_blocks;
+        if (Status s = context.allocator.MarkFree(extent); !s.ok()) return s;
+        context.freed.push_back(extent);
+        freed_blocks_ += run.count;
     }
     return Status();
 }
 
 // ---- jobs
 
-/// Files the jobs that came since the last time under their families.
+/// Files jobs that came since the last time under their families: some, if there are many.
 void Reclaimer::ListJobs() {
     const auto& jobs = catalog_.jobs();
-    for (auto job = jobs.upper_bound(listed_); job != jobs.end(); ++job) {
-        families_[catalog_.history().Root(job->second.branch)].push_back(job->first);
+    History::Roots roots;
+    auto job = jobs.upper_bound(listed_);
+    for (size_t i = 0; job != jobs.end() && i < kListTogether; ++job, ++i) {
+        families_[catalog_.history().Root(job->second.branch, &roots)].push_back(job->first);
         listed_ = job->first;
     }
 }
@@ -373,6 +396,7 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
         co_await committer_.Look(std::move(look));
         const Result<Swept> swept = co_await Sweep(std::move(targets));
         if (!swept.ok()) co_return swept.error();
+        for (const std::string& why : swept.value().kept) SetAside(why);
         for (const auto& [chunk, why] : swept.value().unread) {
             SetAside(why);
             open.unread.push_back(chunk);
@@ -408,7 +432,7 @@ Task<Status> Reclaimer::FinishJob(OpenJob& open) {
     const Status s = co_await committer_.Commit(std::move(change), core_.home());
     if (!s.ok()) co_return s;
     CloseJob(family);
-    prune_ = true;
+    prune_ = prune_again_ = true;
     co_return Status();
 }
 
@@ -425,6 +449,7 @@ Task<Result<bool>> Reclaimer::PruneStep() {
     std::vector<BranchId> empty;
     std::unique_ptr<MetadataView> view;
     bool last = false;
+    if (prune_from_.value == 0) prune_again_ = false;
     std::function<void()> look = [&] {
         const std::set<BranchId>& bare = catalog_.history().bare();
         auto at = bare.lower_bound(prune_from_);
@@ -458,7 +483,7 @@ Task<Result<bool>> Reclaimer::PruneStep() {
         if (!s.ok()) co_return s.error();
     }
     if (last && pruned_) lines_changed_();
-    if (last) prune_ = std::exchange(pruned_, false);  // their parents may be bare now
+    if (last) prune_ = std::exchange(pruned_, false) || prune_again_;  // parents may be bare now
     co_return true;
 }
 

@@ -70,23 +70,29 @@ class Reclaimer {
         CandidateScan::Place place;         // where it goes on then
         std::vector<ChunkIndex> unread;     // could not be read
     };
-    /// Chunks to sweep, by where their regions begin, and the segments to begin from.
+    /// From where a chunk is swept, and where a note would have it swept again.
+    struct Origin {
+        std::vector<int> segments;
+        NotePlace note;
+    };
+    /// Chunks to sweep, by where their regions begin.
     struct Target {
         std::unique_ptr<Sweeper> sweeper;
-        std::map<ChunkIndex, std::vector<int>> chunks;
+        std::map<ChunkIndex, Origin> chunks;
     };
     using Targets = std::map<std::pair<BranchId, Generation>, Target>;
     struct Swept {
-        std::vector<std::pair<ChunkIndex, SweepPlan>> plans;  // of chunks with something dead
+        std::vector<std::pair<NotePlace, SweepPlan>> plans;  // of chunks with something dead
         uint64_t chunks = 0;
         std::vector<std::pair<ChunkIndex, std::string>> unread;  // and why
+        std::vector<std::string> kept;                           // why blocks are not freed
     };
 
     bool Ending() const { return stopping_ || core_.closing || core_.failed; }
     Task<void> Run();
     Task<Result<bool>> Turn();
     Task<Result<bool>> NoteStep();
-    Task<Result<std::vector<NotePlace>>> PassStep();
+    Task<std::vector<NotePlace>> PassStep();
     Task<Status> SweepNotes(std::vector<NotePlace> notes);
     void ListJobs();
     OpenJob* ChooseJob();
@@ -94,6 +100,8 @@ class Reclaimer {
     void CloseJob(BranchId family);
     std::shared_ptr<const Region> RegionAt(BranchId branch, Generation generation);
     Status BuildSwept(Swept& swept, CommitContext& context);
+    Status Free(const Runs& runs, CommitContext& context, Runs* kept,
+                std::vector<std::string>* whys);
     Task<Result<bool>> JobStep();
     Task<Status> JobStepOf(OpenJob& open);
     void AddTarget(MetadataView& view, Targets& targets, BranchId branch, Generation generation,
@@ -135,9 +143,10 @@ class Reclaimer {
     BranchId family_;  // who had the last turn
     std::set<uint64_t> jobs_aside_;
 
-    bool prune_ = true;    // bare branches may have become empty
-    BranchId prune_from_;  // where the pass over them goes on
-    bool pruned_ = false;  // since it began
+    bool prune_ = true;         // bare branches may have become empty
+    bool prune_again_ = false;  // more of them, since the pass over them began
+    BranchId prune_from_;       // where it goes on
+    bool pruned_ = false;       // since it began
 
     const std::function<void()> lines_changed_;
     Flattener flattener_;

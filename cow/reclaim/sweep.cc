@@ -78,11 +78,9 @@ Status Sweeper::Sweep(ChunkIndex chunk, const std::vector<int>& from, SweepPlan&
         for (size_t j = 0; j < i && !dead[i].empty(); ++j) dead[i] = Subtract(dead[i], dead[j]);
     }
     if (Status s = KeepNamedElsewhere(chunk, dead); !s.ok()) return s;
-    for (const Runs& runs : dead) {
-        for (const Run& run : runs) {
-            plan.freed.push_back({run.place, run.count});
-            plan.freed_blocks += run.count;
-        }
+    for (Runs& runs : dead) {
+        plan.freed_blocks += MappedBlocks(runs);
+        if (!runs.empty()) plan.freed.push_back(std::move(runs));
     }
     plan.deletes.insert(plan.deletes.end(), std::move_iterator(mine.deletes.begin()),
                         std::move_iterator(mine.deletes.end()));
