@@ -148,6 +148,19 @@ TEST_F(EngineWaitingTest, ACommandThatIsStuckIsNamed) {
     EXPECT_TRUE(renaming.result->ok());
 }
 
+TEST_F(EngineWaitingTest, CommandsWaitWhileAShrunkDiskIsTrimmed) {
+    constexpr uint64_t kSize = 32 * cow::kChunkBytes;
+    Ok(pool().CreateDisk("d", kSize));
+    for (uint64_t c = 0; c < 32; ++c) EXPECT_EQ(0, Write("d", c * cow::kChunkBytes, 4096, 'a'));
+    Close("d");
+    Beside<Status> shrinking(machine->home(), pool().ResizeDisk("d", kMiB, true, false));
+    scheduler.RunUntil([&] { return Show("d").size == kMiB; });
+    EXPECT_FALSE(shrinking.result.has_value());
+    Ok(pool().CreateSnapshots({"d@s"}));
+    EXPECT_TRUE(shrinking.result.has_value());
+    Expect("d@s", 0, 4096, 'a');
+}
+
 TEST_F(EngineWaitingTest, OfTwoWithOneNameOneIsRefused) {
     Beside<Status> first(machine->home(), pool().CreateDisk("d", kMiB));
     Beside<Status> second(machine->home(), pool().CreateDisk("d", 2 * kMiB));
@@ -165,6 +178,7 @@ TEST_F(EngineWaitingTest, AnOfflineDiskHasNoClientsAlsoAfterARestart) {
     Close("d");
     Ok(pool().SetOffline("d", true, false));
     EXPECT_EQ(ErrorKind::kBusy, machine->Do(pool().OpenExport("d")).error().kind);
+    EXPECT_EQ(kMiB, pool().DescribeExport("d").value().size);
     Stop();
     Start();
     EXPECT_TRUE(Show("d").offline);

@@ -76,7 +76,8 @@ void PoolImpl::Start() {
     for (const auto& [id, disk] : catalog_.disks()) {
         AddHead(id);
         if (disk.record.trimming) {
-            disks_.at(id).busy = disks_.at(id).fenced = true;
+            Disk& shrunk = disks_.at(id);
+            shrunk.busy = shrunk.trimming = shrunk.fenced = true;
             Spawn(Trimmed(id));
         }
     }

@@ -208,8 +208,8 @@ class Pool {
     virtual Task<std::shared_ptr<const std::vector<ExportEntry>>> ListExports() = 0;
     /// Whether there is such a disk or snapshot: kNotFound, or kInvalid.
     virtual Status FindExport(std::string_view name) const = 0;
-    /// What OpenExport would open, without opening it. The same errors, but for a pool that has
-    /// failed.
+    /// What OpenExport would open, without opening it; also of a disk that it would refuse now: who
+    /// lists exports and asks about each gives up at the first refusal. kNotFound, kInvalid.
     virtual Result<ExportEntry> DescribeExport(std::string name) = 0;
     /// By export name; "" is the only disk when there is exactly one. kNotFound; kBusy while the
     /// disk is fenced or offline, or the snapshot is not stored soon; soon after `*given_up` is

@@ -367,11 +367,18 @@ Task<Status> PoolImpl::ShrinkDisk(DiskId id, uint64_t size, bool disconnect) {
         disk.fenced = false;
         co_return s;
     }
-    disk.busy = true;
+    disk.busy = disk.trimming = true;
     co_return s;
 }
 
 Task<Status> PoolImpl::FinishShrink(DiskId id) {
+    const Status s = co_await TrimShrunk(id);
+    disks_.at(id).trimming = false;
+    command_ended_.WakeAll();
+    co_return s;
+}
+
+Task<Status> PoolImpl::TrimShrunk(DiskId id) {
     Disk& disk = disks_.at(id);
     const uint64_t size = catalog_.disk(id).record.size;
     co_await Hop(disk.head->executor());

@@ -54,14 +54,10 @@ Result<ExportEntry> PoolImpl::DescribeExport(std::string name) {
     if (name.find('@') == std::string::npos) {
         const Result<DiskId> id = catalog_.FindDisk(name);
         if (!id.ok()) return id.error();
-        if (disks_.at(id.value()).fenced) return Fenced(name);
-        if (catalog_.disk(id.value()).record.offline) return Offline(name);
         return ExportEntry{name, catalog_.disk(id.value()).record.size, false};
     }
     const Result<SnapshotId> id = catalog_.FindSnapshot(name);
     if (!id.ok()) return id.error();
-    const auto open = snapshots_.find(id.value());
-    if (open != snapshots_.end() && open->second.fenced) return Fenced(name);
     return ExportEntry{name, catalog_.snapshot(id.value()).size, true};
 }
 

@@ -79,7 +79,8 @@ class PoolImpl : public Pool, public HeadHost {
         uint64_t visitors = 0;          // tasks that hold the head and are not clients
         bool fenced = false;            // no new clients
         size_t depth = 0;               // of the line that the head was given
-        bool busy = false;              // a long command is at work: others are refused
+        bool busy = false;       // it was made smaller, and is not trimmed yet: commands are refused
+        bool trimming = false;   // that is under way: they wait
         uint64_t allocations = 0;       // of the head, when ReturnIdleLeases last looked
         uint64_t quiet = 0;             // times that it found them unchanged
         const char* command = nullptr;  // at work: others wait
@@ -177,6 +178,7 @@ class PoolImpl : public Pool, public HeadHost {
                               std::optional<DiskId>* shrunk);
     Task<Status> ShrinkDisk(DiskId id, uint64_t size, bool disconnect);
     Task<Status> FinishShrink(DiskId id);
+    Task<Status> TrimShrunk(DiskId id);
     void BuildDelete(DiskId id, CommitContext& context);
     Task<void> DropHead(DiskId id);
     Task<Result<BranchId>> BeginFlatten(std::string name);

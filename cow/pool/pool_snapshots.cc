@@ -55,7 +55,7 @@ Result<std::vector<DiskId>> PoolImpl::FindCutDisks(const std::vector<std::string
     for (const std::string& name : names) {
         const Result<SnapshotName> parts = SplitSnapshotName(name);
         if (!parts.ok()) return parts.error();
-        const Result<DiskId> id = FindIdle(parts.value().disk);
+        const Result<DiskId> id = catalog_.FindDisk(parts.value().disk);
         if (!id.ok()) return id.error();
         disks.push_back(id.value());
     }

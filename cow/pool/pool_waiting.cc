@@ -58,13 +58,14 @@ Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks fi
         if (!found.ok()) return true;
         for (const DiskId id : found.value()) {
             blocked = id;
-            if (disks_.at(id).command) return false;
+            if (disks_.at(id).command || disks_.at(id).trimming) return false;
         }
         return true;
     };
     const bool ended = co_await ticker_.Wait(command_ended_, kCommandWaitUs, std::move(free));
     if (!ended) {
         const Disk& disk = disks_.at(blocked);
+        if (!disk.command) co_return FindIdle(catalog_.disk(blocked).record.name).status().error();
         co_return MakeError(
             ErrorKind::kBusy,
             fmt::format("disk '{}' is busy: {} has been at work on it for {} s; try again",
@@ -72,13 +73,17 @@ Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks fi
                         (ticker_.NowUs() - disk.command_since_us) / 1'000'000));
     }
     if (!found.ok()) co_return found.error();
+    for (const DiskId id : found.value()) {
+        const Result<DiskId> idle = FindIdle(catalog_.disk(id).record.name);
+        if (!idle.ok()) co_return idle.error();
+    }
     Hold hold(*this, std::move(found.value()), command);
     co_return std::move(hold);
 }
 
 PoolImpl::FindDisks PoolImpl::DiskNamed(const std::string& name) const {
     return [this, &name]() -> Result<std::vector<DiskId>> {
-        const Result<DiskId> id = FindIdle(name);
+        const Result<DiskId> id = catalog_.FindDisk(name);
         if (!id.ok()) return id.error();
         return std::vector<DiskId>{id.value()};
     };
