@@ -203,6 +203,29 @@ TEST_F(ChecksumTest, AFreeRegionKeepsNoChecksums) {
     EXPECT_EQ(0u, machine->Do(pool().Check()).value().checksums);
 }
 
+TEST_F(ChecksumTest, WhatClonesOfADeletedDiskShareIsVerifiedOnce) {
+    Ok(pool().CreateDisk("golden", 10 * kMiB));
+    EXPECT_EQ(0, Write("golden", 0, kMiB, 'g'));
+    Ok(pool().CreateSnapshots({"golden@s"}));
+    for (const char* name : {"c1", "c2", "c3"}) Ok(pool().CloneSnapshot("golden@s", name));
+    ASSERT_TRUE(WaitForChecksums());
+    Damage("golden@s", 8192);
+    Damage("golden@s", 512 << 10);
+    Close("golden");
+    Ok(pool().DeleteDisk("golden", true, false));
+    // One of the blocks that are damaged is seen by two of them only.
+    EXPECT_EQ(0, Write("c1", 512 << 10, 4096, '1'));
+    EXPECT_EQ(0, Write("c3", 4096, 4096, '3'));
+    Ok(pool().CreateSnapshots({"c3@t"}));
+    ASSERT_TRUE(WaitForChecksums());
+    Reclaim();
+    const cow::ScrubReport report = Scrub();
+    EXPECT_EQ("c1@:8192 c2@:524288 c2@:8192 c3@:524288 c3@:8192 c3@t:524288 c3@t:8192",
+              Named(report));
+    EXPECT_EQ(2u, report.damaged_blocks);
+    EXPECT_EQ(kMiB / kBlockBytes + 1, report.verified_blocks);
+}
+
 TEST_F(ChecksumTest, APoolWithoutChecksumsGetsThem) {
     Ok(pool().CreateDisk("d", 10 * kMiB));
     EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));

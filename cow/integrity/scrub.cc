@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "cow/format/runs.h"
 
@@ -33,48 +34,93 @@ Task<Result<ScrubReport>> Scrubber::Run(std::optional<DiskId> disk) {
         if (!Exists(view)) continue;
         s = co_await ScrubView(view, &report);
         if (!s.ok()) break;
-        if (view.snapshot.value != 0) seen_.insert(view.generation);
+        if (!Exists(view) || view.generation == kHead) continue;
+        covered_[BranchOf(view)].insert(view.generation);
     }
     report.verified_blocks = verified_;
-    seen_.clear();
+    covered_.clear();
     told_.clear();
     running_ = false;
     if (!s.ok()) co_return s.error();
     co_return report;
 }
 
-/// Snapshots, oldest first, then heads.
+/// Snapshots and forks, oldest first, then heads.
 std::vector<Scrubber::View> Scrubber::PlanViews(std::optional<DiskId> disk) const {
     std::vector<View> views;
     for (const auto& [id, record] : catalog_.snapshots()) {
-        if (!disk || record.disk == *disk) views.push_back({record.disk, id, record.generation});
+        if (disk && record.disk != *disk) continue;
+        views.push_back({record.disk, id, record.generation, BranchId{}});
     }
+    if (!disk) PlanForks(&views);
     std::sort(views.begin(), views.end(),
               [](const View& a, const View& b) { return a.generation < b.generation; });
     for (const auto& [id, unused] : catalog_.disks()) {
-        if (!disk || id == *disk) views.push_back({id, SnapshotId{}, kHead});
+        if (!disk || id == *disk) views.push_back({id, SnapshotId{}, kHead, BranchId{}});
     }
     return views;
 }
 
+/// What clones share is seen by all of them, and read once, even if the snapshot that they were
+/// made from is gone: as if it were there.
+void Scrubber::PlanForks(std::vector<View>* views) const {
+    const History& history = catalog_.history();
+    History::Roots roots;
+    std::map<BranchId, DiskId> families;
+    for (const auto& [id, disk] : catalog_.disks()) {
+        families[history.Root(disk.record.branch, &roots)] = id;
+    }
+    std::set<std::pair<BranchId, Generation>> forks;
+    for (const auto& [id, branch] : history.branches()) {
+        if (branch.parent.value == 0 || history.Get(branch.parent).snapshots.contains(branch.fork))
+            continue;
+        const auto family = families.find(history.Root(id, &roots));
+        if (family == families.end() || !forks.emplace(branch.parent, branch.fork).second) continue;
+        views->push_back({family->second, SnapshotId{}, branch.fork, branch.parent});
+    }
+}
+
 bool Scrubber::Exists(const View& view) const {
+    if (view.fork.value != 0 && !catalog_.history().Contains(view.fork)) return false;
     if (view.snapshot.value != 0) return catalog_.snapshots().contains(view.snapshot);
     return catalog_.disks().contains(view.disk);
 }
 
+BranchId Scrubber::BranchOf(const View& view) const {
+    if (view.fork.value != 0) return view.fork;
+    if (view.snapshot.value != 0) return catalog_.snapshot(view.snapshot).branch;
+    return catalog_.disk(view.disk).record.branch;
+}
+
 std::optional<FrozenWalk::View> Scrubber::WalkOf(const View& view) const {
     if (!Exists(view)) return std::nullopt;
-    const bool head = view.snapshot.value == 0;
-    const DiskRecord& disk = catalog_.disk(view.disk).record;
-    const BranchId branch = head ? disk.branch : catalog_.snapshot(view.snapshot).branch;
+    const BranchId branch = BranchOf(view);
     const History& history = catalog_.history();
     FrozenWalk::View walk;
     walk.line = history.LineOf(branch, view.generation);
-    walk.stretches = history.StretchesDownTo(branch, Generation{view.generation.value - 1},
-                                             [this](Generation at) { return seen_.contains(at); });
-    walk.stretches.front().to = view.generation;
-    if (head) walk.present = disk.generation;
+    walk.stretches = UncoveredBelow(branch, view.generation);
+    if (view.generation == kHead) walk.present = catalog_.disk(view.disk).record.generation;
     return walk;
+}
+
+/// From there down to the first place that this run has been at, or to the root.
+Line Scrubber::UncoveredBelow(BranchId branch, Generation generation) const {
+    Line stretches;
+    while (branch.value != 0) {
+        const History::Branch& here = catalog_.history().Get(branch);
+        Generation after = here.fork;
+        const auto covered = covered_.find(branch);
+        if (covered != covered_.end()) {
+            const auto place = covered->second.upper_bound(generation);
+            if (place != covered->second.begin()) after = std::max(after, *std::prev(place));
+        }
+        if (after == generation) break;
+        stretches.push_back({branch, after, generation});
+        if (after != here.fork) break;
+        generation = here.fork;
+        branch = here.parent;
+    }
+    return stretches;
 }
 
 Task<Status> Scrubber::ScrubView(const View& view, ScrubReport* report) {

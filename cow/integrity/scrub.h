@@ -4,6 +4,7 @@
 // Belongs to the home executor; works in the steps of frozen_walk.h, as the checksummer does.
 #pragma once
 
+#include <map>
 #include <set>
 
 #include "cow/history/catalog.h"
@@ -28,16 +29,20 @@ class Scrubber {
 
   private:
     struct View {
-        DiskId disk;
-        SnapshotId snapshot;  // 0: the head
+        DiskId disk;          // of a fork: any of the family
+        SnapshotId snapshot;  // 0: the head, or a fork
         Generation generation;
+        BranchId fork;  // where others branched off at `generation`, and nobody stands; 0: none
     };
     struct Name {
         std::string disk, snapshot;
         Line line;
     };
     std::vector<View> PlanViews(std::optional<DiskId> disk) const;
+    void PlanForks(std::vector<View>* views) const;
     bool Exists(const View& view) const;
+    Line UncoveredBelow(BranchId branch, Generation generation) const;
+    BranchId BranchOf(const View& view) const;
     std::optional<FrozenWalk::View> WalkOf(const View& view) const;
     Task<Status> ScrubView(const View& view, ScrubReport* report);
     std::vector<Name> NamesBeside(const View& view) const;
@@ -49,7 +54,8 @@ class Scrubber {
     const std::function<Task<void>(DiskId)> folded_;
     bool running_ = false;
     std::atomic<uint64_t> verified_ = 0;
-    std::set<Generation> seen_;  // snapshots that this run has been through
+    // By branch: generations of which this run has been through all that is visible there.
+    std::map<BranchId, std::set<Generation>> covered_;
     std::set<std::pair<uint64_t, Generation>> told_;
 };
 

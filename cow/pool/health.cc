@@ -18,10 +18,13 @@ constexpr uint64_t kLowDataMax = 1 << 30;
 
 /// Metadata: with less free, there is a warning. What is free goes up and down by some memtables,
 /// as these are flushed and tables compacted, so a warning comes no later than as much as is owed
-/// (four of them); of a small one, a quarter.
-uint64_t LowMetadata(const MetadataSpace& space) {
-    return std::max(space.capacity / kLowPart, std::min(space.capacity / 4, space.owed));
+/// (four of them; of a small one, a quarter), and goes when there is half as much again.
+bool IsLow(const MetadataSpace& space, bool was) {
+    const uint64_t least =
+        std::max(space.capacity / kLowPart, std::min(space.capacity / 4, space.owed));
+    return space.free < (was ? least + least / 2 : least);
 }
+
 /// Bytes of data that a byte of metadata has room for, at least: single blocks, each a run in a row
 /// and a slot of a row of checksums, in one generation.
 constexpr uint64_t kDataForByte = 128;
@@ -66,7 +69,7 @@ void PoolImpl::Judge(PoolStatus& status) const {
             status, Health::kFull,
             "the metadata is full: new blocks, snapshots and disks are refused; delete snapshots "
             "or disks, or make room on its file system");
-    } else if (space.free < LowMetadata(space)) {
+    } else if (IsLow(space, metadata_low_)) {
         Worsen(status, Health::kWarning,
                fmt::format("the metadata has {} left; delete snapshots or disks, or make room on "
                            "its file system",
@@ -137,6 +140,7 @@ void PoolImpl::WatchHealth() {
     PoolStatus status;
     status.used = catalog_.pool().used_blocks * kBlockBytes;
     status.capacity = std::max(allocator_.Capacity(), status.used);
+    metadata_low_ = IsLow(core_.environment.metadata->Space(), metadata_low_);
     Judge(status);
     const bool full = status.metadata_free == 0;
     if (!full) checksummer_.Wake();

@@ -252,6 +252,7 @@ class PoolImpl : public Pool, public HeadHost {
     WaitList counted_;
     Gate background_;
     std::function<void(const std::vector<uint64_t>&)> disconnect_;
+    bool metadata_low_ = false;
     bool metadata_full_ = false;  // when it was looked at last
     bool compacting_ = false;
     uint64_t compacted_chunks_ = ~uint64_t{0};  // reclaimer_.swept_chunks() then
