@@ -76,11 +76,11 @@ class PoolImpl : public Pool, public HeadHost {
     struct Disk {
         std::unique_ptr<Head> head;
         uint64_t clients = 0;
-        uint64_t visitors = 0;          // tasks that hold the head and are not clients
-        bool fenced = false;            // no new clients
-        size_t depth = 0;               // of the line that the head was given
-        bool busy = false;       // it was made smaller, and is not trimmed yet: commands are refused
-        bool trimming = false;   // that is under way: they wait
+        uint64_t visitors = 0;  // tasks that hold the head and are not clients
+        bool fenced = false;    // no new clients
+        size_t depth = 0;       // of the line that the head was given
+        bool busy = false;      // it was made smaller, and is not trimmed yet: commands are refused
+        bool trimming = false;  // that is under way: they wait
         uint64_t allocations = 0;       // of the head, when ReturnIdleLeases last looked
         uint64_t quiet = 0;             // times that it found them unchanged
         const char* command = nullptr;  // at work: others wait

@@ -48,9 +48,8 @@ HeadCommit MakeCommit(const JournalPart& part, SnapshotId snapshot,
 /// if it can be read later: without them it would be older than what was flushed.
 void PoolImpl::Lose(const JournalPart& part, const DamagedRow& row, CommitContext& context) {
     const DiskId disk = catalog_.OwnerOf(part.branch, part.generation)->disk;
-    Log(LogLevel::kError,
-        fmt::format("disk {} has lost its last writes to chunk {}: {}",
-                    catalog_.disk(disk).record.name, row.chunk.value, row.what));
+    Log(LogLevel::kError, fmt::format("disk {} has lost its last writes to chunk {}: {}",
+                                      catalog_.disk(disk).record.name, row.chunk.value, row.what));
     context.batch.Put(MapKey(part.branch, row.chunk, part.generation), kLostRow);
     context.batch.Put(TouchedKey(part.branch, part.generation, row.chunk), "");
 }

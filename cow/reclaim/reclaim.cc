@@ -163,9 +163,9 @@ Task<std::vector<NotePlace>> Reclaimer::PassStep() {
     co_await Hop(core_.home());
     if (!s.ok()) {
         SetAside("some notes cannot be read: " + s.error().message);
-        const BranchId here = !places.empty()          ? places.back().branch
+        const BranchId here = !places.empty()        ? places.back().branch
                               : KeyNumbers(from) > 0 ? BranchId{KeyNumber(from, 0)}
-                                                       : BranchId{0};
+                                                     : BranchId{0};
         const std::optional<BranchId> after = catalog_.history().After(here);
         if (after) next = NoteKey(*after, ChunkIndex{0}, Generation{0}, 0);
     }

@@ -34,7 +34,7 @@ namespace varve::cow {
 
 struct SweepPlan {
     std::vector<std::string> deletes;  // keys of rows, their touched marks, and notes
-    std::vector<Runs> freed;  // by the row or note that named them
+    std::vector<Runs> freed;           // by the row or note that named them
     uint64_t freed_blocks = 0;
 };
 

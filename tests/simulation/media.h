@@ -8,9 +8,9 @@
 #include <set>
 #include <span>
 #include <string>
-#include <utility>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "cow/volume/requester.h"
