@@ -10,7 +10,7 @@ namespace varve::admin {
 Slots::Slots(size_t places) : most_(std::max<size_t>(places - std::max<size_t>(places / 8, 1), 1)) {
     changes_.most = std::clamp<size_t>(places / 2, 1, most_);
     works_.most = std::clamp<size_t>(places / 4, 1, most_);
-    changes_.room = std::max(most_ - works_.most, changes_.most);
+    changes_.room = std::max(most_ - std::max<size_t>(works_.most / 4, 1), changes_.most);
     works_.room = std::max(most_ - changes_.most, works_.most);
 }
 

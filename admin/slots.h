@@ -17,9 +17,9 @@ enum class Pace {
 };
 
 /// Of the places, an eighth is for glances only. At most half may be taken by changes that have
-/// begun, and a quarter by work; further ones wait in line. But a line takes no place in which one
-/// of the other kind could begin: with 128 places, at most 80 changes, or 48 of work, have begun or
-/// wait in line, and 112 of both together.
+/// begun, and a quarter by work; further ones wait in line. But work takes no place in which a
+/// change could begin, and changes leave a quarter of its places for work: of 128, at most 104
+/// changes, or 48 of work, have begun or wait in line, and 112 of both together.
 class Slots {
   public:
     using Line = std::list<std::function<void()>>;

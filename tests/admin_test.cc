@@ -318,26 +318,34 @@ size_t Fill(Slots& slots, Pace pace) {
     }
 }
 
-TEST(Slots, ALineTakesNoPlaceInWhichTheOtherKindCouldBegin) {
+TEST(Slots, WorkTakesNoPlaceInWhichAChangeCouldBegin) {
     for (const size_t places : {3, 4, 8, 16, 128, 1000}) {
-        for (const auto& [first, second] :
-             {std::pair(Pace::kChange, Pace::kWork), std::pair(Pace::kWork, Pace::kChange)}) {
-            Slots slots(places), others(places);
-            const size_t entered = Fill(slots, first);
-            Fill(others, second);
-            const size_t begun = others.begun(second);
-            EXPECT_EQ(Fill(slots, second), places - std::max<size_t>(places / 8, 1) - entered);
-            EXPECT_EQ(slots.begun(second), begun) << places << " places";
-            EXPECT_EQ(Slots::Entry::kBegins, slots.Enter(Pace::kGlance, {}, nullptr));
-        }
+        Slots alone(places), slots(places);
+        Fill(alone, Pace::kChange);
+        Fill(slots, Pace::kWork);
+        Fill(slots, Pace::kChange);
+        EXPECT_EQ(alone.begun(Pace::kChange), slots.begun(Pace::kChange)) << places << " places";
+        EXPECT_EQ(Slots::Entry::kBegins, slots.Enter(Pace::kGlance, {}, nullptr));
+    }
+}
+
+TEST(Slots, ChangesLeaveRoomForSomeWork) {
+    for (const size_t places : {3, 4, 8, 16, 128, 1000}) {
+        Slots alone(places), slots(places);
+        Fill(alone, Pace::kWork);
+        Fill(slots, Pace::kChange);
+        Fill(slots, Pace::kWork);
+        EXPECT_GE(slots.begun(Pace::kWork), std::max<size_t>(alone.begun(Pace::kWork) / 4, 1))
+            << places << " places";
+        EXPECT_EQ(Slots::Entry::kBegins, slots.Enter(Pace::kGlance, {}, nullptr));
     }
 }
 
 TEST(Slots, TheNumbersOfTheManual) {
     Slots changes(128), works(128);
-    EXPECT_EQ(Fill(changes, Pace::kChange), 80U);
+    EXPECT_EQ(Fill(changes, Pace::kChange), 104U);
     EXPECT_EQ(changes.begun(Pace::kChange), 64U);
-    EXPECT_EQ(Fill(changes, Pace::kWork), 32U);
+    EXPECT_EQ(Fill(changes, Pace::kWork), 8U);
     EXPECT_EQ(Fill(works, Pace::kWork), 48U);
     EXPECT_EQ(works.begun(Pace::kWork), 32U);
     EXPECT_EQ(Fill(works, Pace::kChange), 64U);
@@ -702,11 +710,11 @@ RawClient TakeAnswered(std::deque<RawClient>& clients) {
 
 TEST(Service, ChangesThatHangLeaveRoomForWhoAsksWhatHangs) {
     ServiceOptions options;
-    options.connections_max = 8;  // of them 4 for changes that have begun, 1 for one that waits
+    options.connections_max = 8;  // of them 4 for changes that have begun, 2 for those that wait
     AdminServer server(options);
     server.OnPool([](FakePool& pool) { pool.HoldCreation(); });
     std::deque<RawClient> stuck;
-    for (int i = 0; i < 6; ++i) {
+    for (int i = 0; i < 7; ++i) {
         stuck.emplace_back(server.path()).Send(Create("d" + std::to_string(i)) + "\n");
     }
     RawClient other = TakeAnswered(stuck);
@@ -725,7 +733,7 @@ TEST(Service, ChangesThatHangLeaveRoomForWhoAsksWhatHangs) {
 
 TEST(Service, AChangeThatWaitsInLineIsNotBegunWhenItsClientHasGone) {
     ServiceOptions options;
-    options.connections_max = 16;  // of them 8 for changes that have begun, 2 for those that wait
+    options.connections_max = 16;  // of them 8 for changes that have begun, 5 for those that wait
     AdminServer server(options);
     server.OnPool([](FakePool& pool) { pool.HoldCreation(); });
     std::deque<RawClient> begun;
@@ -762,7 +770,7 @@ TEST(Service, AChangeThatWaitsInLineIsRefusedWhenTheServerStops) {
         begun.emplace_back(server.path()).Send(Create("begun" + std::to_string(i)) + "\n");
     }
     server.AwaitWaiting(4);
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 3; ++i) {
         more.emplace_back(server.path()).Send(Create("more" + std::to_string(i)) + "\n");
     }
     EXPECT_EQ(KindOf(TakeAnswered(more).Json()), "limit");  // so the other one waits

@@ -49,6 +49,10 @@ class AsideTest : public EngineTest {
         machine.reset();
         media.Restore();
     }
+    Status StartOnce() {
+        machine = std::make_unique<Machine>(scheduler, media, lanes, cow::PoolOptions{});
+        return machine->Start();
+    }
     /// A disk of eight chunks, each with a block, in a region of its own if it is the first.
     void MakeDisk(const std::string& name, char fill) {
         Ok(pool().CreateDisk(name, 8 * kChunkBytes));
@@ -183,6 +187,40 @@ TEST_F(AsideTest, RecoveryMarksRunsThatReachIntoADamagedRegion) {
         EXPECT_NE(std::string::npos, error.find("marked as used, ")) << error;
     }
     StopUnchecked();
+}
+
+// Recovery has claimed a part of its blocks there, and goes on after the next crash.
+TEST_F(AsideTest, RecoveryThatGaveARegionANewRowMayBeInterrupted) {
+    MakeDisk("a", 'a');
+    EXPECT_EQ(8 * kBlockBytes, Used());
+    constexpr uint64_t kChunks = 400;  // more than are folded in one commit
+    for (const std::string name : {"d", "e"}) {
+        Ok(pool().CreateDisk(name, kChunks * kChunkBytes));
+        for (uint64_t c = 0; c < kChunks; ++c) {
+            EXPECT_EQ(0, Write(name, c * kChunkBytes, 4096, name[0]));
+        }
+        EXPECT_EQ(0, Flush(name));
+    }
+    ASSERT_GT(RowsOf('L'), 0u);
+    Crash();
+    ASSERT_EQ(0u, cow::KeyNumber(Damage("R").first, 0));
+    const auto crashed = media.metadata();
+    bool whole = false;
+    for (uint64_t calls = 1; !whole; ++calls) {
+        media.CutAfter(calls);
+        (void)StartOnce();
+        whole = media.power();
+        if (machine->runs()) (void)machine->Stop();
+        machine.reset();
+        media.Restore();
+        const Status again = StartOnce();
+        ASSERT_TRUE(again.ok()) << "after " << calls << " calls: " << again.error().message;
+        for (const std::string name : {"d", "e"}) {
+            for (uint64_t c = 0; c < kChunks; c += 57) Expect(name, c * kChunkBytes, 4096, name[0]);
+        }
+        StopUnchecked();
+        media.SetMetadata(crashed);
+    }
 }
 
 TEST_F(AsideTest, ADamagedMapRowUnderAJournalCostsItsChunkOnly) {

@@ -95,6 +95,7 @@ Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line&
             Result<MapRows> read = ReadMap(view, line, index, known);
             if (!read.ok() && read.error().kind != ErrorKind::kDamaged) return read.error();
             if (!read.ok()) read = ReadMapInPieces(view, line, index, known);
+            if (!read.ok()) return read.error();
             rows = std::move(read.value().rows);
             damaged = std::move(read.value().damaged);
         }

@@ -18,10 +18,12 @@ constexpr size_t kReadTogether = 32;
 }  // namespace
 
 Status FrozenWalk::AddChunks(MetadataView& view, ChunkIndex first, ChunkIndex end,
-                             std::vector<FrozenBlock>& blocks) const {
+                             std::vector<FrozenBlock>& blocks) {
     const Result<MapRows> rows = ReadMap(view, view_.line, first, end);
     if (!rows.ok()) return rows.error();
-    if (Status s = rows.value().AllReadable(); !s.ok()) return s;
+    const Status all = rows.value().AllReadable();
+    if (!all.ok() && !view_.fork) return all;
+    left_out_ = left_out_ || !all.ok();
     for (const MapRow& row : rows.value().rows) {
         for (const Run& run : row.runs) {
             if (run.birth <= floor_ || run.birth == view_.present) continue;

@@ -29,6 +29,7 @@ class FrozenWalk {
         Line line;
         Line stretches;      // from the view down to where others take over: all their rows
         Generation present;  // blocks of this generation are not frozen; 0: none
+        bool fork = false;   // nobody stands there: a row that cannot be read may be dead
     };
     explicit FrozenWalk(View view)
         : view_(std::move(view)), chunks_(view_.stretches, Line()), floor_(Floor()) {}
@@ -37,17 +38,20 @@ class FrozenWalk {
     /// Blocks the thread. kDamaged names an unreadable row.
     Status Next(MetadataView& view, std::vector<FrozenBlock>& blocks);
     bool done() const { return chunks_.done(); }
+    /// At a fork: whether rows that cannot be read were left out.
+    bool left_out() const { return left_out_; }
 
   private:
     Generation Floor() const {
         return view_.stretches.empty() ? Generation{0} : view_.stretches.back().after;
     }
     Status AddChunks(MetadataView& view, ChunkIndex first, ChunkIndex end,
-                     std::vector<FrozenBlock>& blocks) const;
+                     std::vector<FrozenBlock>& blocks);
 
     const View view_;
     CandidateScan chunks_;
     const Generation floor_;
+    bool left_out_ = false;
 };
 
 /// Fills in the checksums that are stored, with their births. `blocks` are ordered by place.

@@ -34,8 +34,6 @@ Task<Result<ScrubReport>> Scrubber::Run(std::optional<DiskId> disk) {
         if (!Exists(view)) continue;
         s = co_await ScrubView(view, &report);
         if (!s.ok()) break;
-        if (!Exists(view) || view.generation == kHead) continue;
-        covered_[BranchOf(view)].insert(view.generation);
     }
     report.verified_blocks = verified_;
     covered_.clear();
@@ -99,6 +97,7 @@ std::optional<FrozenWalk::View> Scrubber::WalkOf(const View& view) const {
     FrozenWalk::View walk;
     walk.line = history.LineOf(branch, view.generation);
     walk.stretches = UncoveredBelow(branch, view.generation);
+    walk.fork = view.fork.value != 0;
     if (view.generation == kHead) walk.present = catalog_.disk(view.disk).record.generation;
     return walk;
 }
@@ -148,6 +147,9 @@ Task<Status> Scrubber::ScrubView(const View& view, ScrubReport* report) {
         s = co_await Tell(view, std::move(some), report);
         if (!s.ok()) co_return s;
     }
+    if (view.generation != kHead && !walk.left_out() && Exists(view)) {
+        covered_[BranchOf(view)].insert(view.generation);
+    }
     co_return Status();
 }
 
@@ -178,7 +180,7 @@ Task<Status> Scrubber::Tell(const View& view, std::vector<FrozenBlock> damaged,
     const auto metadata = core_.metadata().View();
     for (const FrozenBlock& block : damaged) {
         if (!told_.emplace(block.place, block.birth).second) continue;
-        ++report->damaged_blocks;
+        const bool listed = report->damage.size() < kDamageShown;
         std::string where;
         for (const Name& name : names) {
             if (report->damage.size() == kDamageShown) break;
@@ -193,6 +195,8 @@ Task<Status> Scrubber::Tell(const View& view, std::vector<FrozenBlock> damaged,
             if (where.empty()) where = Describe(damage);
             report->damage.push_back(std::move(damage));
         }
+        if (where.empty() && listed) continue;  // nobody sees it any more
+        ++report->damaged_blocks;
         if (where.empty()) where = fmt::format("block {} of the data file is damaged", block.place);
         core_.FoundDamage(block.place, block.birth, where);
     }

@@ -168,7 +168,7 @@ Task<Status> PoolImpl::RenameDisk(std::string name, std::string to) {
 }
 
 Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
-    Task<Result<Hold>> reserving = Reserve("a cloning", DiskOf(snapshot));
+    Task<Result<Hold>> reserving = Reserve("a cloning", DiskOf(snapshot), false);
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
     const Result<SnapshotId> id = catalog_.FindSnapshot(snapshot);

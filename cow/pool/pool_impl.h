@@ -128,7 +128,7 @@ class PoolImpl : public Pool, public HeadHost {
 
     // pool_waiting.cc
     static Error Stopping();
-    Task<Result<Hold>> Reserve(const char* command, FindDisks find);
+    Task<Result<Hold>> Reserve(const char* command, FindDisks find, bool whole = true);
     FindDisks DiskNamed(const std::string& name) const;
     FindDisks DiskOf(const std::string& snapshot) const;
     Task<void> WatchSealed(DiskId id);

@@ -229,7 +229,7 @@ void Reclaimer::AddTarget(MetadataView& view, Targets& targets, BranchId branch,
         Origin& origin = target.chunks[chunk];
         std::vector<int>& begin = origin.segments;
         if (begin.empty() || begin.back() != segment) begin.push_back(segment);
-        origin.note = {branch, Generation{generation.value + 1}, chunk};
+        origin.note = {branch, from, chunk};
     }
 }
 

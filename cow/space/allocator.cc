@@ -14,6 +14,9 @@ namespace {
 
 constexpr char kFullRow = 'F';
 constexpr char kBitmapRow = 'B';  // followed by the bitmap: block i is bit i % 8 of byte i / 8
+// The same of a region that was renewed: some of what is used there may be named nowhere.
+constexpr char kRenewedFullRow = 'f';
+constexpr char kRenewedBitmapRow = 'b';
 constexpr uint64_t kRoomyBlocks = kRegionBlocks / 4;
 /// Wholly free regions that stay provisioned: 256 MiB that need not be provisioned again soon.
 constexpr size_t kEmptyKept = 16;
@@ -23,16 +26,20 @@ constexpr uint64_t kSumsRowsOfRegion = kRegionBlocks / kSumsRowBlocks;
 
 static_assert(sizeof(Allocator::Bits) == kRegionBlocks / 8, "a bitset is copied as bytes");
 
-std::string EncodeBitmap(const Allocator::Bits& bits) {
-    std::string row(1 + sizeof bits, kBitmapRow);
+std::string EncodeRow(const Allocator::Bits& bits, bool renewed) {
+    if (bits.all()) return std::string(1, renewed ? kRenewedFullRow : kFullRow);
+    std::string row(1 + sizeof bits, renewed ? kRenewedBitmapRow : kBitmapRow);
     std::memcpy(row.data() + 1, &bits, sizeof bits);
     return row;
 }
 
 /// The bitmap of a region's row, empty if the region is full; nothing if the row is damaged.
 std::optional<std::string_view> BitmapOf(std::string_view row) {
-    if (row.size() == 1 && row[0] == kFullRow) return std::string_view();
-    if (row.size() == 1 + sizeof(Allocator::Bits) && row[0] == kBitmapRow) return row.substr(1);
+    if (row.empty()) return std::nullopt;
+    const bool full = row[0] == kFullRow || row[0] == kRenewedFullRow;
+    const bool bitmap = row[0] == kBitmapRow || row[0] == kRenewedBitmapRow;
+    if (full && row.size() == 1) return std::string_view();
+    if (bitmap && row.size() == 1 + sizeof(Allocator::Bits)) return row.substr(1);
     return std::nullopt;
 }
 
@@ -141,6 +148,7 @@ Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
     }
     aside_.erase(index);
     Bitmaps& open = open_[index];
+    open.renewed = row && (row->front() == kRenewedFullRow || row->front() == kRenewedBitmapRow);
     if (row && bitmap->empty()) {
         open.used.set();
     } else if (row) {
@@ -349,12 +357,11 @@ Status Allocator::Claim(const Extent& extent) {
     }
     return ForEachPart(
         extent, [this](uint64_t index, Bitmaps& open, uint64_t first, uint64_t end) -> Status {
-            const bool renewed = renewed_.contains(index);
             for (uint64_t bit = first; bit < end; ++bit) {
                 if (!open.busy[bit]) {
                     open.busy.set(bit);
                     --open.free;
-                } else if (renewed && open.used[bit]) {
+                } else if (open.renewed && open.used[bit]) {
                     open.used.reset(bit);
                 } else {
                     return DamagedRegion(index);
@@ -367,13 +374,14 @@ Status Allocator::Claim(const Extent& extent) {
         });
 }
 
-/// Gives a region whose row cannot be read a new one: all of it is used.
+/// Gives a region whose row cannot be read a new one: all of it is used. The row says so, since
+/// recovery may have more to claim there after another crash.
 void Allocator::Renew(uint64_t index) {
     Log(LogLevel::kError,
         fmt::format("allocator region {} is damaged; all of it counts as used from now on", index));
     aside_.erase(index);
-    renewed_.insert(index);
     Bitmaps& open = open_[index];
+    open.renewed = true;
     open.used.set();
     open.busy.set();
     if (index == 0) open.used.reset(0);  // the superblock
@@ -451,7 +459,7 @@ void Allocator::Encode(Batch& batch) {
                 batch.Delete(SumsKey(index * kSumsRowsOfRegion + i));
             }
         } else {
-            batch.Put(RegionKey(index), used.all() ? std::string(1, kFullRow) : EncodeBitmap(used));
+            batch.Put(RegionKey(index), EncodeRow(used, open_.at(index).renewed));
         }
     }
     storing_.swap(changed_);

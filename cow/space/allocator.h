@@ -136,6 +136,7 @@ class Allocator {
         uint64_t free = 0;     // blocks that are not busy
         uint64_t pending = 0;  // leased or resting
         bool changed = false;  // since the last Encode, or the batch of that is not stored yet
+        bool renewed = false;  // by Claim: some of what is used may be named nowhere
         bool idle = false;     // in idle_
         std::list<uint64_t>::iterator place;
     };
@@ -159,7 +160,6 @@ class Allocator {
     std::unordered_map<uint64_t, Bitmaps> open_;
     std::list<uint64_t> idle_;  // open without need; used last: last
     std::unordered_map<uint64_t, uint64_t> held_;
-    std::set<uint64_t> renewed_;              // by Claim
     std::map<uint64_t, Error> aside_;         // regions whose rows cannot be read, and why
     uint64_t unknown_from_ = 0, unknown_to_;  // pages
     const uint64_t first_count_;              // regions when the pool was opened

@@ -151,11 +151,13 @@ Result<std::optional<MapRow>> ReadRow(MetadataView& view, const Line& line, Chun
     return std::optional<MapRow>();
 }
 
-MapRows ReadMapInPieces(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end) {
+Result<MapRows> ReadMapInPieces(MetadataView& view, const Line& line, ChunkIndex first,
+                                ChunkIndex end) {
     MapRows rows;
     rows.next = end;
     for (ChunkIndex chunk = first; chunk < end; ++chunk.value) {
         Result<std::optional<MapRow>> row = ReadRow(view, line, chunk);
+        if (!row.ok() && row.error().kind != ErrorKind::kDamaged) return row.error();
         if (!row.ok()) {
             rows.damaged.push_back({chunk, row.error().message});
         } else if (row.value()) {

@@ -43,9 +43,10 @@ struct MapRows {
 /// the next GiB.
 Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end);
 
-/// The same where rows lie on a page of the store that cannot be read: chunk by chunk, and one that
-/// needs that page is among the damaged. Slow.
-MapRows ReadMapInPieces(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end);
+/// The same where rows lie on a damaged page of the store: chunk by chunk, and one that needs that
+/// page is among the damaged. Other errors are the store's. Slow.
+Result<MapRows> ReadMapInPieces(MetadataView& view, const Line& line, ChunkIndex first,
+                                ChunkIndex end);
 
 /// All rows of `chunk` in `stretch`, newest first.
 Result<std::vector<MapRow>> ReadVersions(MetadataView& view, const Stretch& stretch,
