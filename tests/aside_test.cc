@@ -156,6 +156,26 @@ TEST_F(AsideTest, RecoveryGoesAroundADamagedRegion) {
     StopUnchecked();
 }
 
+// Its free blocks are lost, and that is all there is to tell.
+TEST_F(AsideTest, ARegionThatRecoveryRenewedIsReadableAgain) {
+    Restart();
+    for (const std::string name : {"a", "b"}) MakeDisk(name, name[0]);
+    EXPECT_EQ(16 * kBlockBytes, Used());
+    EXPECT_EQ(0, Write("b", 4096, 4096, 'j'));
+    EXPECT_EQ(0, Flush("b"));
+    Crash();
+    const std::string key = cow::RegionKey(1);
+    SetRow(key, "rubbish");
+    Start();
+    EXPECT_EQ("f", media.metadata()->at(key));
+    Expect("b", 4096, 4096, 'j');
+    const auto report = cow::CheckMetadata(machine->metadata()).value();
+    ASSERT_EQ(1u, report.errors.size());
+    EXPECT_NE(std::string::npos, report.errors[0].find("blocks are marked as used, "));
+    EXPECT_EQ(cow::kRegionBlocks - 9, report.leaked_blocks);
+    StopUnchecked();
+}
+
 // Runs that begin in a damaged region and end in one that is well: both have to know of them. What
 // is written afterwards must not get their blocks, even if the damage passes.
 TEST_F(AsideTest, RecoveryMarksRunsThatReachIntoADamagedRegion) {

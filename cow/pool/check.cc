@@ -125,7 +125,9 @@ Status Checker::CheckRegions() {
     std::vector<bool>& listed = in_use_;
     listed.resize(catalog_.pool().region_count);
     uint64_t used = 0, lost = 0, unreadable = 0;
-    const auto compare = [&](uint64_t region, const uint64_t* bits) {
+    const auto compare = [&](uint64_t region, const Allocator::Bits& bitmap) {
+        uint64_t bits[kWords];
+        std::memcpy(bits, &bitmap, sizeof bits);
         for (uint64_t w = 0; w < kWords; ++w) {
             const uint64_t live = live_.word(region * kWords + w);
             const uint64_t dying = dying_.word(region * kWords + w);
@@ -136,14 +138,11 @@ Status Checker::CheckRegions() {
             report_.reclaim_blocks += static_cast<uint64_t>(std::popcount(bits[w] & dying));
         }
     };
-    uint64_t bits[kWords];
     const auto cursor = view_.Range("R", PrefixEnd("R"));
     for (cursor->Seek("R"); cursor->valid(); cursor->Next()) {
         const uint64_t region = KeyNumbers(cursor->key()) == 1 ? KeyNumber(cursor->key(), 0) : ~0ul;
-        const bool full = cursor->value() == "F";
-        const bool sound = region < listed.size() &&
-                           (full || cursor->value().size() == 1 + sizeof(Allocator::Bits));
-        if (!sound) {
+        const std::optional<Allocator::Bits> bitmap = Allocator::UsedOf(cursor->value());
+        if (!bitmap || region >= listed.size()) {
             Fault(
                 fmt::format("allocator region {} is unreadable: nothing is written to it, and "
                             "nothing given back",
@@ -152,14 +151,11 @@ Status Checker::CheckRegions() {
             if (region < listed.size()) listed[region] = true;
             continue;
         }
-        std::memset(bits, 0xff, sizeof bits);
-        if (!full) std::memcpy(bits, cursor->value().data() + 1, sizeof bits);
         listed[region] = true;
-        compare(region, bits);
+        compare(region, *bitmap);
     }
-    std::memset(bits, 0, sizeof bits);
     for (uint64_t region = 0; region < listed.size(); ++region) {
-        if (!listed[region]) compare(region, bits);
+        if (!listed[region]) compare(region, Allocator::Bits());
     }
     if (lost > 0) Fault(fmt::format("{} blocks are mapped but not marked as used", lost));
     if (used != catalog_.pool().used_blocks && unreadable == 0) {

@@ -43,6 +43,10 @@ std::optional<std::string_view> BitmapOf(std::string_view row) {
     return std::nullopt;
 }
 
+bool IsRenewed(std::string_view row) {
+    return row[0] == kRenewedFullRow || row[0] == kRenewedBitmapRow;
+}
+
 Error DamagedRegion(uint64_t region) {
     return MakeError(ErrorKind::kDamaged, fmt::format("allocator region {} is damaged", region));
 }
@@ -71,6 +75,18 @@ Allocator::Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& poo
                   RegionStates::kPageRegions),
       first_count_(pool.region_count) {}
 
+std::optional<Allocator::Bits> Allocator::UsedOf(std::string_view row) {
+    const std::optional<std::string_view> bitmap = BitmapOf(row);
+    if (!bitmap) return std::nullopt;
+    Bits used;
+    if (bitmap->empty()) {
+        used.set();
+    } else {
+        std::memcpy(static_cast<void*>(&used), bitmap->data(), sizeof used);
+    }
+    return used;
+}
+
 std::optional<uint64_t> Allocator::UsedEnd(std::string_view row) {
     const std::optional<std::string_view> bitmap = BitmapOf(row);
     if (!bitmap) return std::nullopt;
@@ -82,12 +98,9 @@ std::optional<uint64_t> Allocator::UsedEnd(std::string_view row) {
 
 RegionState Allocator::StateOf(const std::optional<std::string_view>& row) {
     if (!row) return RegionState::kBare;
-    const std::optional<std::string_view> bitmap = BitmapOf(*row);
-    if (!bitmap) return RegionState::kUnknown;
-    if (bitmap->empty()) return RegionState::kFull;
-    Bits used;
-    std::memcpy(static_cast<void*>(&used), bitmap->data(), sizeof used);
-    const uint64_t free = kRegionBlocks - used.count();
+    const std::optional<Bits> used = UsedOf(*row);
+    if (!used) return RegionState::kUnknown;
+    const uint64_t free = kRegionBlocks - used->count();
     if (free == 0) return RegionState::kFull;
     if (free == kRegionBlocks) return RegionState::kBare;
     return free < kRoomyBlocks ? RegionState::kTight : RegionState::kRoomy;
@@ -141,19 +154,12 @@ bool Allocator::NeedsRow(uint64_t region) const {
 Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
     if (index >= pool_.region_count) return DamagedRegion(index);
     if (open_.contains(index)) return Status();
-    std::optional<std::string_view> bitmap;
-    if (row) {
-        bitmap = BitmapOf(*row);
-        if (!bitmap) return DamagedRegion(index);
-    }
+    const std::optional<Bits> used = row ? UsedOf(*row) : Bits();
+    if (!used) return DamagedRegion(index);
     aside_.erase(index);
     Bitmaps& open = open_[index];
-    open.renewed = row && (row->front() == kRenewedFullRow || row->front() == kRenewedBitmapRow);
-    if (row && bitmap->empty()) {
-        open.used.set();
-    } else if (row) {
-        std::memcpy(static_cast<void*>(&open.used), bitmap->data(), sizeof(Bits));
-    }
+    open.renewed = row && IsRenewed(*row);
+    open.used = *used;
     open.busy = open.used;
     if (index == 0) open.busy.set(0);  // the superblock
     open.free = kRegionBlocks - open.busy.count();
@@ -361,7 +367,7 @@ Status Allocator::Claim(const Extent& extent) {
                 if (!open.busy[bit]) {
                     open.busy.set(bit);
                     --open.free;
-                } else if (open.renewed && open.used[bit]) {
+                } else if (open.renewed && open.used[bit] && index + bit > 0) {  // the superblock
                     open.used.reset(bit);
                 } else {
                     return DamagedRegion(index);
@@ -452,14 +458,15 @@ void Allocator::Release(const Extent& extent) {
 void Allocator::Encode(Batch& batch) {
     Stored();
     for (const uint64_t index : changed_) {
-        const Bits& used = open_.at(index).used;
-        if (used.none()) {
+        Bitmaps& open = open_.at(index);
+        if (open.used.none()) {
+            open.renewed = false;  // nothing is left of what nobody names
             batch.Delete(RegionKey(index));
             for (uint64_t i = 0; i < kSumsRowsOfRegion; ++i) {
                 batch.Delete(SumsKey(index * kSumsRowsOfRegion + i));
             }
         } else {
-            batch.Put(RegionKey(index), EncodeRow(used, open_.at(index).renewed));
+            batch.Put(RegionKey(index), EncodeRow(open.used, open.renewed));
         }
     }
     storing_.swap(changed_);

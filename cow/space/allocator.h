@@ -47,6 +47,8 @@ class Allocator {
     Allocator(MetadataStore& metadata, SpaceStore& space, PoolRecord& pool, uint64_t capacity_max,
               uint64_t open_max = kOpenMax);
 
+    /// What a region's row says is used; nothing if the row is damaged. Any thread.
+    static std::optional<Bits> UsedOf(std::string_view row);
     /// The end, in blocks of its region, of what a region's row says is used; nothing if the row is
     /// damaged. Any thread.
     static std::optional<uint64_t> UsedEnd(std::string_view row);

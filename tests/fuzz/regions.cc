@@ -118,7 +118,8 @@ class Book {
             const Extent extent = {place, end - place};
             if (expected) {
                 used += extent.count;
-                VARVE_CHECK(!again.Claim({place, 1}).ok() && !again.Claim({end - 1, 1}).ok());
+                VARVE_CHECK(IsRenewed(place) || !again.Claim({place, 1}).ok());
+                VARVE_CHECK(IsRenewed(end - 1) || !again.Claim({end - 1, 1}).ok());
                 VARVE_CHECK(again.MarkFree(extent).ok());
                 pool_.used_blocks += extent.count;
             } else {
@@ -130,23 +131,33 @@ class Book {
     }
 
   private:
+    static bool IsFull(const std::string& row) { return row == "F" || row == "f"; }
     static bool WellFormed(const std::string& row) {
-        return row == "F" || (row.size() == 1 + kRegionBlocks / 8 && row[0] == 'B');
+        const bool bitmap = row.size() == 1 + kRegionBlocks / 8;
+        return IsFull(row) || (bitmap && (row[0] == 'B' || row[0] == 'b'));
+    }
+    /// Whether the block's region was renewed when it was stored last: what is used there may be
+    /// claimed once more.
+    bool IsRenewed(uint64_t place) const {
+        const auto row = store_.rows.find(RegionKey(place / kRegionBlocks));
+        return row != store_.rows.end() && (row->second[0] == 'f' || row->second[0] == 'b');
     }
 
     static std::optional<std::string> Row(fuzz::Input& input) {
-        switch (input.Byte() % 4) {
+        const uint8_t kind = input.Byte();
+        const bool renewed = (kind & 4) != 0;
+        switch (kind % 4) {
             case 0:
                 return std::nullopt;
             case 1:
-                return "F";
+                return renewed ? "f" : "F";
             case 2:
                 return std::string(input.Bytes(input.Byte()));
             default:
                 break;
         }
         std::string row(1 + kRegionBlocks / 8, static_cast<char>(input.Byte()));
-        row[0] = 'B';
+        row[0] = renewed ? 'b' : 'B';
         for (uint8_t changes = input.Byte() % 16; changes > 0; --changes) {
             const size_t at = 1 + input.Number(2) % (row.size() - 1);
             const char bits = static_cast<char>(input.Byte());
@@ -157,7 +168,7 @@ class Book {
 
     void Expect(uint64_t region, const std::optional<std::string>& row) {
         for (uint64_t i = 0; i < kRegionBlocks && row; ++i) {
-            const bool used = *row == "F" || ((*row)[1 + i / 8] >> i % 8 & 1) != 0;
+            const bool used = IsFull(*row) || ((*row)[1 + i / 8] >> i % 8 & 1) != 0;
             if (used) blocks_[region * kRegionBlocks + i] = State::kUsed;
         }
     }
@@ -188,7 +199,7 @@ class Book {
     /// Recovery ends if a claim is refused, so only a single block may be: its rest would be taken.
     void Claim(const Extent& extent) {
         const bool free = All(extent, State::kFree);
-        if (!free && extent.count > 1) return;
+        if (!free && (extent.count > 1 || IsRenewed(extent.place))) return;
         VARVE_CHECK(allocator_.Claim(extent).ok() == free);
         if (free) Set(extent, State::kLeased);
     }
