@@ -106,25 +106,34 @@ Line History::LineOf(BranchId id, Generation generation) const {
 }
 
 Line History::StretchesBelow(BranchId id, Generation generation, const Views& gone) const {
-    return StretchesDownTo(id, generation,
-                           [&gone](Generation g) { return !gone.snapshots.contains(g); });
+    return StretchesDownTo(id, generation, [&](BranchId branch, Generation from) {
+        return SnapshotDownFrom(branch, from,
+                                [&gone](Generation g) { return !gone.snapshots.contains(g); });
+    });
 }
 
-Line History::StretchesDownTo(BranchId id, Generation generation,
-                              const std::function<bool(Generation)>& counts) const {
+Line History::StretchesDownTo(BranchId id, Generation generation, const WayEnd& end) const {
     Line path;
     while (id.value != 0) {
-        const Branch& branch = Get(id);
-        for (auto at = branch.snapshots.upper_bound(generation); at != branch.snapshots.begin();) {
-            if (!counts(*--at)) continue;
+        if (const std::optional<Generation> at = end(id, generation)) {
             path.push_back({id, *at, generation});
             return path;
         }
+        const Branch& branch = Get(id);
         path.push_back({id, branch.fork, generation});
         generation = branch.fork;
         id = branch.parent;
     }
     return path;
+}
+
+std::optional<Generation> History::SnapshotDownFrom(
+    BranchId id, Generation generation, const std::function<bool(Generation)>& counts) const {
+    const std::set<Generation>& snapshots = Get(id).snapshots;
+    for (auto at = snapshots.upper_bound(generation); at != snapshots.begin();) {
+        if (counts(*--at)) return *at;
+    }
+    return std::nullopt;
 }
 
 Generation History::SnapshotBelow(BranchId id, Generation generation) const {

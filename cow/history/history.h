@@ -129,9 +129,13 @@ class History {
                                                 const Views& gone = {}) const;
     /// From (`id`, `generation`) down to the nearest live snapshot at or below it, or to the root.
     Line StretchesBelow(BranchId id, Generation generation, const Views& gone = {}) const;
-    /// The same, but only snapshots whose generation `counts` end it.
-    Line StretchesDownTo(BranchId id, Generation generation,
-                         const std::function<bool(Generation)>& counts) const;
+    /// The same, down to where `end` says: the highest place at or below a generation of a branch
+    /// at which the way ends, if there is one.
+    using WayEnd = std::function<std::optional<Generation>(BranchId, Generation)>;
+    Line StretchesDownTo(BranchId id, Generation generation, const WayEnd& end) const;
+    /// The branch's newest snapshot at or below `generation` that `counts`.
+    std::optional<Generation> SnapshotDownFrom(BranchId id, Generation generation,
+                                               const std::function<bool(Generation)>& counts) const;
     /// From just above (`id`, `generation`) up to one of the nearest live views; empty if no live
     /// view is above.
     Line StretchesAbove(BranchId id, Generation generation, const Views& gone = {}) const;

@@ -1,4 +1,5 @@
 #include "cow/history/losses.h"
+#include "base/sort_unique.h"
 
 #include <algorithm>
 
@@ -44,8 +45,7 @@ std::vector<Loss> FindLosses(const History& history, const std::vector<ViewAt>& 
             VARVE_CHECK(stood >= 0);
             loss.from.push_back(stood);
         }
-        std::sort(loss.from.begin(), loss.from.end());
-        loss.from.erase(std::unique(loss.from.begin(), loss.from.end()), loss.from.end());
+        SortUnique(loss.from);
         loss.below = loss.with.StretchesOf(loss.with.PathDown(loss.with.gone));
         loss.above = FindAbove(history, loss.with, gone);
     }

@@ -113,10 +113,12 @@ FrozenWalk::View Checksummer::ViewOf(const SnapshotRecord& record) const {
     const bool early = Mutated(Mutant::kSumOfUnsealed);
     view.line = history.LineOf(record.branch, early ? kHead : record.generation);
     // Only those that are completely summed end the way down.
+    const auto summed = [this](Generation generation) {
+        return !pending_.contains(generation) && !given_up_.contains(generation);
+    };
     view.stretches = history.StretchesDownTo(
-        record.branch, Generation{record.generation.value - 1}, [this](Generation generation) {
-            return !pending_.contains(generation) && !given_up_.contains(generation);
-        });
+        record.branch, Generation{record.generation.value - 1},
+        [&](BranchId id, Generation from) { return history.SnapshotDownFrom(id, from, summed); });
     view.stretches.front().to = early ? kHead : record.generation;
     return view;
 }

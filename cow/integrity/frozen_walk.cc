@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/sort_unique.h"
 #include "cow/format/format.h"
 #include "cow/mutants.h"
 #include "cow/volume/block_sum.h"
@@ -42,8 +43,7 @@ Status FrozenWalk::AddChunks(MetadataView& view, ChunkIndex first, ChunkIndex en
 Status FrozenWalk::Next(MetadataView& view, std::vector<FrozenBlock>& blocks) {
     std::vector<ChunkIndex> chunks;
     if (Status s = chunks_.Next(view, 2 * kStepChunks, chunks); !s.ok()) return s;
-    std::sort(chunks.begin(), chunks.end());
-    chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
+    SortUnique(chunks);
     for (size_t i = 0; i < chunks.size();) {
         size_t next = i + 1;  // neighbours share a scan
         while (next < chunks.size() && chunks[next].value == chunks[next - 1].value + 1) ++next;

@@ -96,30 +96,21 @@ std::optional<FrozenWalk::View> Scrubber::WalkOf(const View& view) const {
     const History& history = catalog_.history();
     FrozenWalk::View walk;
     walk.line = history.LineOf(branch, view.generation);
-    walk.stretches = UncoveredBelow(branch, view.generation);
+    walk.stretches = history.StretchesDownTo(
+        branch, view.generation,
+        [this](BranchId id, Generation from) { return CoveredBelow(id, from); });
     walk.fork = view.fork.value != 0;
     if (view.generation == kHead) walk.present = catalog_.disk(view.disk).record.generation;
     return walk;
 }
 
-/// From there down to the first place that this run has been at, or to the root.
-Line Scrubber::UncoveredBelow(BranchId branch, Generation generation) const {
-    Line stretches;
-    while (branch.value != 0) {
-        const History::Branch& here = catalog_.history().Get(branch);
-        Generation after = here.fork;
-        const auto covered = covered_.find(branch);
-        if (covered != covered_.end()) {
-            const auto place = covered->second.upper_bound(generation);
-            if (place != covered->second.begin()) after = std::max(after, *std::prev(place));
-        }
-        if (after == generation) break;
-        stretches.push_back({branch, after, generation});
-        if (after != here.fork) break;
-        generation = here.fork;
-        branch = here.parent;
-    }
-    return stretches;
+/// The highest place of the branch, at or below `from`, that this run has been at.
+std::optional<Generation> Scrubber::CoveredBelow(BranchId branch, Generation from) const {
+    const auto covered = covered_.find(branch);
+    if (covered == covered_.end()) return std::nullopt;
+    const auto place = covered->second.upper_bound(from);
+    if (place == covered->second.begin()) return std::nullopt;
+    return *std::prev(place);
 }
 
 Task<Status> Scrubber::ScrubView(const View& view, ScrubReport* report) {

@@ -41,7 +41,7 @@ class Scrubber {
     std::vector<View> PlanViews(std::optional<DiskId> disk) const;
     void PlanForks(std::vector<View>* views) const;
     bool Exists(const View& view) const;
-    Line UncoveredBelow(BranchId branch, Generation generation) const;
+    std::optional<Generation> CoveredBelow(BranchId branch, Generation from) const;
     BranchId BranchOf(const View& view) const;
     std::optional<FrozenWalk::View> WalkOf(const View& view) const;
     Task<Status> ScrubView(const View& view, ScrubReport* report);

@@ -2,17 +2,13 @@
 
 #include <algorithm>
 
+#include "base/sort_unique.h"
+
 namespace varve::cow {
 namespace {
 
 /// Moves in the store that are made before others get the auditor. One costs some microseconds.
 constexpr uint64_t kMovesTogether = 1024;
-
-template <typename T>
-void Unique(std::vector<T>& list) {
-    std::sort(list.begin(), list.end());
-    list.erase(std::unique(list.begin(), list.end()), list.end());
-}
 
 class CountedCursor : public Cursor {
   public:
@@ -54,7 +50,7 @@ void FreedCount::Side::AddJobs(const std::vector<JobRecord>& jobs) {
         const int segment = region->SegmentAt(job.branch, job.generation);
         if (segment >= 0) from.push_back(segment);
     }
-    Unique(from);
+    SortUnique(from);
 }
 
 void FreedCount::Side::AddNote(BranchId branch, ChunkIndex chunk, Generation generation) {
@@ -67,7 +63,7 @@ Status FreedCount::Side::Sweep(ChunkIndex chunk, SweepPlan& plan) {
     if (note == notes.end() || note->first != chunk) return sweeper.Sweep(chunk, from, plan);
     std::vector<int> begin = from;
     for (; note != notes.end() && note->first == chunk; ++note) begin.push_back(note->second);
-    Unique(begin);
+    SortUnique(begin);
     return sweeper.Sweep(chunk, begin, plan);
 }
 
@@ -95,7 +91,7 @@ Status FreedCount::Step() {
 Status FreedCount::Collect() {
     if (Status s = scan_.Next(view_, kMovesTogether, chunks_); !s.ok()) return s;
     if (chunks_.size() < 2 * sorted_ + kMovesTogether && !scan_.done()) return Status();
-    Unique(chunks_);
+    SortUnique(chunks_);
     sorted_ = chunks_.size();
     return Status();
 }
@@ -127,8 +123,8 @@ Status FreedCount::FindNotes() {
     }
     notes_found_ = !cursor->valid() || view_.moves() < end;
     if (!notes_found_) notes_from_ = std::string(cursor->key());
-    if (notes_found_) Unique(with_.notes);
-    if (notes_found_) Unique(without_.notes);
+    if (notes_found_) SortUnique(with_.notes);
+    if (notes_found_) SortUnique(without_.notes);
     return cursor->status();
 }
 

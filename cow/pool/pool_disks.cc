@@ -72,14 +72,11 @@ Status PoolImpl::CheckNewDisk(std::string_view name) const {
     return s;
 }
 
-Result<DiskId> PoolImpl::FindIdle(std::string_view name) const {
-    Result<DiskId> id = catalog_.FindDisk(name);
-    if (id.ok() && disks_.at(id.value()).busy) {
-        return MakeError(
-            ErrorKind::kBusy,
-            fmt::format("disk '{}' is being resized; try again when that is done", name));
-    }
-    return id;
+Status PoolImpl::Idle(DiskId id) const {
+    if (!disks_.at(id).busy) return Status();
+    return MakeError(ErrorKind::kBusy,
+                     fmt::format("disk '{}' is being resized; try again when that is done",
+                                 catalog_.disk(id).record.name));
 }
 
 Task<Status> PoolImpl::CreateDisk(std::string name, uint64_t size) {
@@ -155,7 +152,7 @@ Task<Status> PoolImpl::RenameDisk(std::string name, std::string to) {
     Task<Result<Hold>> reserving = Reserve("a renaming", DiskNamed(name));
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
-    const Result<DiskId> id = FindIdle(name);
+    const Result<DiskId> id = catalog_.FindDisk(name);
     if (!id.ok()) co_return id.error();
     Change change = [&](CommitContext& context) {
         if (Status fits = CheckNewName(to); !fits.ok()) return fits;
@@ -216,7 +213,7 @@ Task<Result<BranchId>> PoolImpl::BeginFlatten(std::string name) {
     Task<Result<Hold>> reserving = Reserve("a flattening", DiskNamed(name));
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
-    const Result<DiskId> id = FindIdle(name);
+    const Result<DiskId> id = catalog_.FindDisk(name);
     if (!id.ok()) co_return id.error();
     if (Status s = Growable(); !s.ok()) co_return s.error();
     BranchId branch;
@@ -312,7 +309,7 @@ Task<Status> PoolImpl::ResizeLocked(std::string name, uint64_t size, bool shrink
     Task<Result<Hold>> reserving = Reserve("a resizing", DiskNamed(name));
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
-    const Result<DiskId> id = FindIdle(name);
+    const Result<DiskId> id = catalog_.FindDisk(name);
     if (!id.ok()) co_return id.error();
     Status s = CheckSize(size, options_);
     if (!s.ok()) co_return s;
@@ -404,7 +401,7 @@ Task<Status> PoolImpl::SetOffline(std::string name, bool offline, bool disconnec
     Task<Result<Hold>> reserving = Reserve("a change of its clients", DiskNamed(name));
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
-    const Result<DiskId> id = FindIdle(name);
+    const Result<DiskId> id = catalog_.FindDisk(name);
     if (!id.ok()) co_return id.error();
     if (catalog_.disk(id.value()).record.offline == offline) co_return Status();
     Status s;
@@ -445,7 +442,7 @@ Task<Status> PoolImpl::DeleteDisk(std::string name, bool snapshots, bool disconn
     Task<Result<Hold>> reserving = Reserve("a deletion", DiskNamed(name));
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
-    const Result<DiskId> found = FindIdle(name);
+    const Result<DiskId> found = catalog_.FindDisk(name);
     if (!found.ok()) co_return found.error();
     const DiskId id = found.value();
     std::vector<SnapshotId> doomed;

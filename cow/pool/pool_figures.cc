@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "base/sort_unique.h"
 #include "base/units.h"
 #include "cow/history/losses.h"
 #include "cow/pool/freed_count.h"
@@ -13,12 +14,6 @@ namespace {
 
 /// With more views the tree is not looked at on home.
 constexpr size_t kViewsOnHome = 256;
-
-template <typename T>
-void Unique(std::vector<T>& ids) {
-    std::sort(ids.begin(), ids.end());
-    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
-}
 
 }  // namespace
 
@@ -103,8 +98,8 @@ Task<Result<uint64_t>> PoolImpl::EstimateDelete(std::vector<std::string> names, 
         if (!id.ok()) co_return id.error();
         disks.push_back(id.value());
     }
-    Unique(doomed);
-    Unique(disks);
+    SortUnique(doomed);
+    SortUnique(disks);
     std::vector<SnapshotId> all;  // of the disks
     for (const DiskId id : disks) {
         const Catalog::Disk& disk = catalog_.disk(id);
@@ -121,7 +116,7 @@ Task<Result<uint64_t>> PoolImpl::EstimateDelete(std::vector<std::string> names, 
         }
     }
     doomed.insert(doomed.end(), all.begin(), all.end());
-    Unique(doomed);
+    SortUnique(doomed);
     const CountingFor estimate;
     Task<Result<std::optional<uint64_t>>> counting = BytesFreedSoon(estimate, std::move(views));
     const Result<std::optional<uint64_t>> bytes = co_await counting;

@@ -143,7 +143,7 @@ class PoolImpl : public Pool, public HeadHost {
 
     // recovery.cc
     Task<Status> FoldPart(const JournalPart& part);
-    void Lose(const JournalPart& part, const DamagedRow& row, CommitContext& context);
+    void Lose(DiskId disk, const JournalPart& part, const DamagedRow& row, CommitContext& context);
     Task<Status> DropRows(const std::vector<std::string>& keys);
 
     // pool.cc
@@ -169,7 +169,7 @@ class PoolImpl : public Pool, public HeadHost {
     Head& AddHead(DiskId id);
     Head::Place PlaceOf(DiskId id) const;
     size_t DepthOf(DiskId id) const;
-    Result<DiskId> FindIdle(std::string_view name) const;
+    Status Idle(DiskId id) const;
     Status CheckNewName(std::string_view name) const;
     Status CheckNewDisk(std::string_view name) const;
     DiskInfo InfoOf(DiskId id, bool fresh) const;

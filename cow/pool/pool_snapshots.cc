@@ -69,7 +69,7 @@ Result<std::vector<PoolImpl::Cut>> PoolImpl::PlanCuts(const std::vector<std::str
     for (const std::string& name : names) {
         Result<SnapshotName> parts = SplitSnapshotName(name);
         if (!parts.ok()) return parts.error();
-        const Result<DiskId> id = FindIdle(parts.value().disk);
+        const Result<DiskId> id = catalog_.FindDisk(parts.value().disk);
         if (!id.ok()) return id.error();
         if (!seen.insert(id.value()).second) {
             return MakeError(ErrorKind::kInvalid,
@@ -351,8 +351,6 @@ Task<Status> PoolImpl::RestoreSnapshot(std::string name, std::optional<std::stri
     const Result<SnapshotId> found = catalog_.FindSnapshot(name);
     if (!found.ok()) co_return found.error();
     const DiskId id = catalog_.snapshot(found.value()).disk;
-    const Result<DiskId> idle = FindIdle(catalog_.disk(id).record.name);
-    if (!idle.ok()) co_return idle.error();
     Status s = CheckDepth(found.value());
     if (s.ok() && keep_as) s = CheckNewSnapshot(id, *keep_as);
     if (s.ok()) s = Growable();

@@ -66,7 +66,7 @@ Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks fi
     const bool ended = co_await ticker_.Wait(command_ended_, kCommandWaitUs, std::move(free));
     if (!ended) {
         const Disk& disk = disks_.at(blocked);
-        if (!disk.command) co_return FindIdle(catalog_.disk(blocked).record.name).status().error();
+        if (!disk.command) co_return Idle(blocked).error();
         co_return MakeError(
             ErrorKind::kBusy,
             fmt::format("disk '{}' is busy: {} has been at work on it for {} s; try again",
@@ -75,7 +75,7 @@ Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks fi
     }
     if (!found.ok()) co_return found.error();
     for (const DiskId id : whole ? found.value() : std::vector<DiskId>()) {
-        const Result<DiskId> idle = FindIdle(catalog_.disk(id).record.name);
+        const Status idle = Idle(id);
         if (!idle.ok()) co_return idle.error();
     }
     Hold hold(*this, std::move(found.value()), command);

@@ -46,8 +46,8 @@ HeadCommit MakeCommit(const JournalPart& part, SnapshotId snapshot,
 
 /// The chunk cannot be read as it was before these changes. It reads as an error from now on, even
 /// if it can be read later: without them it would be older than what was flushed.
-void PoolImpl::Lose(const JournalPart& part, const DamagedRow& row, CommitContext& context) {
-    const DiskId disk = catalog_.OwnerOf(part.branch, part.generation)->disk;
+void PoolImpl::Lose(DiskId disk, const JournalPart& part, const DamagedRow& row,
+                    CommitContext& context) {
     Log(LogLevel::kError, fmt::format("disk {} has lost its last writes to chunk {}: {}",
                                       catalog_.disk(disk).record.name, row.chunk.value, row.what));
     context.batch.Put(MapKey(part.branch, row.chunk, part.generation), kLostRow);
@@ -76,7 +76,7 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
                     if (!s.ok()) return s;
                 }
             }
-            for (const DamagedRow& row : lost) Lose(part, row, context);
+            for (const DamagedRow& row : lost) Lose(owner->disk, part, row, context);
             if (commit.empty()) return Status();
             return BuildHeadCommit(core_, context, owner->disk, commit);
         };

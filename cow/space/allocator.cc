@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "base/log.h"
+#include "base/sort_unique.h"
 #include "cow/mutants.h"
 
 namespace varve::cow {
@@ -59,8 +60,7 @@ std::vector<uint64_t> RegionsOf(const std::vector<Extent>& extents) {
         regions.push_back(extent.place / kRegionBlocks);
         regions.push_back((extent.place + extent.count - 1) / kRegionBlocks);
     }
-    std::sort(regions.begin(), regions.end());
-    regions.erase(std::unique(regions.begin(), regions.end()), regions.end());
+    SortUnique(regions);
     return regions;
 }
 

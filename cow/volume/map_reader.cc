@@ -114,6 +114,22 @@ Result<uint64_t> ScanBranch(MetadataView& view, const Stretch& stretch, uint64_t
     return *next.value();
 }
 
+/// The row that `line` resolves `chunk` to, by one seek for each stretch and no move: that might
+/// meet a page on which there is nothing of the chunk.
+Result<std::optional<MapRow>> ReadRow(MetadataView& view, const Line& line, ChunkIndex chunk) {
+    for (const Stretch& stretch : line) {
+        const std::string lower = MapKey(stretch.branch, chunk, stretch.to);
+        const auto cursor = view.Range(lower, MapKey(stretch.branch, chunk, stretch.after));
+        cursor->Seek(lower);
+        if (Status s = cursor->status(); !s.ok()) return s.error();
+        if (!cursor->valid()) continue;
+        Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
+        if (!row.ok()) return row.error();
+        return std::optional<MapRow>(std::move(row.value()));
+    }
+    return std::optional<MapRow>();
+}
+
 }  // namespace
 
 Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end) {
@@ -133,22 +149,6 @@ Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, 
         if (slot.row) rows.rows.push_back(std::move(*slot.row));
     }
     return rows;
-}
-
-/// The row that `line` resolves `chunk` to, by one seek for each stretch and no move: that might
-/// meet a page on which there is nothing of the chunk.
-Result<std::optional<MapRow>> ReadRow(MetadataView& view, const Line& line, ChunkIndex chunk) {
-    for (const Stretch& stretch : line) {
-        const std::string lower = MapKey(stretch.branch, chunk, stretch.to);
-        const auto cursor = view.Range(lower, MapKey(stretch.branch, chunk, stretch.after));
-        cursor->Seek(lower);
-        if (Status s = cursor->status(); !s.ok()) return s.error();
-        if (!cursor->valid()) continue;
-        Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
-        if (!row.ok()) return row.error();
-        return std::optional<MapRow>(std::move(row.value()));
-    }
-    return std::optional<MapRow>();
 }
 
 Result<MapRows> ReadMapInPieces(MetadataView& view, const Line& line, ChunkIndex first,
