@@ -318,26 +318,27 @@ size_t Fill(Slots& slots, Pace pace) {
     }
 }
 
+/// How many of `kind` begin where as many of `other` as may have entered; and where nobody has.
+std::pair<size_t, size_t> BegunBeside(size_t places, Pace other, Pace kind) {
+    Slots alone(places), slots(places);
+    Fill(alone, kind);
+    Fill(slots, other);
+    Fill(slots, kind);
+    EXPECT_EQ(Slots::Entry::kBegins, slots.Enter(Pace::kGlance, {}, nullptr));
+    return {slots.begun(kind), alone.begun(kind)};
+}
+
 TEST(Slots, WorkTakesNoPlaceInWhichAChangeCouldBegin) {
     for (const size_t places : {3, 4, 8, 16, 128, 1000}) {
-        Slots alone(places), slots(places);
-        Fill(alone, Pace::kChange);
-        Fill(slots, Pace::kWork);
-        Fill(slots, Pace::kChange);
-        EXPECT_EQ(alone.begun(Pace::kChange), slots.begun(Pace::kChange)) << places << " places";
-        EXPECT_EQ(Slots::Entry::kBegins, slots.Enter(Pace::kGlance, {}, nullptr));
+        const auto [beside, alone] = BegunBeside(places, Pace::kWork, Pace::kChange);
+        EXPECT_EQ(alone, beside) << places << " places";
     }
 }
 
 TEST(Slots, ChangesLeaveRoomForSomeWork) {
     for (const size_t places : {3, 4, 8, 16, 128, 1000}) {
-        Slots alone(places), slots(places);
-        Fill(alone, Pace::kWork);
-        Fill(slots, Pace::kChange);
-        Fill(slots, Pace::kWork);
-        EXPECT_GE(slots.begun(Pace::kWork), std::max<size_t>(alone.begun(Pace::kWork) / 4, 1))
-            << places << " places";
-        EXPECT_EQ(Slots::Entry::kBegins, slots.Enter(Pace::kGlance, {}, nullptr));
+        const auto [beside, alone] = BegunBeside(places, Pace::kChange, Pace::kWork);
+        EXPECT_GE(beside, std::max<size_t>(alone / 4, 1)) << places << " places";
     }
 }
 

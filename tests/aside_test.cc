@@ -53,6 +53,16 @@ class AsideTest : public EngineTest {
         machine = std::make_unique<Machine>(scheduler, media, lanes, cow::PoolOptions{});
         return machine->Start();
     }
+    /// The disk's first `chunks` get a block of 'j' at `offset`, which only the journal has when
+    /// the power fails.
+    void CrashWithJournal(const std::string& name, uint64_t chunks, uint64_t offset) {
+        for (uint64_t c = 0; c < chunks; ++c) {
+            EXPECT_EQ(0, Write(name, c * kChunkBytes + offset, 4096, 'j'));
+        }
+        EXPECT_EQ(0, Flush(name));
+        ASSERT_GT(RowsOf('L'), 0u);
+        Crash();
+    }
     /// A disk of eight chunks, each with a block, in a region of its own if it is the first.
     void MakeDisk(const std::string& name, char fill) {
         Ok(pool().CreateDisk(name, 8 * kChunkBytes));
@@ -137,10 +147,7 @@ TEST_F(AsideTest, RecoveryGoesAroundADamagedRegion) {
     Restart();
     MakeDisk("d", 'd');
     EXPECT_EQ(8 * kBlockBytes, Used());
-    for (uint64_t c = 0; c < 4; ++c) EXPECT_EQ(0, Write("d", c * kChunkBytes + 4096, 4096, 'j'));
-    EXPECT_EQ(0, Flush("d"));
-    ASSERT_GT(RowsOf('L'), 0u);
-    Crash();
+    ASSERT_NO_FATAL_FAILURE(CrashWithJournal("d", 4, 4096));
     Damage("R");
     Start(kRegionEach);
     EXPECT_EQ(0u, RowsOf('L'));
@@ -246,10 +253,7 @@ TEST_F(AsideTest, RecoveryThatGaveARegionANewRowMayBeInterrupted) {
 TEST_F(AsideTest, ADamagedMapRowUnderAJournalCostsItsChunkOnly) {
     MakeDisk("d", 'd');
     EXPECT_EQ(8 * kBlockBytes, Used());
-    for (uint64_t c = 0; c < 4; ++c) EXPECT_EQ(0, Write("d", c * kChunkBytes + 4096, 4096, 'j'));
-    EXPECT_EQ(0, Flush("d"));
-    ASSERT_GT(RowsOf('L'), 0u);
-    Crash();
+    ASSERT_NO_FATAL_FAILURE(CrashWithJournal("d", 4, 4096));
     const Row row = Damage("M");
     ASSERT_EQ(0u, cow::KeyNumber(row.first, 1));
     Start();
@@ -269,10 +273,7 @@ TEST_F(AsideTest, AChunkThatLostItsLastWritesStaysUnreadable) {
     MakeDisk("d", 'd');
     EXPECT_EQ(8 * kBlockBytes, Used());
     Ok(pool().CreateSnapshots({"d@1"}));
-    for (uint64_t c = 0; c < 4; ++c) EXPECT_EQ(0, Write("d", c * kChunkBytes, 4096, 'j'));
-    EXPECT_EQ(0, Flush("d"));
-    ASSERT_GT(RowsOf('L'), 0u);
-    Crash();
+    ASSERT_NO_FATAL_FAILURE(CrashWithJournal("d", 4, 0));
     const Row row = Damage("M");
     ASSERT_EQ(0u, cow::KeyNumber(row.first, 1));
     Start();
@@ -290,10 +291,7 @@ TEST_F(AsideTest, AChunkThatLostItsLastWritesStaysUnreadable) {
 TEST_F(AsideTest, ADamagedPageUnderAJournalCostsItsChunksOnly) {
     MakeDisk("d", 'd');
     EXPECT_EQ(8 * kBlockBytes, Used());
-    for (uint64_t c = 0; c < 8; ++c) EXPECT_EQ(0, Write("d", c * kChunkBytes + 4096, 4096, 'j'));
-    EXPECT_EQ(0, Flush("d"));
-    ASSERT_GT(RowsOf('L'), 0u);
-    Crash();
+    ASSERT_NO_FATAL_FAILURE(CrashWithJournal("d", 8, 4096));
     const std::string first = media.metadata()->lower_bound("M")->first;
     const BranchId branch{cow::KeyNumber(first, 0)};
     media.bad_page = {cow::MapKey(branch, ChunkIndex{2}, cow::kHead),

@@ -126,35 +126,44 @@ int WriteRows(rocksdb::DB& db, int first, int count) {
     return count;
 }
 
+/// RocksDB on `full`, above which `ballast` is.
+struct Stack {
+    Stack(Ballast& ballast, std::string directory) : path(std::move(directory)) {
+        full->ballast = &ballast;
+        full_env = rocksdb::NewCompositeEnv(full);
+        env = NewBallastEnv(*full_env, ballast);
+        options.env = env.get();
+        options.create_if_missing = true;
+        options.compression = rocksdb::kNoCompression;
+    }
+    std::unique_ptr<rocksdb::DB> Open() {
+        rocksdb::DB* db = nullptr;
+        const rocksdb::Status status = rocksdb::DB::Open(options, path, &db);
+        EXPECT_TRUE(status.ok()) << status.ToString();
+        return std::unique_ptr<rocksdb::DB>(db);
+    }
+
+    const std::shared_ptr<Full> full = std::make_shared<Full>();
+    std::unique_ptr<rocksdb::Env> full_env, env;
+    rocksdb::Options options;
+    const std::string path;
+};
+
 // Logs, tables and the list of files grow at its cost; nothing of what was committed is lost, and
 // the store opens again where there is no room but the ballast.
 TEST_F(BallastTest, RocksDbGoesOnWhereOthersFilledTheFileSystem) {
     Ballast ballast(path_, kBallastBytes);
     ballast.Refill(2 * kBallastBytes);
-    const auto full = std::make_shared<Full>();
-    full->ballast = &ballast;
-    const auto full_env = rocksdb::NewCompositeEnv(full);
-    const auto env = NewBallastEnv(*full_env, ballast);
-    rocksdb::Options options;
-    options.env = env.get();
-    options.create_if_missing = true;
-    options.write_buffer_size = 256 << 10;
-    options.compression = rocksdb::kNoCompression;
-    const std::string directory = (root_ / "db").string();
-    const auto open = [&] {
-        rocksdb::DB* db = nullptr;
-        const rocksdb::Status status = rocksdb::DB::Open(options, directory, &db);
-        EXPECT_TRUE(status.ok()) << status.ToString();
-        return std::unique_ptr<rocksdb::DB>(db);
-    };
-    auto db = open();
+    Stack stack(ballast, (root_ / "db").string());
+    stack.options.write_buffer_size = 256 << 10;
+    auto db = stack.Open();
     ASSERT_EQ(500, WriteRows(*db, 0, 500));
-    full->room = 0;  // now
+    stack.full->room = 0;  // now
     ASSERT_EQ(1500, WriteRows(*db, 500, 1500));
     EXPECT_GT(kBallastBytes, ballast.held());
     db.reset();
-    full->room = -static_cast<int64_t>(ballast.bytes() - ballast.held());
-    db = open();
+    stack.full->room = -static_cast<int64_t>(ballast.bytes() - ballast.held());
+    db = stack.Open();
     for (int i = 0; i < 2000; ++i) {
         std::string value;
         const std::string key = "key" + std::to_string(i * 7919 % 100'000);
@@ -166,26 +175,18 @@ TEST_F(BallastTest, RocksDbGoesOnWhereOthersFilledTheFileSystem) {
 // What is free must not look less for as long as a compaction lasts. A flush's tables stay.
 TEST_F(BallastTest, CountsTheTablesThatCompactionsAreWriting) {
     Ballast ballast(path_, 0);
-    const auto full = std::make_shared<Full>();
-    full->ballast = &ballast;
-    const auto full_env = rocksdb::NewCompositeEnv(full);
-    const auto env = NewBallastEnv(*full_env, ballast);
-    rocksdb::Options options;
-    options.env = env.get();
-    options.create_if_missing = true;
-    options.compression = rocksdb::kNoCompression;
-    options.disable_auto_compactions = true;
-    options.writable_file_max_buffer_size = 64 << 10;
-    rocksdb::DB* opened = nullptr;
-    ASSERT_TRUE(rocksdb::DB::Open(options, (root_ / "db").string(), &opened).ok());
-    const std::unique_ptr<rocksdb::DB> db(opened);
+    Stack stack(ballast, (root_ / "db").string());
+    stack.options.disable_auto_compactions = true;
+    stack.options.writable_file_max_buffer_size = 64 << 10;
+    const auto db = stack.Open();
+    ASSERT_TRUE(db);
     for (const int first : {0, 1000}) {
         ASSERT_EQ(1000, WriteRows(*db, first, 1000));
         ASSERT_TRUE(db->Flush({}).ok());
     }
-    EXPECT_EQ(0u, full->most_compacting);
+    EXPECT_EQ(0u, stack.full->most_compacting);
     ASSERT_TRUE(db->CompactRange({}, nullptr, nullptr).ok());
-    EXPECT_LE(1'800'000u, full->most_compacting);  // of 2,000,000 that it writes
+    EXPECT_LE(1'800'000u, stack.full->most_compacting);  // of 2,000,000 that it writes
     EXPECT_EQ(0u, ballast.compacting);
 }
 
