@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -40,7 +41,7 @@ std::string Output(const std::string& command) {
 }
 
 /// Has a pool open in this process as a server has, and writes when a byte comes on `commands`.
-/// Says on `answers` when it is ready, and when a write has begun. Never returns.
+/// Says on `answers` when it is ready, and when a write is on its way. Never returns.
 [[noreturn]] void Serve(const cow::PoolDirectoryOptions& options, int commands, int answers) {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     const auto directory = cow::PoolDirectory::Open(options);
@@ -65,7 +66,6 @@ std::string Output(const std::string& command) {
     while (::write(answers, &byte, 1) == 1 && ::read(commands, &byte, 1) == 1) {
         const cow::Lane lane = plane.value()->lanes().at(0);
         RunOn(*lane.executor, [&] { lane.blocks->Submit(io); });
-        RunOn(*lane.executor, [] {});  // a turn later the system has it
     }
     ::_exit(3);
 }
@@ -150,6 +150,16 @@ class LateWriteTest : public testing::Test {
         EXPECT_EQ(status.error().kind, ErrorKind::kBusy) << status.error().message;
         EXPECT_NE(status.error().message.find("a server that has ended"), std::string::npos);
     }
+    /// Until a write of somebody's waits in the device.
+    static void AwaitWriteIn(const std::string& device) {
+        const std::string path = "/sys/block/" + fs::path(device).filename().string() + "/inflight";
+        unsigned reads = 0, writes = 0;
+        for (int left = kPatienceMs; left > 0 && writes == 0; --left) {
+            std::ifstream(path) >> reads >> writes;
+            ::poll(nullptr, 0, 1);
+        }
+        ASSERT_GT(writes, 0U) << "no write reached " << device;
+    }
     std::string Attach(const fs::path& image) {
         std::string device = Output("losetup --find --show " + image.string());
         undo_.push_back("losetup --detach " + device);
@@ -203,6 +213,7 @@ TEST_F(LateWriteTest, TheNextServerWaitsForTheWriteOfOneThatWasKilled) {
     Output("sync; fsfreeze --freeze " + mounted.string());
     undo_.push_back("fsfreeze --unfreeze " + mounted.string());
     server.Write();
+    AwaitWriteIn(options_.data);
     const bool killed = server.Kill();
     if (killed) Busy();
     EXPECT_TRUE(killed);

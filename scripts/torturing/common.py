@@ -30,6 +30,19 @@ def run(*command):
     return done.stdout.strip()
 
 
+def unmount(place):
+    """Of a process that has ended the system may hold files a moment longer: what was under way on
+    its rings."""
+    end = time.monotonic() + 30
+    while True:
+        done = subprocess.run(["umount", place], capture_output=True, text=True, timeout=60)
+        if done.returncode == 0:
+            return
+        if "busy" not in done.stderr or time.monotonic() > end:
+            raise RuntimeError(f"umount {place}: {done.stderr}")
+        time.sleep(0.01)
+
+
 class Bench:
     """A scenario's place, choices and figures."""
 

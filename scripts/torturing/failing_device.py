@@ -12,7 +12,7 @@ import os
 import nbd
 from load import Ended, Load
 from pool_model import BLOCK, Blocks, World, Wrong
-from torturing.common import run
+from torturing.common import run, unmount
 from torturing.full import still_right
 
 MIB = 1 << 20
@@ -22,7 +22,7 @@ def run_scenario(bench):
     place = os.path.join(bench.work, "backing")
     os.mkdir(place)
     run("mount", "-t", "tmpfs", "-o", "size=192M", "varve-torture", place)
-    bench.undo.append(lambda: run("umount", place))
+    bench.undo.append(lambda: unmount(place))
     writes = Writes(bench, place)
     metadata = Metadata(bench, place)
     while bench.more():
@@ -178,7 +178,7 @@ class Metadata:
         self.device = attach(self.image)
         bench.undo.append(lambda: run("losetup", "--detach", self.device))
         run("mount", self.device, self.mounted)
-        bench.undo.append(lambda: run("umount", self.mounted))
+        bench.undo.append(lambda: unmount(self.mounted))
         self.server = bench.server(os.path.join(self.mounted, "pool"))
         self.candidates = [World()]
 
@@ -198,7 +198,7 @@ class Metadata:
         load.end()
         if ballast:
             os.remove(ballast)
-        run("umount", self.mounted)
+        unmount(self.mounted)
         run("mount", self.device, self.mounted)
         bench.count_load(load)
         self.candidates = load.candidates()

@@ -11,7 +11,7 @@ import nbd
 from load import Ended, Load
 from pool_model import Blocks, World, Wrong
 from server import eventually
-from torturing.common import run
+from torturing.common import run, unmount
 
 MIB = 1 << 20
 KINDS = ("ext4", "xfs")
@@ -69,7 +69,7 @@ def mount(bench, kind):
     run("mkfs." + kind, "-q", image)
     os.mkdir(place)
     run("mount", "-o", "loop", image, place)
-    bench.undo.append(lambda: run("umount", place))
+    bench.undo.append(lambda: unmount(place))
     return place
 
 

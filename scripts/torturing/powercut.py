@@ -18,7 +18,7 @@ import time
 from load import Load, outcomes
 from pool_model import Blocks, World, Wrong
 from torturing import write_log
-from torturing.common import run
+from torturing.common import run, unmount
 
 KINDS = ("ext4", "xfs")
 HOW = ("in order", "dropped", "torn")
@@ -32,7 +32,7 @@ def run_scenario(bench):
     backing = os.path.join(bench.work, "backing")
     os.mkdir(backing)
     run("mount", "-t", "tmpfs", "-o", "size=2G", "varve-powercut", backing)
-    bench.undo.append(lambda: run("umount", backing))
+    bench.undo.append(lambda: unmount(backing))
     for kind in bench.parts(KINDS):
         place = os.path.join(bench.work, f"on-{kind}")
         os.mkdir(place)
@@ -227,4 +227,4 @@ def mounted(device, place, *options):
     try:
         yield
     finally:
-        run("umount", place)
+        unmount(place)
