@@ -61,6 +61,7 @@ enum class Mutant {
     kSweepFreesVisible,
     kSweepIgnoresFloor,
     kSweepForgetsInherited,
+    kChangedNotToldOf,
     kNoteForgotten,
     kDeletionNotResumed,
     kNotesSkipped,

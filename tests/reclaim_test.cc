@@ -243,6 +243,47 @@ TEST_F(ReclaimTest, WhatWasDeletedLatelyIsNotPassedAgainAndAgain) {
     EXPECT_LT(work[256], work[32] * 1.5);
 }
 
+// Each restore begins a branch. A sweep asked all branches of the region about its chunk, of the
+// store.
+TEST_F(ReclaimTest, AChainOfRestoresIsGivenBackAtAPriceForEach) {
+    std::map<uint64_t, double> moves;
+    for (const uint64_t restores : {50, 400}) {
+        Ok(pool().CreateDisk("d", restores * kChunkBytes));
+        for (uint64_t i = 0; i < restores; ++i) {
+            const std::string snapshot = "d@" + std::to_string(i);
+            Write("d", i * kChunkBytes, 4096, 'r');
+            Ok(pool().CreateSnapshots({snapshot}));
+            Close("d");
+            Ok(pool().RestoreSnapshot(snapshot, std::nullopt, false, false));
+        }
+        Reclaim();
+        const uint64_t before = media.seeks + media.steps;
+        Ok(pool().DeleteDisk("d", true, false));
+        Reclaim();
+        EXPECT_EQ(0u, Used());
+        moves[restores] =
+            static_cast<double>(media.seeks + media.steps - before) / static_cast<double>(restores);
+    }
+    std::printf("seeks and steps for each restore: %.1f, %.1f\n", moves[50], moves[400]);
+    EXPECT_LT(moves[400], 100);  // not in proportion to the others
+}
+
+TEST_F(ReclaimTest, ARowThatCameSinceItsBranchWasReadCounts) {
+    Restart({.reclaim_read_after = 1});
+    constexpr unsigned kClones = 3;
+    MakeClones(2, kClones);
+    const uint64_t golden = Used();
+    // Each overwrites what it shares with those after it, which are asked whether they need it.
+    for (unsigned i = 0; i < kClones; ++i) {
+        for (uint64_t c = 0; c < 2; ++c) {
+            Write("c" + std::to_string(i), c * kChunkBytes, 8192, 'w');
+            Flush("c" + std::to_string(i));
+            Reclaim();
+        }
+    }
+    EXPECT_EQ(kClones * golden, Used());
+}
+
 TEST_F(ReclaimTest, WhatSeveralShareIsFreedByDeletingThemTogether) {
     Ok(pool().CreateDisk("d", 8 * kChunkBytes));
     Write("d", 0, kMiB, 'a');

@@ -77,6 +77,11 @@ std::string PrefixEnd(std::string prefix) {
     return prefix;
 }
 
+std::optional<BranchId> BranchOfRow(std::string_view key) {
+    if (key.empty() || (key[0] != 'M' && key[0] != 'W')) return std::nullopt;
+    return BranchId{KeyNumber(key, 0)};
+}
+
 uint64_t KeyNumber(std::string_view key, unsigned index) {
     if (key.size() < 1 + 8 * (index + 1)) return ~uint64_t{0};
     return LoadBig<uint64_t>(key.data() + 1 + 8 * index);

@@ -42,6 +42,9 @@ std::string JournalKey(BranchId branch, Generation generation, uint64_t number);
 std::string SumsKey(uint64_t piece);
 std::string SummedKey(SnapshotId snapshot);
 
+/// The branch in which the key's row has its place, if that is a map row or a note.
+std::optional<BranchId> BranchOfRow(std::string_view key);
+
 /// The least key greater than all keys that begin with `prefix`.
 std::string PrefixEnd(std::string prefix);
 

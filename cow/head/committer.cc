@@ -189,10 +189,27 @@ void Committer::Build(Built& built) {
         return;
     }
     if (built.batch.empty()) return;
+    NoteChanged(built.batch);
     catalog_.PutPool(built.batch);
     regions_announced_ = catalog_.pool().region_count;
     if (Mutated(Mutant::kBitsAfterRows)) built.status = Write(std::exchange(built.batch, {}));
     allocator_.Encode(built.batch);
+}
+
+/// Rows that come straight from lanes are none of a branch's.
+void Committer::NoteChanged(const Batch& batch) {
+    std::optional<BranchId> last;
+    for (const Batch::Op& op : batch.ops()) {
+        const std::optional<BranchId> branch = BranchOfRow(op.key);
+        if (!branch || branch == last) continue;
+        changed_.insert(*branch);
+        last = branch;
+    }
+}
+
+std::unordered_set<BranchId> Committer::TakeChanged() {
+    if (Mutated(Mutant::kChangedNotToldOf)) changed_.clear();
+    return std::exchange(changed_, {});
 }
 
 // ---- the committer: storing

@@ -18,6 +18,7 @@
 #include <functional>
 #include <mutex>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "cow/history/catalog.h"
@@ -80,6 +81,10 @@ class Committer {
     /// catalog and the history in memory speak of. On home.
     Task<void> Look(std::function<void()> look);
 
+    /// The branches of which rows or notes were committed or deleted since the last call, up to
+    /// the moment of a Look. On home, in a Look. At most all there are.
+    std::unordered_set<BranchId> TakeChanged();
+
     /// Blocks of new regions are about to be handed out: the next commit of any kind tells the
     /// store how many regions there are. On home.
     void AnnounceRegions();
@@ -111,6 +116,7 @@ class Committer {
     void Wake();
     Task<void> Run();
     void Build(Built& built);
+    void NoteChanged(const Batch& batch);
     void HandOver(Built* built, Plain* plain);
     Task<void> Store();
     Inbox TakeInbox();
@@ -127,6 +133,7 @@ class Committer {
     const WakeReclaimer wake_reclaimer_;
 
     // Of home.
+    std::unordered_set<BranchId> changed_;
     std::deque<Request*> queue_;  // a few of each disk, and of commands
     std::vector<Looker*> lookers_;
     bool running_ = false;

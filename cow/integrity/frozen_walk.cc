@@ -42,7 +42,7 @@ Status FrozenWalk::AddChunks(MetadataView& view, ChunkIndex first, ChunkIndex en
 
 Status FrozenWalk::Next(MetadataView& view, std::vector<FrozenBlock>& blocks) {
     std::vector<ChunkIndex> chunks;
-    if (Status s = chunks_.Next(view, 2 * kStepChunks, chunks); !s.ok()) return s;
+    if (Status s = chunks_.Next(view, nullptr, 2 * kStepChunks, chunks); !s.ok()) return s;
     SortUnique(chunks);
     for (size_t i = 0; i < chunks.size();) {
         size_t next = i + 1;  // neighbours share a scan

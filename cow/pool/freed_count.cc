@@ -9,6 +9,8 @@ namespace {
 
 /// Moves in the store that are made before others get the auditor. One costs some microseconds.
 constexpr uint64_t kMovesTogether = 1024;
+/// Branches that are looked up in memory in the time of a move.
+constexpr uint64_t kLooksLikeMove = 64;
 
 class CountedCursor : public Cursor {
   public:
@@ -69,8 +71,8 @@ Status FreedCount::Side::Sweep(ChunkIndex chunk, SweepPlan& plan) {
 
 FreedCount::FreedCount(MetadataView& view, Loss loss, const Pending& pending)
     : view_(view),
-      with_(view_, loss.with, loss.with.gone, hints_),
-      without_(view_, std::move(loss.without), std::move(loss.from), hints_),
+      with_(view_, loss.with, loss.with.gone, hints_, filter_),
+      without_(view_, std::move(loss.without), std::move(loss.from), hints_, filter_),
       scan_(std::move(loss.below), std::move(loss.above)),
       notes_found_(!pending.any) {
     with_.AddJobs(pending.jobs);
@@ -81,15 +83,19 @@ Status FreedCount::Step() {
     const uint64_t end = view_.moves() + kMovesTogether;
     if (!scan_.done()) return Collect();
     if (!notes_found_) return FindNotes();
+    // A chunk may be answered from memory, but looks at each branch.
+    const uint64_t looks = with_.region->segments.size() / kLooksLikeMove + 1;
     Status s;
-    while (s.ok() && !done() && view_.moves() < end) s = SweepChunk();
+    for (uint64_t looked = 0; s.ok() && !done() && view_.moves() + looked < end; looked += looks) {
+        s = SweepChunk();
+    }
     return s;
 }
 
 /// More of the chunks that may have something dead. A chunk comes up once for each generation
 /// that touched it: memory is for chunks only.
 Status FreedCount::Collect() {
-    if (Status s = scan_.Next(view_, kMovesTogether, chunks_); !s.ok()) return s;
+    if (Status s = scan_.Next(view_, &filter_, kMovesTogether, chunks_); !s.ok()) return s;
     if (chunks_.size() < 2 * sorted_ + kMovesTogether && !scan_.done()) return Status();
     SortUnique(chunks_);
     sorted_ = chunks_.size();

@@ -53,10 +53,11 @@ class FreedCount {
   private:
     /// The region, with the views or without them.
     struct Side {
-        Side(MetadataView& view, Region whole, std::vector<int> begin, SweepHints& hints)
+        Side(MetadataView& view, Region whole, std::vector<int> begin, SweepHints& hints,
+             RowFilter& filter)
             : region(std::make_shared<const Region>(std::move(whole))),
               from(std::move(begin)),
-              sweeper(view, region, hints) {}
+              sweeper(view, region, hints, filter) {}
         void AddJobs(const std::vector<JobRecord>& jobs);
         void AddNote(BranchId branch, ChunkIndex chunk, Generation generation);
         Status Sweep(ChunkIndex chunk, SweepPlan& plan);
@@ -72,6 +73,7 @@ class FreedCount {
 
     CountedView view_;
     SweepHints hints_;
+    RowFilter filter_;  // of the one view
     Side with_, without_;
     CandidateScan scan_;
     std::vector<ChunkIndex> chunks_;

@@ -33,7 +33,7 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
       leases_(core_, allocator_),
       reclaimer_(
           core_, catalog_, committer_, [this] { return Scarce(); }, [this] { RefreshLines(); },
-          options.reclaim_step_chunks),
+          options.reclaim_step_chunks, options.reclaim_read_after),
       committer_(core_, lanes_, catalog_, allocator_, leases_,
                  [this](const std::vector<NotePlace>& notes) { reclaimer_.Wake(notes); }),
       checksummer_(core_, lanes_, catalog_, committer_,

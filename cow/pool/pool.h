@@ -27,7 +27,8 @@ struct PoolOptions {
     uint64_t lease_blocks_min = 0;            // handed to a disk at once at the least
     uint64_t flatten_depth = 64;              // branches; a longer line is flattened by itself
     uint64_t reclaim_step_chunks = 128;       // swept between two commits of the reclaimer
-    uint64_t commit_interval_ms = 1000;       // (server) how long a write may wait for its commit
+    uint64_t reclaim_read_after = 16;    // questions about a branch's rows, until it reads them
+    uint64_t commit_interval_ms = 1000;  // (server) how long a write may wait for its commit
 };
 
 struct DiskInfo {

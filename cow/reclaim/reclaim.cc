@@ -32,7 +32,7 @@ bool AnyRow(MetadataView& view, const std::string& key) {
 
 Reclaimer::Reclaimer(Core& core, Catalog& catalog, Committer& committer,
                      std::function<bool()> scarce, std::function<void()> lines_changed,
-                     size_t step_chunks)
+                     size_t step_chunks, size_t read_after)
     : core_(core),
       catalog_(catalog),
       committer_(committer),
@@ -40,6 +40,7 @@ Reclaimer::Reclaimer(Core& core, Catalog& catalog, Committer& committer,
       step_chunks_(step_chunks),
       wake_(core.home()),
       stepped_(core.home()),
+      filter_(read_after),
       lines_changed_(std::move(lines_changed)),
       flattener_(core, catalog, committer, lines_changed_, step_chunks) {}
 
@@ -85,6 +86,7 @@ Task<void> Reclaimer::Run() {
         if (worked.value()) {
             co_await Rest(step);
         } else if (!woken_ && !Ending()) {
+            filter_.Tidy();
             idle_ = true;
             co_await wake_.Wait();
         }
@@ -185,6 +187,7 @@ Task<Status> Reclaimer::SweepNotes(std::vector<NotePlace> notes) {
     std::unique_ptr<MetadataView> view;
     Targets targets;
     std::function<void()> look = [&] {
+        LearnChanges();
         view = core_.metadata().View();
         for (const auto& [head, chunks] : heads) {
             // The head stood above all that its note is about.
@@ -221,7 +224,8 @@ void Reclaimer::AddTarget(MetadataView& view, Targets& targets, BranchId branch,
                           const std::vector<ChunkIndex>& chunks) {
     Target& target = targets[catalog_.history().RegionKeyOf(branch, generation)];
     if (!target.sweeper) {
-        target.sweeper = std::make_unique<Sweeper>(view, RegionAt(branch, generation), hints_);
+        target.sweeper =
+            std::make_unique<Sweeper>(view, RegionAt(branch, generation), hints_, filter_);
     }
     const int segment = target.sweeper->region().SegmentAt(branch, from);
     VARVE_CHECK(segment >= 0);
@@ -362,7 +366,10 @@ Task<Result<bool>> Reclaimer::JobStep() {
     if (catalog_.jobs().empty()) co_return false;
     // A job may not be stored yet, nor the rows that were built together with it.
     OpenJob* open = nullptr;
-    std::function<void()> look = [&] { open = ChooseJob(); };
+    std::function<void()> look = [&] {
+        LearnChanges();
+        open = ChooseJob();
+    };
     co_await committer_.Look(std::move(look));
     if (!open) co_return false;
     const Status s = co_await JobStepOf(*open);
@@ -376,7 +383,7 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
     Status s;
     {
         const auto view = core_.metadata().View();
-        s = open.scan->Next(*view, step_chunks_, chunks);
+        s = open.scan->Next(*view, &filter_, step_chunks_, chunks);
     }
     co_await Hop(core_.home());
     if (!s.ok()) {  // its marks cannot be read
@@ -389,6 +396,7 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
         std::unique_ptr<MetadataView> view;
         Targets targets;
         std::function<void()> look = [&] {
+            LearnChanges();
             view = core_.metadata().View();
             AddTarget(*view, targets, open.job.branch, open.job.generation, open.job.generation,
                       chunks);

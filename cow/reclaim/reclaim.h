@@ -33,10 +33,11 @@ namespace varve::cow {
 class Reclaimer {
   public:
     /// `scarce`: whether there is little space left, on home. `step_chunks`: chunks of one step,
-    /// which bounds its batch, and how long a commit of others may wait for it.
+    /// which bounds its batch, and how long a commit of others may wait for it. `read_after`: see
+    /// RowFilter.
     /// `lines_changed`: on home, when lines may be shorter than they were.
     Reclaimer(Core& core, Catalog& catalog, Committer& committer, std::function<bool()> scarce,
-              std::function<void()> lines_changed, size_t step_chunks);
+              std::function<void()> lines_changed, size_t step_chunks, size_t read_after);
 
     /// Starts the background work, which looks for notes and jobs first of all.
     void Start();
@@ -106,6 +107,7 @@ class Reclaimer {
     Task<Status> JobStepOf(OpenJob& open);
     void AddTarget(MetadataView& view, Targets& targets, BranchId branch, Generation generation,
                    Generation from, const std::vector<ChunkIndex>& chunks);
+    void LearnChanges() { filter_.Forget(committer_.TakeChanged()); }
     Task<Result<Swept>> Sweep(Targets targets);
     Task<Status> FinishJob(OpenJob& open);
     Task<Result<bool>> PruneStep();
@@ -126,6 +128,7 @@ class Reclaimer {
     WaitList stepped_;
     unsigned turn_ = 0;
     SweepHints hints_;
+    RowFilter filter_;
 
     NoteQueue notes_;
     bool pass_turn_ = false;  // of the pass over the table, else of the queue

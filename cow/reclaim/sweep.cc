@@ -113,6 +113,7 @@ Status Sweeper::ReadPath(ChunkIndex chunk) {
         return segment >= 0 && path_.Contains(segment) ? &on_path_[segment] : nullptr;
     };
     for (const Stretch& stretch : path_.stretches) {
+        if (!filter_.MayHave(view_, stretch.branch, chunk)) continue;
         Result<std::vector<MapRow>> rows = ReadVersions(view_, stretch, chunk);
         if (!rows.ok()) return rows.error();
         for (MapRow& row : rows.value()) {
@@ -136,6 +137,7 @@ Result<Sweeper::Found*> Sweeper::Read(int segment, ChunkIndex chunk) {
         const auto found = on_path_.find(segment);
         return found == on_path_.end() ? nullptr : &found->second;
     }
+    if (!filter_.MayHave(view_, At(segment).branch, chunk)) return nullptr;
     const auto [found, fresh] = beside_.try_emplace(segment);
     if (fresh) {
         Result<std::vector<MapRow>> rows = ReadVersions(view_, At(segment), chunk);
@@ -228,6 +230,7 @@ Status Sweeper::KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>&
 Status Sweeper::SubtractNamed(int segment, ChunkIndex chunk, std::vector<Runs>& dead) {
     const Result<Found*> found = Read(segment, chunk);
     if (!found.ok()) return found.error();
+    if (!found.value()) return Status();
     std::vector<Runs> named;
     const auto take = [&named](Generation, std::string_view, Runs note) {
         named.push_back(std::move(note));
@@ -292,17 +295,18 @@ std::string CandidateScan::PlaceOf(const Side& side) {
     return TouchedKey(stretch.branch, Generation{stretch.after.value + 1}, ChunkIndex{0});
 }
 
-Status CandidateScan::Next(MetadataView& view, size_t most, std::vector<ChunkIndex>& chunks) {
+Status CandidateScan::Next(MetadataView& view, RowFilter* filter, size_t most,
+                           std::vector<ChunkIndex>& chunks) {
     const size_t half = std::max<size_t>(1, most / 2);
-    if (Status s = Step(view, below_, half, chunks); !s.ok()) return s;
+    if (Status s = Step(view, filter, below_, half, chunks); !s.ok()) return s;
     done_ = below_.index == below_.stretches.size();
     if (done_ || above_.stretches.empty()) return Status();
-    if (Status s = Step(view, above_, half, chunks); !s.ok()) return s;
+    if (Status s = Step(view, filter, above_, half, chunks); !s.ok()) return s;
     done_ = above_.index == above_.stretches.size();
     return Status();
 }
 
-Status CandidateScan::Step(MetadataView& view, Side& side, size_t most,
+Status CandidateScan::Step(MetadataView& view, RowFilter* filter, Side& side, size_t most,
                            std::vector<ChunkIndex>& chunks) {
     while (side.index < side.stretches.size()) {
         const Stretch& stretch = side.stretches[side.index];
@@ -312,7 +316,7 @@ Status CandidateScan::Step(MetadataView& view, Side& side, size_t most,
             stretch.to == kHead
                 ? PrefixEnd(first.substr(0, 9))
                 : TouchedKey(stretch.branch, Generation{stretch.to.value + 1}, ChunkIndex{0});
-        if (first < upper) {
+        if (first < upper && (!filter || filter->MayHaveAny(view, stretch.branch))) {
             const auto cursor = view.Range(first, upper);
             cursor->Seek(side.resume.empty() ? first : side.resume);
             for (; cursor->valid() && most > 0; cursor->Next(), --most) {

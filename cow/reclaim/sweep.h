@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "cow/history/history.h"
+#include "cow/reclaim/row_filter.h"
 #include "cow/store/stores.h"
 #include "cow/volume/map_reader.h"
 
@@ -58,9 +59,11 @@ class SweepHints {
 /// Plans the sweeps of chunks of one region, on one view of the store.
 class Sweeper {
   public:
-    /// `region` and `view` must be taken at the same moment on the home executor.
-    Sweeper(MetadataView& view, std::shared_ptr<const Region> region, SweepHints& hints)
-        : view_(view), region_(std::move(region)), hints_(hints) {}
+    /// `region` and `view` must be taken at the same moment on the home executor, and `filter`
+    /// must have forgotten what changed before.
+    Sweeper(MetadataView& view, std::shared_ptr<const Region> region, SweepHints& hints,
+            RowFilter& filter)
+        : view_(view), region_(std::move(region)), hints_(hints), filter_(filter) {}
 
     /// Adds what is dead of `chunk` to `plan`. `from`: the segments in which a view was deleted or
     /// a note was left. kDamaged if a row or a note cannot be read, for nobody knows what it names:
@@ -102,6 +105,7 @@ class Sweeper {
     MetadataView& view_;
     const std::shared_ptr<const Region> region_;
     SweepHints& hints_;
+    RowFilter& filter_;
     std::vector<std::vector<int>> children_;  // of each segment; empty: nothing was swept yet
     Path path_;
     // Of the present chunk:
@@ -124,8 +128,11 @@ class CandidateScan {
     CandidateScan(Line below, Line above) : CandidateScan(std::move(below), std::move(above), {}) {}
 
     /// Appends at most `most` candidates to `chunks`, with repetitions possible. Goes on where it
-    /// stopped, on a newer view if need be. done() afterwards if that was all.
-    Status Next(MetadataView& view, size_t most, std::vector<ChunkIndex>& chunks);
+    /// stopped, on a newer view if need be. done() afterwards if that was all. `filter`, if there
+    /// is one, tells which branches have no rows; it need not know what changed since the scan's
+    /// view was deleted, for that is no candidate.
+    Status Next(MetadataView& view, RowFilter* filter, size_t most,
+                std::vector<ChunkIndex>& chunks);
     bool done() const { return done_; }
     /// REQUIRES: not done.
     Place place() const { return {PlaceOf(below_), PlaceOf(above_)}; }
@@ -138,7 +145,8 @@ class CandidateScan {
     };
     static Side SideAt(Line line, const std::string& place);
     static std::string PlaceOf(const Side& side);
-    Status Step(MetadataView& view, Side& side, size_t most, std::vector<ChunkIndex>& chunks);
+    Status Step(MetadataView& view, RowFilter* filter, Side& side, size_t most,
+                std::vector<ChunkIndex>& chunks);
 
     Side below_, above_;
     bool done_ = false;

@@ -94,7 +94,7 @@ def clones(place):
 
 
 def restores(place):
-    """A chain of 10,000 restores, each of a snapshot taken after the one before."""
+    """A chain of 10,000 restores, each of a snapshot taken after the one before; then it is deleted."""
     count, size = place.scaled(10_000, least=300), 64 * MIB
     with running(place) as server:
         admin = server.admin()
@@ -102,8 +102,8 @@ def restores(place):
         fill(server, "disk", size)
         source, deepest, begin = random.Random(1), 0, time.monotonic()
         for number in range(count):
+            write_blocks(server, "disk", [source.randrange(size // 4096) * 4096])
             if number % 10 == 0:
-                write_blocks(server, "disk", [source.randrange(size // 4096) * 4096])
                 deepest = max(deepest, admin.call("disk.show", name="disk")["depth"])
             admin.call("snapshot.create", snapshots=[f"disk@s{number}"])
             admin.call("snapshot.restore", snapshot=f"disk@s{number}")
@@ -120,12 +120,26 @@ def restores(place):
             client.read(chunk, 4096)
             reads.append(time.perf_counter() - begin)
         client.close()
+        admin, begin = server.admin(), time.monotonic()
+        admin.call("disk.delete", name="disk", snapshots=True)
+        deleted, slowest = time.monotonic() - begin, 0
+        while True:
+            asked = time.monotonic()
+            status = admin.call("pool.status", hurry=True)
+            slowest = max(slowest, time.monotonic() - asked)
+            if status["used"] == 0 and not status["reclaim_pending"]:
+                break
+            time.sleep(0.05)
+        back = time.monotonic() - begin
+        admin.close()
     reads.sort()
     return [
         (f"{count:,} snapshots and restores", f"{took:.0f} s, {took / count * 1e3:.1f} ms each"),
         ("depth", f"{deepest} at most, {depth} in the end"),
         ("the next start", f"{opened:.2f} s"),
         ("cold read of 4 KiB", f"{reads[len(reads) // 2] * 1e3:.2f} ms, {reads[-1] * 1e3:.2f} at most"),
+        ("all of it deleted", f"{deleted:.2f} s; all space back after {back:.1f} s"),
+        ("a status meanwhile", f"{slowest * 1e3:.0f} ms at most"),
     ]
 
 

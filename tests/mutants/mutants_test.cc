@@ -119,6 +119,8 @@ constexpr Entry kEntries[] = {
      "a sweep frees blocks that the snapshot below sees", 20},
     {Mutant::kSweepForgetsInherited, "sweep-forgets-inherited",
      "a sweep drops rows that a later view inherits", 20},
+    {Mutant::kChangedNotToldOf, "changed-not-told-of",
+     "sweeps do not learn which branches got rows since they were read", 100},
     {Mutant::kNoteForgotten, "note-forgotten", "a dropped older block leaves no note", 20},
     {Mutant::kDeletionNotResumed, "deletion-not-resumed",
      "a deletion that a restart met is not finished later", 20},

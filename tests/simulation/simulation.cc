@@ -18,7 +18,10 @@ SimulationResult Runner::Run() {
     // All blocks of a region at once, or a few.
     Dice world = Dice::Of(options_.seed, kWorld);
     if (world.Chance(0.5)) pool_options_.lease_blocks_min = cow::kRegionBlocks;
-    if (world.Chance(0.5)) pool_options_.reclaim_step_chunks = 1 + world.Draw(3);
+    if (world.Chance(0.5)) {
+        pool_options_.reclaim_step_chunks = 1 + world.Draw(3);
+        pool_options_.reclaim_read_after = 1;  // as if there were many branches
+    }
     if (world.Chance(0.5)) pool_options_.flatten_depth = 1 + world.Draw(3);
     Bound();
     Restart();
