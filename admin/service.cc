@@ -71,6 +71,7 @@ class Service::Impl : public std::enable_shared_from_this<Service::Impl> {
 
     Status Start();
     void Stop(std::function<void()> stopped);
+    void LeaveBehind();
 
   private:
     class Session;
@@ -111,14 +112,17 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
     void Close();
     bool busy() const { return running_ || waiting_; }
     /// Lets the running command finish, refuses those after it and one that waits in line, and
-    /// waits for the client no more.
+    /// waits for the client no more: closes when all that was received is answered.
     void FinishAndClose();
+    /// Answers the running command before it has ended. REQUIRES: FinishAndClose() was called.
+    void LeaveBehind();
 
   private:
     void Advance();
     bool TakeLine();
     void Read();
     void OnRead(Failure failure, size_t bytes);
+    bool ReadTheLast();
     bool StartRequest(Request& request);
     void WatchHangUp();
     void Begin(Command command);
@@ -145,6 +149,7 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
     bool waiting_ = false;  // in line, at ticket_
     Slots::Ticket ticket_;
     bool finishing_ = false;
+    bool read_the_last_ = false;
     bool ended_ = false;  // the client will send no more
     bool closed_ = false;
 };
@@ -177,10 +182,14 @@ void Service::Impl::Session::Advance() {
             ++next_;
         } else if (!message_.requests.empty()) {
             FinishMessage();
-            if (!output_.empty()) return finishing_ ? WriteWhatFits() : Write();
+            if (output_.empty()) continue;
+            if (!finishing_) return Write();
+            WriteWhatFits();
+        } else if (TakeLine()) {
+            continue;
         } else if (finishing_) {
-            Close();
-        } else if (!TakeLine()) {
+            if (!ReadTheLast()) Close();
+        } else {
             return ended_ ? Close() : Read();
         }
     }
@@ -211,12 +220,22 @@ void Service::Impl::Session::OnRead(Failure failure, size_t bytes) {
     if (failure == asio::error::eof) {
         ended_ = true;
         lines_.End();
-    } else if (failure) {
+    } else if (failure && !finishing_) {
         return Close();
     }
     Touch();
     lines_.Append(std::string_view(input_.data(), bytes));
     Advance();
+}
+
+/// What had been sent when the server began to stop, up to a bufferful; once. False if nothing.
+bool Service::Impl::Session::ReadTheLast() {
+    if (ended_ || std::exchange(read_the_last_, true)) return false;
+    Failure failure;
+    socket_.non_blocking(true, failure);
+    const size_t bytes = socket_.read_some(asio::buffer(input_), failure);
+    lines_.Append(std::string_view(input_.data(), bytes));
+    return bytes > 0;
 }
 
 /// True if a command is on its way, or waits in line; false if the request needs none.
@@ -288,11 +307,24 @@ void Service::Impl::Session::Begin(Command command) {
 
 void Service::Impl::Session::FinishAndClose() {
     finishing_ = true;
+    if (running_) return;
+    Failure ignored;
+    socket_.cancel(ignored);  // the read or write under way ends, and goes on from there
     if (!waiting_) return;
     service_->slots_.LeaveLine(ticket_);
     waiting_ = false;
-    Failure ignored;
-    socket_.cancel(ignored);
+    Advance();
+}
+
+void Service::Impl::Session::LeaveBehind() {
+    if (closed_ || !running_) return;
+    const Request& request = message_.requests[next_];
+    const Error error = MakeError(ErrorKind::kIo,
+                                  "the server is stopping and waits no longer; whether the command "
+                                  "was carried out shows once it runs again");
+    const RpcError left{RpcCode::kServerError, error};
+    Answer(request, EncodeError(request.id.value_or(nullptr), left));
+    ++next_;
     Advance();
 }
 
@@ -361,22 +393,28 @@ void Service::Impl::Session::Write() {
 
 void Service::Impl::Session::OnWrite(Failure failure, size_t bytes) {
     if (closed_) return;
-    if (failure) return Close();
+    if (failure && !finishing_) return Close();
     Touch();
     written_ += bytes;
-    if (written_ < output_.size()) return Write();
-    ForgetOutput();
+    if (finishing_) {
+        WriteWhatFits();
+    } else if (written_ < output_.size()) {
+        return Write();
+    } else {
+        ForgetOutput();
+    }
     Advance();
 }
 
-/// The last answer of a server that stops: as much as the socket takes at once.
+/// An answer of a server that stops. Closes if the socket does not take it at once.
 void Service::Impl::Session::WriteWhatFits() {
     Failure failure;
     socket_.non_blocking(true, failure);
     while (!failure && written_ < output_.size()) {
         written_ += socket_.write_some(asio::buffer(output_) + written_, failure);
     }
-    Close();
+    if (failure) return Close();
+    ForgetOutput();
 }
 
 // ---- the service
@@ -445,18 +483,19 @@ void Service::Impl::Stop(std::function<void()> stopped) {
     stopped_ = std::move(stopped);
     Failure ignored;
     acceptor_.close(ignored);
+    if (next_) std::make_shared<Session>(shared_from_this(), std::move(*next_))->Open();
     next_.reset();
     pause_.cancel();
     listening_.RemoveFile();
     const Sessions sessions = sessions_;
-    for (const std::shared_ptr<Session>& session : sessions) {
-        if (session->busy()) {
-            session->FinishAndClose();
-        } else {
-            session->Close();
-        }
-    }
+    for (const std::shared_ptr<Session>& session : sessions) session->FinishAndClose();
     if (running_ == 0) asio::post(io_, [self = shared_from_this()] { self->stopped_(); });
+}
+
+void Service::Impl::LeaveBehind() {
+    VARVE_CHECK(stopped_);
+    const Sessions sessions = sessions_;
+    for (const std::shared_ptr<Session>& session : sessions) session->LeaveBehind();
 }
 
 ServerFacts Service::Impl::Facts() const {
@@ -476,6 +515,10 @@ Status Service::Start() {
 
 void Service::Stop(std::function<void()> stopped) {
     impl_->Stop(std::move(stopped));
+}
+
+void Service::LeaveBehind() {
+    impl_->LeaveBehind();
 }
 
 }  // namespace varve::admin

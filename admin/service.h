@@ -57,10 +57,14 @@ class Service {
     /// kExists if the path is something else than a socket, kInvalid or kIo otherwise.
     Status Start();
 
-    /// Stops listening, removes the socket, closes connections that wait; lets running commands
-    /// finish and sends their answers as far as the socket takes them at once. Calls `stopped` on
-    /// `io` when no command is running any more. REQUIRES: called at most once.
+    /// Stops listening, removes the socket, lets running commands finish, and refuses all others
+    /// that were received. A connection is closed when each line has its answer, or when the socket
+    /// does not take one at once. Calls `stopped` on `io` when no command is running any more.
+    /// REQUIRES: called at most once.
     void Stop(std::function<void()> stopped);
+    /// Answers commands that are still running: whether they were carried out is not known yet. For
+    /// a process that is about to end without them. REQUIRES: Stop() was called.
+    void LeaveBehind();
 
   private:
     class Impl;

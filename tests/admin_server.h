@@ -82,11 +82,13 @@ class AdminServer {
 
     /// Stops the service and waits until it has reported.
     void Stop() { BeginStop().wait(); }
-    std::future<void> BeginStop() {
+    /// `before` runs on the service's thread just before.
+    std::future<void> BeginStop(std::function<void()> before = [] {}) {
         stopped_ = true;
         auto done = std::make_shared<std::promise<void>>();
         std::future<void> future = done->get_future();
-        boost::asio::post(io_, [this, done] {
+        boost::asio::post(io_, [this, done, before = std::move(before)] {
+            before();
             service_->Stop([this, done] {
                 service_.reset();
                 guard_.reset();
@@ -94,6 +96,10 @@ class AdminServer {
             });
         });
         return future;
+    }
+    /// REQUIRES: BeginStop() was called, and a command is still running.
+    void LeaveBehind() {
+        boost::asio::post(io_, [this] { service_->LeaveBehind(); });
     }
 
     /// Runs `function` on the pool's thread.

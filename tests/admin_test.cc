@@ -928,6 +928,49 @@ TEST(Stop, WaitsForTheRunningCommandAndAnswersIt) {
     stopped.wait();
 }
 
+TEST(Stop, RefusesALineBehindTheRunningCommand) {
+    AdminServer server;
+    server.OnPool([](FakePool& pool) { pool.Hold(); });
+    RawClient client(server.path());
+    client.Send(Create("d") + "\n" + Create("e") + "\n");
+    server.AwaitWaiting(1);
+    std::future<void> stopped = server.BeginStop();
+    server.OnPool([](FakePool& pool) { pool.Release(); });
+    EXPECT_TRUE(IsResult(client.Json()));
+    EXPECT_EQ(KindOf(client.Json()), "busy");
+    EXPECT_TRUE(client.AtEnd());
+    stopped.wait();
+}
+
+TEST(Stop, RefusesALineThatHasJustArrived) {
+    AdminServer server;
+    RawClient client(server.path());
+    ASSERT_TRUE(IsResult(client.Ask(Call("disk.list"))));
+    std::future<void> stopped =
+        server.BeginStop([&] { client.Send(Create("d") + "\n" + Create("e") + "\n"); });
+    EXPECT_EQ(KindOf(client.Json()), "busy");
+    EXPECT_EQ(KindOf(client.Json()), "busy");
+    EXPECT_TRUE(client.AtEnd());
+    stopped.wait();
+}
+
+TEST(Stop, AnswersACommandThatIsLeftBehind) {
+    AdminServer server;
+    server.OnPool([](FakePool& pool) { pool.Hold(); });
+    RawClient client(server.path());
+    client.Send("[" + Create("d") + "," + Create("e") + "]\n" + Create("f") + "\n");
+    server.AwaitWaiting(1);
+    std::future<void> stopped = server.BeginStop();
+    server.LeaveBehind();
+    const json::value answers = client.Json();
+    EXPECT_EQ(KindOf(answers.at(0)), "io");
+    EXPECT_EQ(KindOf(answers.at(1)), "busy");
+    EXPECT_EQ(KindOf(client.Json()), "busy");
+    EXPECT_TRUE(client.AtEnd());
+    server.OnPool([](FakePool& pool) { pool.Release(); });
+    stopped.wait();
+}
+
 TEST(Stop, DoesNotWaitForAClientThatNeverReads) {
     AdminServer server;
     RawClient glutton(server.path());

@@ -300,6 +300,7 @@ Task<void> Daemon::StopInTime() {
 
 /// Cut off as by a crash, which every command and all background work is made for.
 Task<void> Daemon::LeaveBehind(std::string what) {
+    admin_->LeaveBehind();
     co_await Hop(*home_);
     Task<void> committing = pool_->CommitDirty();
     co_await committing;
