@@ -118,6 +118,40 @@ TEST_F(AsideTest, ADeletionGoesAroundADamagedRegion) {
     EXPECT_EQ(0u, RowsOf('W'));
 }
 
+TEST_F(AsideTest, ADiskWhoseShrinkFailedCanBeDeleted) {
+    MakeDisk("d", 'd');
+    Restart();
+    Damage("M");
+    EXPECT_EQ(ErrorKind::kIo, Fails(pool().ResizeDisk("d", 4096, true, false)));
+    for (int start = 0; start < 2; ++start) {  // it fails again when the server has started
+        EXPECT_EQ(ErrorKind::kBusy, Fails(pool().RenameDisk("d", "e")));
+        EXPECT_EQ(ErrorKind::kBusy, Fails(pool().ResizeDisk("d", kMiB, false, false)));
+        EXPECT_EQ(ErrorKind::kBusy, machine->Do(pool().OpenExport("d")).error().kind);
+        EXPECT_EQ(ErrorKind::kIo, Fails(pool().ResizeDisk("d", 4096, true, false)));
+        Restart();
+    }
+    Ok(pool().DeleteDisk("d", false, false));
+    Reclaim();
+    EXPECT_FALSE(Figures().failed);
+    EXPECT_EQ(kBlockBytes, Used());  // of the damaged row
+    EXPECT_EQ(ErrorKind::kNotFound, Fails(pool().DeleteDisk("d", false, false)));
+    StopUnchecked();
+}
+
+TEST_F(AsideTest, AShrinkThatFailedCanBeRepeated) {
+    MakeDisk("d", 'd');
+    Restart();
+    const Row row = Damage("M");
+    EXPECT_EQ(ErrorKind::kIo, Fails(pool().ResizeDisk("d", 4096, true, false)));
+    SetRow(row.first, row.second);
+    Ok(pool().ResizeDisk("d", 4096, true, false));
+    Ok(pool().ResizeDisk("d", 8 * kChunkBytes, false, false));
+    Expect("d", 0, 4096, 'd');
+    Expect("d", 4096, 8 * kChunkBytes - 4096, 0);
+    Reclaim();
+    EXPECT_EQ(kBlockBytes, Used());
+}
+
 TEST_F(AsideTest, AHeadMayDropBlocksOfADamagedRegion) {
     Restart();
     MakeDisk("d", 'd');

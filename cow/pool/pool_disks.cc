@@ -3,6 +3,7 @@
 
 #include <set>
 
+#include "base/log.h"
 #include "base/units.h"
 #include "cow/mutants.h"
 #include "cow/pool/pool_impl.h"
@@ -73,10 +74,19 @@ Status PoolImpl::CheckNewDisk(std::string_view name) const {
 }
 
 Status PoolImpl::Idle(DiskId id) const {
-    if (!disks_.at(id).busy) return Status();
+    const Disk& disk = disks_.at(id);
+    if (!disk.busy) return Status();
+    const std::string& name = catalog_.disk(id).record.name;
+    if (disk.trimming) {
+        return MakeError(
+            ErrorKind::kBusy,
+            fmt::format("disk '{}' is being resized; try again when that is done", name));
+    }
     return MakeError(ErrorKind::kBusy,
-                     fmt::format("disk '{}' is being resized; try again when that is done",
-                                 catalog_.disk(id).record.name));
+                     fmt::format("disk '{}' was made smaller, but what lay beyond its end could "
+                                 "not be freed (see the server's log); shrink it to the same size "
+                                 "again, or delete it",
+                                 name));
 }
 
 Task<Status> PoolImpl::CreateDisk(std::string name, uint64_t size) {
@@ -165,7 +175,7 @@ Task<Status> PoolImpl::RenameDisk(std::string name, std::string to) {
 }
 
 Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
-    Task<Result<Hold>> reserving = Reserve("a cloning", DiskOf(snapshot), false);
+    Task<Result<Hold>> reserving = Reserve("a cloning", DiskOf(snapshot), About::kSnapshots);
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
     const Result<SnapshotId> id = catalog_.FindSnapshot(snapshot);
@@ -306,7 +316,7 @@ Task<Status> PoolImpl::ResizeDisk(std::string name, uint64_t size, bool shrink, 
 
 Task<Status> PoolImpl::ResizeLocked(std::string name, uint64_t size, bool shrink, bool disconnect,
                                     std::optional<DiskId>* shrunk) {
-    Task<Result<Hold>> reserving = Reserve("a resizing", DiskNamed(name));
+    Task<Result<Hold>> reserving = Reserve("a resizing", DiskNamed(name), About::kShrunkDisk);
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
     const Result<DiskId> id = catalog_.FindDisk(name);
@@ -320,11 +330,13 @@ Task<Status> PoolImpl::ResizeLocked(std::string name, uint64_t size, bool shrink
                                         "the new end: say --shrink if that is meant",
                                         name, FormatSize(old_size)));
     }
-    if (size < old_size) {
+    const bool again = shrink && size == old_size && disks_.at(id.value()).busy;
+    if (size < old_size || again) {
         s = co_await ShrinkDisk(id.value(), size, disconnect);
         if (s.ok()) *shrunk = id.value();
         co_return s;
     }
+    if (s = Idle(id.value()); !s.ok()) co_return s;
     Head& head = *disks_.at(id.value()).head;
     if (old_size % kBlockBytes != 0) {
         co_await Hop(head.executor());
@@ -361,7 +373,7 @@ Task<Status> PoolImpl::ShrinkDisk(DiskId id, uint64_t size, bool disconnect) {
         s = co_await Commit(std::move(change));
     }
     if (!s.ok()) {
-        disk.fenced = false;
+        disk.fenced = disk.busy;
         co_return s;
     }
     disk.busy = disk.trimming = true;
@@ -371,6 +383,11 @@ Task<Status> PoolImpl::ShrinkDisk(DiskId id, uint64_t size, bool disconnect) {
 Task<Status> PoolImpl::FinishShrink(DiskId id) {
     const Status s = co_await TrimShrunk(id);
     disks_.at(id).trimming = false;
+    if (!s.ok() && !core_.closing) {
+        Log(LogLevel::kError, fmt::format("disk {} is smaller now, but what lay beyond its end is "
+                                          "not freed: {}",
+                                          catalog_.disk(id).record.name, s.error().message));
+    }
     command_ended_.WakeAll();
     co_return s;
 }
@@ -385,7 +402,8 @@ Task<Status> PoolImpl::TrimShrunk(DiskId id) {
     co_await Hop(core_.home());
     Status s = co_await Settle(*disk.head);
     if (error != 0 && s.ok()) s = SystemError(error, "trimming a shrunk disk failed");
-    if (!s.ok()) co_return s;  // stays fenced: a later growth must not show the old data
+    // Fenced and busy it stays: a later growth must not show the old data.
+    if (!s.ok()) co_return s;
     Change change = [&](CommitContext& context) {
         DiskRecord record = context.catalog.disk(id).record;
         record.trimming = false;
@@ -439,7 +457,7 @@ void PoolImpl::BuildDelete(DiskId id, CommitContext& context) {
 }
 
 Task<Status> PoolImpl::DeleteDisk(std::string name, bool snapshots, bool disconnect) {
-    Task<Result<Hold>> reserving = Reserve("a deletion", DiskNamed(name));
+    Task<Result<Hold>> reserving = Reserve("a deletion", DiskNamed(name), About::kShrunkDisk);
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
     const Result<DiskId> found = catalog_.FindDisk(name);
@@ -472,7 +490,7 @@ Task<Status> PoolImpl::DeleteDisk(std::string name, bool snapshots, bool disconn
     if (s.ok()) {
         co_await DropHead(id);
     } else {
-        disks_.at(id).fenced = false;
+        disks_.at(id).fenced = disks_.at(id).busy;
     }
     co_return s;
 }

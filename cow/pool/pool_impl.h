@@ -124,11 +124,17 @@ class PoolImpl : public Pool, public HeadHost {
         PoolImpl* pool_;
         std::vector<DiskId> disks_;
     };
+    /// What a command is about. All but the first wait while a shrunk disk is trimmed.
+    enum class About {
+        kSnapshots,
+        kDisk,        // refused if that has failed
+        kShrunkDisk,  // done nevertheless
+    };
     using FindDisks = std::function<Result<std::vector<DiskId>>()>;
 
     // pool_waiting.cc
     static Error Stopping();
-    Task<Result<Hold>> Reserve(const char* command, FindDisks find, bool whole = true);
+    Task<Result<Hold>> Reserve(const char* command, FindDisks find, About about = About::kDisk);
     FindDisks DiskNamed(const std::string& name) const;
     FindDisks DiskOf(const std::string& snapshot) const;
     Task<void> WatchSealed(DiskId id);

@@ -262,7 +262,7 @@ Status PoolImpl::CheckDepth(SnapshotId id) const {
 }
 
 Task<Status> PoolImpl::RenameSnapshot(std::string name, std::string to) {
-    Task<Result<Hold>> reserving = Reserve("a renaming", DiskOf(name), false);
+    Task<Result<Hold>> reserving = Reserve("a renaming", DiskOf(name), About::kSnapshots);
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
     const Result<SnapshotId> id = catalog_.FindSnapshot(name);
@@ -287,7 +287,8 @@ Task<Status> PoolImpl::RenameSnapshot(std::string name, std::string to) {
 }
 
 Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect) {
-    Task<Result<Hold>> reserving = Reserve("a snapshot's deletion", DiskOf(name), false);
+    Task<Result<Hold>> reserving =
+        Reserve("a snapshot's deletion", DiskOf(name), About::kSnapshots);
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
     const Result<SnapshotId> found = catalog_.FindSnapshot(name);

@@ -49,8 +49,7 @@ Error PoolImpl::Stopping() {
     return MakeError(ErrorKind::kBusy, "the server is stopping; send it again to the next one");
 }
 
-/// `whole`: it is about the disk itself, so it waits while a shrunk one is trimmed.
-Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks find, bool whole) {
+Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks find, About about) {
     Result<std::vector<DiskId>> found = std::vector<DiskId>();
     DiskId blocked;
     std::function<bool(int64_t*)> free = [&](int64_t*) {
@@ -59,7 +58,8 @@ Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks fi
         if (!found.ok()) return true;
         for (const DiskId id : found.value()) {
             blocked = id;
-            if (disks_.at(id).command || (whole && disks_.at(id).trimming)) return false;
+            const bool trimming = about != About::kSnapshots && disks_.at(id).trimming;
+            if (disks_.at(id).command || trimming) return false;
         }
         return true;
     };
@@ -74,7 +74,7 @@ Task<Result<PoolImpl::Hold>> PoolImpl::Reserve(const char* command, FindDisks fi
                         (ticker_.NowUs() - disk.command_since_us) / 1'000'000));
     }
     if (!found.ok()) co_return found.error();
-    for (const DiskId id : whole ? found.value() : std::vector<DiskId>()) {
+    for (const DiskId id : about == About::kDisk ? found.value() : std::vector<DiskId>()) {
         const Status idle = Idle(id);
         if (!idle.ok()) co_return idle.error();
     }
