@@ -211,9 +211,34 @@ TEST_F(AsideTest, ARegionThatRecoveryRenewedIsReadableAgain) {
     EXPECT_EQ("f", media.metadata()->at(key));
     Expect("b", 4096, 4096, 'j');
     const auto report = cow::CheckMetadata(machine->metadata()).value();
-    ASSERT_EQ(1u, report.errors.size());
-    EXPECT_NE(std::string::npos, report.errors[0].find("blocks are marked as used, "));
+    EXPECT_EQ(0u, report.errors.size()) << report.errors[0];
     EXPECT_EQ(cow::kRegionBlocks - 9, report.leaked_blocks);
+    EXPECT_EQ((8 + cow::kRegionBlocks) * kBlockBytes, Used());
+    StopUnchecked();
+}
+
+// What those hold that cannot be read is not known, so it may count twice until they can.
+TEST_F(AsideTest, BlocksOfRenewedRegionsCountAsUsed) {
+    Restart();
+    for (const std::string name : {"a", "b"}) MakeDisk(name, name[0]);
+    EXPECT_EQ(16 * kBlockBytes, Used());
+    EXPECT_EQ(0, Write("b", 4096, 4096, 'j'));
+    EXPECT_EQ(0, Flush("b"));
+    Crash();
+    const std::string readable = media.metadata()->at(cow::RegionKey(0));
+    for (const uint64_t region : {0, 1}) SetRow(cow::RegionKey(region), "rubbish");
+    Start();
+    EXPECT_EQ("f", media.metadata()->at(cow::RegionKey(1)));
+    EXPECT_EQ((16 + cow::kRegionBlocks) * kBlockBytes, Used());
+    EXPECT_EQ(0, Write("a", 4096, 4096, 'j'));  // into the third
+    EXPECT_EQ(0, Flush("a"));
+    Crash();
+    SetRow(cow::RegionKey(0), readable);
+    SetRow(cow::RegionKey(2), "rubbish");
+    Start();
+    EXPECT_EQ("f", media.metadata()->at(cow::RegionKey(2)));
+    EXPECT_EQ((8 + 2 * cow::kRegionBlocks) * kBlockBytes, Used());
+    EXPECT_EQ(0u, cow::CheckMetadata(machine->metadata()).value().errors.size());
     StopUnchecked();
 }
 

@@ -369,6 +369,7 @@ Status Allocator::Claim(const Extent& extent) {
                     --open.free;
                 } else if (open.renewed && open.used[bit] && index + bit > 0) {  // the superblock
                     open.used.reset(bit);
+                    --pool_.used_blocks;
                 } else {
                     return DamagedRegion(index);
                 }
@@ -385,15 +386,46 @@ Status Allocator::Claim(const Extent& extent) {
 void Allocator::Renew(uint64_t index) {
     Log(LogLevel::kError,
         fmt::format("allocator region {} is damaged; all of it counts as used from now on", index));
+    const uint64_t counted = TakeUnread();
     aside_.erase(index);
     Bitmaps& open = open_[index];
     open.renewed = true;
     open.used.set();
     open.busy.set();
     if (index == 0) open.used.reset(0);  // the superblock
+    pool_.used_blocks += open.used.count() - counted;
     open.changed = true;
     changed_.insert(index);
     states_.Set(index, RegionState::kFull);
+}
+
+/// Reads all rows. If some cannot even be seen, there may be any number of them.
+Allocator::Unread Allocator::CountUnread() const {
+    Unread unread;
+    uint64_t read = 0;
+    for (const auto& [index, open] : open_) read += open.used.count();
+    const std::unique_ptr<MetadataView> view = metadata_.View();
+    const auto cursor = view->Range("R", PrefixEnd("R"));
+    for (cursor->Seek("R"); cursor->valid(); cursor->Next()) {
+        const uint64_t region = KeyNumber(cursor->key(), 0);
+        if (region >= pool_.region_count || open_.contains(region)) continue;
+        const std::optional<Bits> used = UsedOf(cursor->value());
+        used ? read += used->count() : ++unread.regions;
+    }
+    if (!cursor->status().ok()) unread.regions = pool_.region_count;
+    unread.blocks = pool_.used_blocks - std::min(read, pool_.used_blocks);
+    return unread;
+}
+
+/// The fewest blocks that the pool's record can count in the region that is renewed now: `used` may
+/// be too high as long as others cannot be read, but never too low.
+uint64_t Allocator::TakeUnread() {
+    if (!unread_) unread_ = CountUnread();
+    unread_->regions -= std::min<uint64_t>(unread_->regions, 1);
+    const uint64_t others = unread_->regions * kRegionBlocks;
+    const uint64_t least = unread_->blocks - std::min(unread_->blocks, others);
+    unread_->blocks -= least;
+    return least;
 }
 
 Status Allocator::MarkUsed(const Extent& extent) {

@@ -152,6 +152,13 @@ class Allocator {
     template <typename F>
     Status ForEachPart(Extent extent, F&& apply);
     void Renew(uint64_t region);
+    /// What the pool's record counts in regions whose rows cannot be read, all together.
+    struct Unread {
+        uint64_t regions = 0;
+        uint64_t blocks = 0;
+    };
+    Unread CountUnread() const;
+    uint64_t TakeUnread();
 
     MetadataStore& metadata_;
     SpaceStore& space_;
@@ -163,6 +170,7 @@ class Allocator {
     std::list<uint64_t> idle_;  // open without need; used last: last
     std::unordered_map<uint64_t, uint64_t> held_;
     std::map<uint64_t, Error> aside_;         // regions whose rows cannot be read, and why
+    std::optional<Unread> unread_;            // once one was renewed
     uint64_t unknown_from_ = 0, unknown_to_;  // pages
     const uint64_t first_count_;              // regions when the pool was opened
     std::set<uint64_t> changed_;              // since the last Encode
