@@ -8,6 +8,8 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <string>
 
@@ -38,6 +40,7 @@ class Full : public rocksdb::FileSystemWrapper {
     }
 
     std::atomic<int64_t> room = int64_t{1} << 40;
+    IOStatus refusal = IOStatus::NoSpace("no room");
     uint64_t most_compacting = 0;  // seen while something was written
     Ballast* ballast = nullptr;
 
@@ -50,7 +53,7 @@ class Full : public rocksdb::FileSystemWrapper {
             full.most_compacting = std::max(full.most_compacting, full.ballast->compacting.load());
             if (Take(data.size())) return target()->Append(data, options, debug);
             IOStatus status = target()->Append(Slice(data.data(), data.size() / 2), options, debug);
-            return status.ok() ? IOStatus::NoSpace("no room") : status;
+            return status.ok() ? full.refusal : status;
         }
         IOStatus Append(const Slice& data, const IOOptions& options,
                         const rocksdb::DataVerificationInfo&, IODebugContext* debug) override {
@@ -58,7 +61,7 @@ class Full : public rocksdb::FileSystemWrapper {
         }
         IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
                                   IODebugContext* debug) override {
-            if (!Take(data.size())) return IOStatus::NoSpace("no room");
+            if (!Take(data.size())) return full.refusal;
             return target()->PositionedAppend(data, offset, options, debug);
         }
         bool Take(uint64_t bytes) {
@@ -149,12 +152,23 @@ struct Stack {
     const std::string path;
 };
 
+/// What refuses a write: a full file system, or a quota, as RocksDB tells of it.
+class RefusalTest : public BallastTest, public testing::WithParamInterface<Errno> {
+  protected:
+    static IOStatus Refusal() {
+        if (GetParam() == ENOSPC) return IOStatus::NoSpace("While appending to file: f");
+        return IOStatus::IOError("While appending to file: f", std::strerror(GetParam()));
+    }
+};
+INSTANTIATE_TEST_SUITE_P(Errors, RefusalTest, testing::Values(ENOSPC, EDQUOT));
+
 // Logs, tables and the list of files grow at its cost; nothing of what was committed is lost, and
 // the store opens again where there is no room but the ballast.
-TEST_F(BallastTest, RocksDbGoesOnWhereOthersFilledTheFileSystem) {
+TEST_P(RefusalTest, RocksDbGoesOnWhereOthersFilledTheFileSystem) {
     Ballast ballast(path_, kBallastBytes);
     ballast.Refill(2 * kBallastBytes);
     Stack stack(ballast, (root_ / "db").string());
+    stack.full->refusal = Refusal();
     stack.options.write_buffer_size = 256 << 10;
     auto db = stack.Open();
     ASSERT_EQ(500, WriteRows(*db, 0, 500));
@@ -170,6 +184,28 @@ TEST_F(BallastTest, RocksDbGoesOnWhereOthersFilledTheFileSystem) {
         ASSERT_TRUE(db->Get({}, key, &value).ok()) << i;
         EXPECT_EQ(std::string(1000, static_cast<char>('a' + i % 26)), value);
     }
+}
+
+TEST_P(RefusalTest, WithoutABallastItIsNoSpace) {
+    Ballast ballast(path_, 0);
+    Stack stack(ballast, (root_ / "db").string());
+    stack.full->refusal = Refusal();
+    const auto db = stack.Open();
+    stack.full->room = 0;
+    const rocksdb::Status status = db->Put({}, "key", "value");
+    EXPECT_TRUE(status.IsNoSpace()) << status.ToString();
+}
+
+TEST_F(BallastTest, AnyOtherErrorStaysWhatItIs) {
+    Ballast ballast(path_, kBallastBytes);
+    ballast.Refill(2 * kBallastBytes);
+    Stack stack(ballast, (root_ / "db").string());
+    stack.full->refusal = IOStatus::IOError("While appending to file: f", std::strerror(EIO));
+    const auto db = stack.Open();
+    stack.full->room = 0;
+    const rocksdb::Status status = db->Put({}, "key", "value");
+    EXPECT_TRUE(status.IsIOError() && !status.IsNoSpace()) << status.ToString();
+    EXPECT_EQ(kBallastBytes, ballast.held());
 }
 
 // What is free must not look less for as long as a compaction lasts. A flush's tables stay.

@@ -7,6 +7,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string_view>
 #include <utility>
 
 #include "base/log.h"
@@ -23,6 +26,16 @@ using rocksdb::Slice;
 /// What is given up for one write at least: the file system rounds, and others take some.
 constexpr uint64_t kPieceBytes = 1 << 20;
 
+/// A quota that is used up is "no space" too. RocksDB only takes over what the system calls it.
+IOStatus Understood(IOStatus status) {
+    if (!status.IsIOError() || status.IsNoSpace() || !status.getState()) return status;
+    const std::string_view text = status.getState();
+    if (!text.ends_with(std::strerror(EDQUOT))) return status;
+    IOStatus full = IOStatus::NoSpace(Slice(text.data(), text.size()));
+    full.SetRetryable(true);  // as RocksDB does where the file system is full
+    return full;
+}
+
 class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
   public:
     BallastFile(std::unique_ptr<FSWritableFile> file, Ballast& ballast)
@@ -31,12 +44,13 @@ class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
 
     IOStatus Append(const Slice& data, const IOOptions& options, IODebugContext* debug) override {
         const uint64_t at = end_;
-        IOStatus status = positioned_ ? target()->PositionedAppend(data, at, options, debug)
-                                      : target()->Append(data, options, debug);
+        IOStatus status =
+            Understood(positioned_ ? target()->PositionedAppend(data, at, options, debug)
+                                   : target()->Append(data, options, debug));
         while (status.IsNoSpace() && Give(data.size())) {
             // A part may have been written already, so from now on each place is named.
             positioned_ = true;
-            status = target()->PositionedAppend(data, at, options, debug);
+            status = Understood(target()->PositionedAppend(data, at, options, debug));
         }
         if (status.ok()) SetEnd(at + data.size());
         return status;
@@ -47,9 +61,9 @@ class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
     }
     IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
                               IODebugContext* debug) override {
-        IOStatus status = target()->PositionedAppend(data, offset, options, debug);
+        IOStatus status = Understood(target()->PositionedAppend(data, offset, options, debug));
         while (status.IsNoSpace() && Give(data.size())) {
-            status = target()->PositionedAppend(data, offset, options, debug);
+            status = Understood(target()->PositionedAppend(data, offset, options, debug));
         }
         if (status.ok()) SetEnd(std::max(end_, offset + data.size()));
         return status;
@@ -60,13 +74,22 @@ class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
         return PositionedAppend(data, offset, options, debug);
     }
     IOStatus Truncate(uint64_t size, const IOOptions& options, IODebugContext* debug) override {
-        IOStatus status = target()->Truncate(size, options, debug);
+        IOStatus status = Understood(target()->Truncate(size, options, debug));
         if (status.ok()) SetEnd(std::min(end_, size));
         return status;
     }
+    IOStatus Flush(const IOOptions& options, IODebugContext* debug) override {
+        return Understood(target()->Flush(options, debug));
+    }
+    IOStatus Sync(const IOOptions& options, IODebugContext* debug) override {
+        return Understood(target()->Sync(options, debug));
+    }
+    IOStatus Fsync(const IOOptions& options, IODebugContext* debug) override {
+        return Understood(target()->Fsync(options, debug));
+    }
     IOStatus Close(const IOOptions& options, IODebugContext* debug) override {
         Compacted();
-        return target()->Close(options, debug);
+        return Understood(target()->Close(options, debug));
     }
     void SetIOPriority(rocksdb::Env::IOPriority priority) override {
         compaction_ = priority == rocksdb::Env::IO_LOW;
@@ -104,12 +127,20 @@ class BallastFileSystem : public rocksdb::FileSystemWrapper {
                              std::unique_ptr<FSWritableFile>* result,
                              IODebugContext* debug) override {
         std::unique_ptr<FSWritableFile> file;
-        IOStatus status = target()->NewWritableFile(path, options, &file, debug);
+        IOStatus status = Understood(target()->NewWritableFile(path, options, &file, debug));
         while (status.IsNoSpace() && ballast_.Give(kPieceBytes, 0)) {
-            status = target()->NewWritableFile(path, options, &file, debug);
+            status = Understood(target()->NewWritableFile(path, options, &file, debug));
         }
         if (status.ok()) *result = std::make_unique<BallastFile>(std::move(file), ballast_);
         return status;
+    }
+    IOStatus CreateDirIfMissing(const std::string& path, const IOOptions& options,
+                                IODebugContext* debug) override {
+        return Understood(target()->CreateDirIfMissing(path, options, debug));
+    }
+    IOStatus RenameFile(const std::string& from, const std::string& to, const IOOptions& options,
+                        IODebugContext* debug) override {
+        return Understood(target()->RenameFile(from, to, options, debug));
     }
 
   private:

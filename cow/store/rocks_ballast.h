@@ -41,7 +41,8 @@ class Ballast {
     std::atomic<uint64_t> held_ = 0;
 };
 
-/// An Env over `base` whose files grow at the cost of `ballast` where the file system is full.
+/// An Env over `base` whose files grow at the cost of `ballast` where the file system is full, or
+/// where a quota is used up, of which it says that it is full.
 /// Compactions, which can wait, take the upper half only. Both arguments must outlive it.
 std::unique_ptr<rocksdb::Env> NewBallastEnv(rocksdb::Env& base, Ballast& ballast);
 
