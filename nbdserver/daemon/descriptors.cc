@@ -16,6 +16,27 @@ constexpr uint64_t kLimitMost = 1 << 20;  // where there is none
 constexpr uint64_t kConnectionsLeast = 8;
 constexpr uint64_t kSpare = 16;  // files that are open for a moment
 
+uint64_t AdminConnections(uint64_t limit, uint64_t asked) {
+    return std::min(asked, std::max(limit / 8, kAdminConnectionsLeast));
+}
+
+/// All that is not for NBD clients, where `limit` files may be open.
+uint64_t Taken(uint64_t limit, uint64_t open, DescriptorShares asked) {
+    const uint64_t store = MetadataTables(limit) + cow::kDescriptorsBesideTables;
+    return open + store + kSpare + AdminConnections(limit, asked.admin_connections);
+}
+
+bool Suffices(uint64_t limit, uint64_t open, DescriptorShares asked) {
+    return limit >= Taken(limit, open, asked) + std::min(asked.connections, kConnectionsLeast);
+}
+
+/// From which on all suffice. The shares grow with the limit: each eighth takes two with it.
+uint64_t LeastLimit(uint64_t open, DescriptorShares asked) {
+    uint64_t limit = open;
+    while (!Suffices(limit, open, asked) || !Suffices(limit + 1, open, asked)) ++limit;
+    return limit;
+}
+
 }  // namespace
 
 uint64_t RaiseDescriptorLimit() {
@@ -43,19 +64,16 @@ uint64_t CountDescriptors() {
 }
 
 Result<DescriptorShares> ShareDescriptors(uint64_t limit, uint64_t open, DescriptorShares asked) {
-    const uint64_t store = MetadataTables(limit) + cow::kDescriptorsBesideTables;
-    DescriptorShares shares;
-    shares.admin_connections =
-        std::min(asked.admin_connections, std::max(limit / 8, kAdminConnectionsLeast));
-    const uint64_t taken = open + store + kSpare + shares.admin_connections;
-    if (limit < taken + std::min(asked.connections, kConnectionsLeast)) {
+    if (!Suffices(limit, open, asked)) {
         return MakeError(ErrorKind::kFailed,
                          fmt::format("{} files may be open, which is not enough for the metadata, "
                                      "the threads and some clients; raise the limit (LimitNOFILE=, "
                                      "ulimit -n) to {} or more, or lower --threads",
-                                     limit, 2 * (taken + kConnectionsLeast)));
+                                     limit, LeastLimit(open, asked)));
     }
-    shares.connections = std::min(asked.connections, limit - taken);
+    DescriptorShares shares;
+    shares.admin_connections = AdminConnections(limit, asked.admin_connections);
+    shares.connections = std::min(asked.connections, limit - Taken(limit, open, asked));
     return shares;
 }
 
