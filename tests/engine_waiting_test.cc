@@ -161,6 +161,31 @@ TEST_F(EngineWaitingTest, CommandsWaitWhileAShrunkDiskIsTrimmed) {
     Expect("d@s", 0, 4096, 'a');
 }
 
+TEST_F(EngineWaitingTest, SnapshotsAreDeletedWhileTheirShrunkDiskIsTrimmed) {
+    constexpr uint64_t kChunks = 32, kSize = kChunks * cow::kChunkBytes;
+    Ok(pool().CreateDisk("d", kSize));
+    for (const char fill : {'a', 'b', 'c'}) {
+        for (uint64_t c = 0; c < kChunks; ++c) Write("d", c * cow::kChunkBytes, 4096, fill);
+        Ok(pool().CreateSnapshots({std::string("d@") + fill}));
+    }
+    Stop();
+    Start();  // nothing of its map is in memory
+    machine->loader().Stall(true);
+    Beside<Status> shrinking(machine->home(), pool().ResizeDisk("d", kMiB, true, false));
+    RunOut([&] { return pool().DescribeExport("d").value().size == kMiB; });
+    Ok(pool().DeleteSnapshot("d@b", false));
+    Ok(pool().DeleteSnapshot("d@c", false));
+    EXPECT_FALSE(shrinking.result.has_value());
+    machine->loader().Stall(false);
+    RunOut([&] { return shrinking.result.has_value(); });
+    EXPECT_TRUE(shrinking.result->ok());
+    Reclaim();
+    constexpr uint64_t kLeft = kMiB / cow::kChunkBytes;
+    EXPECT_EQ((kChunks + kLeft) * 4096, Used());
+    for (uint64_t c = 0; c < kChunks; ++c) Expect("d@a", c * cow::kChunkBytes, 4096, 'a');
+    for (uint64_t c = 0; c < kLeft; ++c) Expect("d", c * cow::kChunkBytes, 4096, 'c');
+}
+
 TEST_F(EngineWaitingTest, OfTwoWithOneNameOneIsRefused) {
     Beside<Status> first(machine->home(), pool().CreateDisk("d", kMiB));
     Beside<Status> second(machine->home(), pool().CreateDisk("d", 2 * kMiB));

@@ -517,6 +517,36 @@ TEST_F(ReclaimTest, MoreDeletionsThanAreKeptOpenTakeTurns) {
     EXPECT_EQ(0u, RowsOf('J'));
 }
 
+// Deleted disks that clones still read leave branches, which are passed in steps of 64. One that a
+// deletion empties behind a pass that finds nothing else must not stay.
+TEST_F(ReclaimTest, ABranchThatAPassOverThemHasJustMissedIsPruned) {
+    constexpr unsigned kGolden = 70;
+    Ok(pool().CreateDisk("first", kMiB));
+    Write("first", 0, 4096, 'x');
+    Ok(pool().CreateSnapshots({"first@s"}));
+    for (unsigned i = 0; i < kGolden; ++i) {
+        const std::string golden = "g" + std::to_string(i);
+        Ok(pool().CreateDisk(golden, kMiB));
+        Write(golden, 0, 4096, 'x');
+        Ok(pool().CreateSnapshots({golden + "@s"}));
+        Ok(pool().CloneSnapshot(golden + "@s", "c" + std::to_string(i)));
+        Close(golden);
+        Ok(pool().DeleteDisk(golden, true, false));
+    }
+    Reclaim();
+    const auto branches = [&] { return cow::CheckMetadata(machine->metadata()).value().branches; };
+    EXPECT_EQ(1 + 2 * kGolden, branches());
+    // The first deletion empties no branch and begins a pass; the second ends in its middle.
+    machine->loader().Stall(true);
+    Ok(pool().DeleteSnapshot("first@s", false));
+    Ok(pool().DeleteDisk("c0", false, false));
+    EXPECT_EQ(2u, RowsOf('J'));
+    machine->loader().Stall(false);
+    Reclaim();
+    EXPECT_EQ(0u, RowsOf('J'));
+    EXPECT_EQ(1 + 2 * (kGolden - 1), branches());
+}
+
 TEST_F(ReclaimTest, NotesOfBeforeARestartDoNotWaitForAllNewOnes) {
     constexpr uint64_t kChunks = 100;
     Restart({.reclaim_step_chunks = 1});
