@@ -36,6 +36,7 @@ class MadeUpRows : public MetadataStore {
     std::map<uint64_t, std::optional<std::string>> committed;
     uint64_t rows_read = 0;
     std::set<uint64_t> unreadable;  // no cursor gets past these
+    std::function<void()> failing;  // before such a read fails
 
     std::unique_ptr<MetadataView> View() override { return std::make_unique<RowsView>(*this); }
     Status Commit(const Batch& batch) override {
@@ -50,6 +51,11 @@ class MadeUpRows : public MetadataStore {
     }
 
   private:
+    bool Fails(uint64_t region) const {
+        const bool fails = unreadable.contains(region);
+        if (fails && failing) failing();
+        return fails;
+    }
     static Error Unreadable() { return MakeError(ErrorKind::kIo, "a block of rows"); }
 
     class RegionsCursor : public Cursor {
@@ -67,7 +73,7 @@ class MadeUpRows : public MetadataStore {
             value_.reset();
             failed_ = false;
             for (region_ = region; region_ < end_ && !value_ && !failed_; ++region_) {
-                failed_ = rows_.unreadable.contains(region_);
+                failed_ = rows_.Fails(region_);
                 if (!failed_) value_ = rows_.Row(region_);
             }
             if (!value_) return;
@@ -87,7 +93,7 @@ class MadeUpRows : public MetadataStore {
         Result<std::optional<std::string>> Get(std::string_view key) override {
             ++rows_.rows_read;
             const uint64_t region = KeyNumber(key, 0);
-            if (rows_.unreadable.contains(region)) return Unreadable();
+            if (rows_.Fails(region)) return Unreadable();
             return rows_.Row(region);
         }
         std::unique_ptr<Cursor> Range(std::string_view, std::string_view upper, uint64_t) override {
@@ -97,6 +103,17 @@ class MadeUpRows : public MetadataStore {
       private:
         MadeUpRows& rows_;
     };
+};
+
+/// Stands unless it is moved on.
+class SetClock : public Clock {
+  public:
+    int64_t now_us = 0;
+    int64_t NowUs() override { return now_us; }
+    void PostAfter(int64_t us, Executor& executor, Runnable* runnable) override {
+        now_us += us;
+        executor.Post(runnable);
+    }
 };
 
 class AnySpace : public SpaceStore {
@@ -119,6 +136,7 @@ class AllocatorTest : public testing::Test {
         environment.loader = &loader;
         environment.space = &space;
         environment.metadata = &store;
+        environment.clock = &clock;
         core = std::make_unique<Core>(environment);
         allocator = std::make_unique<Allocator>(store, space, pool, 0, open_max);
         leases = std::make_unique<Leases>(*core, *allocator);
@@ -167,6 +185,7 @@ class AllocatorTest : public testing::Test {
     Executor& home = scheduler.NewLane();
     Executor& loader = scheduler.NewLane(true);
     MadeUpRows store;
+    SetClock clock;
     AnySpace space;
     PoolRecord pool;
     std::unique_ptr<Core> core;
@@ -323,6 +342,16 @@ TEST_F(AllocatorTest, WhatCannotBeReadCountsAsFull) {
     allocator->Unhold(held);
     EXPECT_EQ(unreadable - 1, allocator->set_aside());
     EXPECT_EQ(120U, Take(1)[0].place / kRegionBlocks);
+}
+
+TEST_F(AllocatorTest, ADeviceThatFailsSlowlyKeepsLeasesForSomeSecondsOnly) {
+    constexpr int64_t kSecondUs = 1'000'000;
+    for (uint64_t region = 100; region < 2 * kPage; ++region) store.unreadable.insert(region);
+    store.failing = [this] { clock.now_us += 10 * kSecondUs; };
+    Open(2 * kPage, [](uint64_t) { return std::string("F"); });
+    EXPECT_EQ(2 * kPage, Take(1)[0].place / kRegionBlocks);
+    EXPECT_LE(clock.now_us, 20 * kSecondUs) << "more than two reads of a page were tried";
+    EXPECT_EQ(kPage - 100, allocator->set_aside());
 }
 
 }  // namespace

@@ -14,29 +14,35 @@ namespace {
 constexpr uint64_t kKnowBeforeGrowing = 1024;
 /// Regions provisioned ahead of demand: 32 MiB.
 constexpr size_t kReadyAhead = 2;
+/// For reading the rows of a page one by one. A device may try for many seconds before it gives up
+/// a sector, and whoever needs a lease waits.
+constexpr int64_t kOneByOneUs = 1'000'000;
 constexpr RegionState kUnread = RegionState::kUnknown;
 
 /// What the rows of a page of regions say.
 struct PageRows {
     std::vector<RegionState> states{RegionStates::kPageRegions, RegionState::kBare};
-    uint64_t rows = 0;
-    Status why;  // the first error, if some are kUnread
+    uint64_t rows = 0;  // with those that cannot be read
+    Status why;         // the first error, if some are kUnread
 };
 
 /// For a page of which a part cannot be read. The store reads many rows together, and a cursor does
-/// not get past those that it cannot read.
+/// not get past those that it cannot read. Those that are left when time is up stay unread.
 void ReadOneByOne(MetadataView& view, uint64_t region, std::span<RegionState> states,
-                  uint64_t* rows) {
+                  const Deadline& deadline, uint64_t* rows) {
     for (RegionState& state : states) {
-        const Result<std::optional<std::string>> row = view.Get(RegionKey(region++));
-        if (!row.ok()) state = kUnread;
-        if (!row.ok() || !row.value()) continue;
-        state = Allocator::StateOf(*row.value());
+        state = kUnread;
         ++*rows;
+        if (deadline.over()) continue;
+        const Result<std::optional<std::string>> row = view.Get(RegionKey(region++));
+        if (!row.ok()) continue;
+        const bool bare = !row.value().has_value();
+        state = bare ? RegionState::kBare : Allocator::StateOf(*row.value());
+        *rows -= bare;
     }
 }
 
-PageRows ReadPage(MetadataView& view, uint64_t base) {
+PageRows ReadPage(MetadataView& view, uint64_t base, Clock* clock) {
     PageRows page;
     size_t read = 0;  // regions up to the last row
     const std::string end = RegionKey(base + page.states.size());
@@ -51,7 +57,8 @@ PageRows ReadPage(MetadataView& view, uint64_t base) {
     }
     page.why = cursor->status();
     if (page.why.ok()) return page;
-    ReadOneByOne(view, base + read, std::span(page.states).subspan(read), &page.rows);
+    ReadOneByOne(view, base + read, std::span(page.states).subspan(read),
+                 Deadline(clock, kOneByOneUs), &page.rows);
     return page;
 }
 
@@ -159,12 +166,13 @@ Task<Status> Leases::Provide(size_t wanted, bool urgent) {
 }
 
 /// Reads the rows of a page of regions that are not known yet, and adds how many there were, or one
-/// if there was none. What cannot be read counts as full. About 2 ms.
+/// if there was none. What cannot be read counts as full. About 2 ms; where the device fails, some
+/// seconds.
 Task<void> Leases::Learn(uint64_t* rows) {
     const uint64_t page = *allocator_.UnknownPage();
     const uint64_t base = page * RegionStates::kPageRegions;
     co_await Hop(core_.loader());
-    const PageRows read = ReadPage(*core_.metadata().View(), base);
+    const PageRows read = ReadPage(*core_.metadata().View(), base, core_.environment.clock);
     co_await Hop(core_.home());
     *rows += read.rows + 1;
     const uint64_t before = allocator_.set_aside();
