@@ -66,6 +66,18 @@ class EngineTest : public testing::Test {
         *done = true;
     }
 
+    /// Until all that can have checksums has them.
+    void Checksum() {
+        bool done = false;
+        Spawn(ChecksumTask(&machine->home(), &machine->pool(), &done));
+        ASSERT_TRUE(scheduler.RunUntil([&] { return done; }));
+    }
+    static Task<void> ChecksumTask(Executor* home, cow::Pool* pool, bool* done) {
+        co_await Hop(*home);
+        co_await pool->WaitForChecksums();
+        *done = true;
+    }
+
     void Ok(Task<Status> task) {
         const Status s = machine->Do(std::move(task));
         EXPECT_TRUE(s.ok()) << s.error().message;

@@ -125,6 +125,23 @@ TEST_F(ManyTest, ManySmallLeasesFillAPoolToItsLastBlock) {
     EXPECT_EQ(Used(), all * kBlockBytes);
 }
 
+TEST_F(ManyTest, StoppingStoresWhatManyDisksHaveChangedTogether) {
+    constexpr uint64_t kWritten = 60;
+    Create(kWritten);
+    for (uint64_t i = 0; i < kWritten; ++i) EXPECT_EQ(0, Write(Name(i), 0, 4096, 'x'));
+    uint64_t commits = 0;
+    media.probe = [&](Call call) {
+        commits += call == Call::kCommit;
+        return Mishap::kNone;
+    };
+    Stop();
+    media.probe = nullptr;
+    EXPECT_GT(commits, 0u);
+    EXPECT_LT(commits, kWritten / 2);
+    Start();
+    for (uint64_t i = 0; i < kWritten; ++i) Expect(Name(i), 0, 4096, 'x');
+}
+
 TEST_F(ManyTest, SnapshotsLiveWhereTheirDiskDoes) {
     Create(12);
     for (uint64_t i = 0; i < 12; ++i) {

@@ -73,6 +73,7 @@ TEST_F(FlattenTest, AFlattenedDiskIsReadWithOneSeekAGroup) {
     const auto cold = [this] {
         Restart();
         Reclaim();  // what a start looks up is not the read's
+        Checksum();
         Volume("c9");
         const uint64_t before = media.seeks;
         Read("c9", 0, 4096);

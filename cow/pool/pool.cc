@@ -99,6 +99,7 @@ Task<Status> PoolImpl::Shutdown() {
     co_await background_.Drained();
     co_await reclaimer_.Stop();
     co_await checksummer_.Stop();
+    co_await FoldAll();  // together: one by one, each disk would pay for a sync and a commit
     Status result;
     while (!disks_.empty()) {
         const DiskId id = disks_.begin()->first;
