@@ -1,5 +1,9 @@
 // How space comes back: in turns, at a bounded price for each block, around what cannot be read.
 // Work is counted, in seeks and rows of the metadata store; no test looks at a clock.
+#include <fmt/format.h>
+
+#include <random>
+
 #include "cow/format/format.h"
 #include "tests/engine_fixture.h"
 #include "tests/simulation/dice.h"
@@ -545,6 +549,132 @@ TEST_F(ReclaimTest, ABranchThatAPassOverThemHasJustMissedIsPruned) {
     Reclaim();
     EXPECT_EQ(0u, RowsOf('J'));
     EXPECT_EQ(1 + 2 * (kGolden - 1), branches());
+}
+
+// What clones share is not walked for each of them that is deleted, and goes with the last.
+TEST_F(ReclaimTest, DeletingManyClonesWalksWhatTheyShareOnce) {
+    constexpr uint64_t kChunks = 50;
+    constexpr unsigned kClones = 40, kDeleted = 30;
+    MakeClones(kChunks, kClones);
+    for (unsigned i = 0; i < kClones; ++i) {
+        const std::string name = "c" + std::to_string(i);
+        Write(name, i * kChunkBytes, 4096, 'w');
+        Flush(name);
+        Close(name);
+    }
+    Reclaim();
+    const uint64_t used = Used();
+    machine->loader().Stall(true);
+    for (unsigned i = 0; i < kDeleted; ++i) {
+        Ok(pool().DeleteDisk("c" + std::to_string(i), false, false));
+    }
+    machine->loader().Stall(false);
+    const uint64_t seeks = media.seeks;
+    Reclaim();
+    EXPECT_LT(media.seeks - seeks, 2 * kDeleted * kChunks);
+    EXPECT_EQ(used - kDeleted * kBlockBytes, Used());
+    for (unsigned i = kDeleted; i < kClones; ++i) {
+        Ok(pool().DeleteDisk("c" + std::to_string(i), false, false));
+    }
+    Reclaim();
+    EXPECT_EQ(0u, Used());
+    EXPECT_EQ(0u, RowsOf('M'));
+    EXPECT_EQ(0u, RowsOf('T'));
+}
+
+// A snapshot's deletion ends where the view above it hides what lies below: nothing is left to it.
+TEST_F(ReclaimTest, WhatClonesShareIsNotLeftToADeletionThatEndsAbove) {
+    Restart({.reclaim_step_chunks = 2});
+    constexpr uint64_t kChunks = 4, kOwn = 3;
+    MakeClones(kChunks, 3);
+    for (const std::string name : {"c1", "c2"}) {
+        for (uint64_t c = 0; c < kOwn; ++c) Write(name, c * kChunkBytes, 8192, 'w');
+        Ok(pool().CreateSnapshots({name + "@x"}));
+        Close(name);
+    }
+    Reclaim();
+    EXPECT_EQ((kChunks + 2 * kOwn) * 2 * kBlockBytes, Used());
+    machine->loader().Stall(true);
+    Ok(pool().DeleteSnapshot("c2@x", false));  // under way when the others come
+    Ok(pool().DeleteDisk("c0", false, false));
+    Ok(pool().DeleteSnapshot("c1@x", false));
+    EXPECT_EQ(3u, RowsOf('J'));
+    machine->loader().Stall(false);
+    Reclaim();
+    EXPECT_EQ((kChunks - kOwn + 2 * kOwn) * 2 * kBlockBytes, Used());
+}
+
+/// A tree of disks, clones and restored disks that grows at random.
+class ManyDeletionsTest : public ReclaimTest {
+  protected:
+    static constexpr uint64_t kChunks = 6;
+
+    explicit ManyDeletionsTest(uint32_t seed = std::random_device()()) : seed_(seed) {}
+    uint32_t Below(size_t end) { return random_() % static_cast<uint32_t>(end); }
+    std::string Snapshot() { return snapshots_[Below(snapshots_.size())]; }
+    void Plant() {
+        disks_ = {"d0"};
+        snapshots_.clear();
+        Ok(pool().CreateDisk("d0", kChunks * kChunkBytes));
+        for (uint64_t c = 0; c < kChunks; ++c) Write("d0", c * kChunkBytes, 8192, 'g');
+        for (unsigned i = 0; i < 60; ++i) Grow(i);
+        for (const std::string& disk : disks_) {
+            if (exports.contains(disk)) Close(disk);
+        }
+        Reclaim();
+    }
+    void Grow(unsigned step) {
+        const std::string disk = disks_[Below(disks_.size())];
+        const uint32_t kind = snapshots_.empty() ? 0 : Below(8);
+        if (kind == 0) {
+            snapshots_.push_back(fmt::format("{}@s{}", disk, step));
+            Ok(pool().CreateSnapshots({snapshots_.back()}));
+        } else if (kind < 4) {
+            disks_.push_back(fmt::format("d{}", disks_.size()));
+            Ok(pool().CloneSnapshot(Snapshot(), disks_.back()));
+        } else if (kind == 4) {
+            const std::string snapshot = Snapshot();
+            const std::string restored = snapshot.substr(0, snapshot.find('@'));
+            if (exports.contains(restored)) Close(restored);
+            Ok(pool().RestoreSnapshot(snapshot, std::nullopt, false, true));
+        } else {
+            Write(disk, Below(kChunks) * kChunkBytes, 4096, static_cast<char>('a' + step % 26));
+        }
+    }
+    /// All wait for the first.
+    void DeleteTogether(uint32_t of_eight) {
+        machine->loader().Stall(true);
+        std::vector<std::string> all = disks_;
+        all.insert(all.end(), snapshots_.begin(), snapshots_.end());
+        std::shuffle(all.begin(), all.end(), random_);
+        for (const std::string& name : all) {
+            if (Below(8) >= of_eight) continue;
+            if (std::erase(disks_, name) > 0) {
+                Ok(pool().DeleteDisk(name, true, false));
+            } else {  // unless it went with its disk
+                (void)machine->Do(pool().DeleteSnapshot(name, false));
+            }
+        }
+        machine->loader().Stall(false);
+        Reclaim();
+        CheckClean();
+    }
+    const uint32_t seed_;
+    std::mt19937 random_{seed_};
+    std::vector<std::string> disks_, snapshots_;
+};
+
+TEST_F(ManyDeletionsTest, GiveBackAllAndNothingElseWhateverTheyShare) {
+    SCOPED_TRACE(fmt::format("seed {}", seed_));
+    for (int round = 0; round < 40; ++round) {
+        Restart({.reclaim_step_chunks = 1 + Below(12)});  // a job ends above or below
+        Plant();
+        DeleteTogether(3);
+        DeleteTogether(3);
+        DeleteTogether(8);
+        EXPECT_EQ(0u, Used());
+        EXPECT_EQ(0u, RowsOf('M') + RowsOf('T') + RowsOf('J') + RowsOf('W'));
+    }
 }
 
 TEST_F(ReclaimTest, NotesOfBeforeARestartDoNotWaitForAllNewOnes) {

@@ -18,6 +18,8 @@ constexpr size_t kRegionsKept = 16;
 constexpr size_t kPruneTogether = 64;
 /// Jobs that are listed in one step.
 constexpr size_t kListTogether = 1024;
+/// Jobs in a row that leave what they share to a later one, and those among which it is sought.
+constexpr size_t kPassedOnMost = 64;
 /// Things set aside that are told apart, and logged one by one.
 constexpr size_t kLogMax = 10'000;
 
@@ -316,7 +318,7 @@ void Reclaimer::ListJobs() {
     History::Roots roots;
     auto job = jobs.upper_bound(listed_);
     for (size_t i = 0; job != jobs.end() && i < kListTogether; ++job, ++i) {
-        families_[catalog_.history().Root(job->second.branch, &roots)].push_back(job->first);
+        families_[catalog_.history().Root(job->second.branch, &roots)].jobs.push_back(job->first);
         listed_ = job->first;
     }
 }
@@ -329,13 +331,35 @@ Reclaimer::OpenJob* Reclaimer::ChooseJob() {
     if (family == families_.end()) family = families_.begin();
     OpenJob& open = open_jobs_[family->first];
     if (open.number == 0) {
-        open.number = family->second.front();
+        std::deque<uint64_t>& jobs = family->second.jobs;
+        size_t& passed_on = family->second.passed_on;
+        open.number = jobs.front();
         open.job = catalog_.jobs().at(open.number);
         open.family = family->first;
+        open.passes_on = passed_on < kPassedOnMost && SiblingFollows(open.job, jobs);
+        passed_on = open.passes_on ? passed_on + 1 : 0;
     }
     OpenScan(open);
     family_ = family->first;
     return &open;
+}
+
+/// Whether one of the next jobs is about a branch that forked off where this one's did, and has to
+/// walk all that lies below: there it finds what this one would. Nobody can come to stand above it,
+/// nor below the fork, meanwhile.
+bool Reclaimer::SiblingFollows(const JobRecord& job, const std::deque<uint64_t>& jobs) const {
+    const History& history = catalog_.history();
+    const History::Branch& own = history.Get(job.branch);
+    const size_t end = std::min(jobs.size(), kPassedOnMost);
+    for (size_t i = 1; i < end && own.parent.value != 0; ++i) {
+        const JobRecord& other = catalog_.jobs().at(jobs[i]);
+        const History::Branch& branch = history.Get(other.branch);
+        const bool sibling = branch.parent == own.parent && branch.fork == own.fork;
+        if (!sibling || other.branch == job.branch) continue;
+        return history.StretchesAbove(other.branch, other.generation).empty() &&
+               history.StretchesBelow(other.branch, other.generation).size() > 1;
+    }
+    return false;
 }
 
 /// With too many open, that of the family which had the last turn, and has the next one after all
@@ -349,7 +373,10 @@ void Reclaimer::OpenScan(OpenJob& open) {
         --open_scans_;
     }
     const History& history = catalog_.history();
-    open.scan.emplace(history.StretchesBelow(open.job.branch, open.job.generation),
+    Line below = history.StretchesBelow(open.job.branch, open.job.generation);
+    const auto shared = [&](const Stretch& stretch) { return stretch.branch != open.job.branch; };
+    if (open.passes_on) std::erase_if(below, shared);
+    open.scan.emplace(std::move(below),
                       history.StretchesAbove(open.job.branch, open.job.generation), open.place);
     ++open_scans_;
 }
@@ -358,8 +385,9 @@ void Reclaimer::OpenScan(OpenJob& open) {
 void Reclaimer::CloseJob(BranchId family) {
     open_jobs_.erase(family);
     --open_scans_;
-    families_.at(family).pop_front();
-    if (families_.at(family).empty()) families_.erase(family);
+    std::deque<uint64_t>& jobs = families_.at(family).jobs;
+    jobs.pop_front();
+    if (jobs.empty()) families_.erase(family);
 }
 
 Task<Result<bool>> Reclaimer::JobStep() {

@@ -3,7 +3,8 @@
 //
 // Notes, jobs and flattening take turns, a step each; so do the branches that left notes, and the
 // families of branches that jobs are about: nobody's backlog keeps another's space waiting. Each
-// step goes on where the last one stopped, and ends early when the pool closes.
+// step goes on where the last one stopped, and ends early when the pool closes. Of jobs about
+// clones of one snapshot, each walks what is its own, and one of 65 what lies below all of them.
 //
 // What cannot be read is set aside: remembered, logged once, counted, and tried again after the
 // next start; all else goes on.
@@ -67,6 +68,7 @@ class Reclaimer {
         uint64_t number = 0;
         JobRecord job;
         BranchId family;
+        bool passes_on = false;             // what lies below its branch, to a later job
         std::optional<CandidateScan> scan;  // nothing: too many are open
         CandidateScan::Place place;         // where it goes on then
         std::vector<ChunkIndex> unread;     // could not be read
@@ -97,6 +99,7 @@ class Reclaimer {
     Task<Status> SweepNotes(std::vector<NotePlace> notes);
     void ListJobs();
     OpenJob* ChooseJob();
+    bool SiblingFollows(const JobRecord& job, const std::deque<uint64_t>& jobs) const;
     void OpenScan(OpenJob& job);
     void CloseJob(BranchId family);
     std::shared_ptr<const Region> RegionAt(BranchId branch, Generation generation);
@@ -139,7 +142,11 @@ class Reclaimer {
 
     // Jobs, oldest first, by the root of the branches they are about; those of one are done one
     // after the other.
-    std::map<BranchId, std::deque<uint64_t>> families_;
+    struct Family {
+        std::deque<uint64_t> jobs;
+        size_t passed_on = 0;  // jobs in a row that have left the rest to later ones
+    };
+    std::map<BranchId, Family> families_;
     uint64_t listed_ = 0;                    // jobs up to this number are in families_
     std::map<BranchId, OpenJob> open_jobs_;  // that were begun
     size_t open_scans_ = 0;
