@@ -6,6 +6,7 @@
 #include <functional>
 #include <iterator>
 #include <map>
+#include <unordered_set>
 
 #include "cow/format/format.h"
 #include "cow/format/runs.h"
@@ -20,6 +21,34 @@ bool BornBy(Generation end, const std::vector<Runs>& list) {
     return std::any_of(list.begin(), list.end(), [&](const Runs& runs) {
         return std::any_of(runs.begin(), runs.end(), early);
     });
+}
+
+/// Takes out of each list the blocks that one before it names. A block has one place, and one
+/// position in its chunk.
+void NameOnce(std::vector<Runs>& lists) {
+    constexpr size_t kFew = 4;  // more, pair by pair, would take the square
+    if (lists.size() <= kFew) {
+        for (size_t i = 0; i < lists.size(); ++i) {
+            for (size_t j = 0; j < i && !lists[i].empty(); ++j) {
+                lists[i] = Subtract(lists[i], lists[j]);
+            }
+        }
+        return;
+    }
+    std::unordered_set<uint64_t> named;
+    for (Runs& runs : lists) {
+        Runs rest;
+        for (const Run& run : runs) {
+            for (uint64_t i = 0; i < run.count; ++i) {
+                Run block = run;
+                block.place += i;
+                block.first += i;
+                block.count = 1;
+                if (named.insert(block.place).second) Map(rest, block, nullptr);
+            }
+        }
+        runs = std::move(rest);
+    }
 }
 
 }  // namespace
@@ -75,8 +104,8 @@ Status Sweeper::Sweep(ChunkIndex chunk, const std::vector<int>& from, SweepPlan&
             if (dead[i].empty() || Mutated(Mutant::kSweepFreesVisible)) break;
             dead[i] = Subtract(dead[i], runs);
         }
-        for (size_t j = 0; j < i && !dead[i].empty(); ++j) dead[i] = Subtract(dead[i], dead[j]);
     }
+    NameOnce(dead);
     if (Status s = KeepNamedElsewhere(chunk, dead); !s.ok()) return s;
     for (Runs& runs : dead) {
         plan.freed_blocks += MappedBlocks(runs);
