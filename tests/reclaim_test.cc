@@ -288,6 +288,36 @@ TEST_F(ReclaimTest, ARowThatCameSinceItsBranchWasReadCounts) {
     EXPECT_EQ(kClones * golden, Used());
 }
 
+// Those before it in the queue left to it what they shared with it.
+TEST_F(ReclaimTest, ACloneWhoseMarksCannotBeReadKeepsOnlyItsOwn) {
+    constexpr unsigned kClones = 8;
+    MakeClones(16, kClones);
+    const auto name = [](unsigned i) { return "c" + std::to_string(i); };
+    for (unsigned i = 0; i < kClones; ++i) {
+        Write(name(i), i * kChunkBytes, 4096, 'w');
+        Flush(name(i));
+        Close(name(i));
+    }
+    Reclaim();
+    const std::string last = std::prev(media.metadata()->lower_bound("U"))->first;
+    ASSERT_EQ('T', last[0]);
+    const std::string branch = last.substr(0, 9);
+    media.bad_page = {branch, cow::PrefixEnd(branch)};
+    machine->loader().Stall(true);
+    for (unsigned i = 0; i < kClones; ++i) Ok(pool().DeleteDisk(name(i), false, false));
+    machine->loader().Stall(false);
+    Reclaim();
+    // Its own block and what else its one row names.
+    EXPECT_EQ(2 * kBlockBytes, Used());
+    // And the deletion before it, which meets the page at the end of its own marks.
+    EXPECT_EQ(2u, machine->Do(pool().GetStatus()).value().reclaim_set_aside);
+    StopUnchecked();
+    media.bad_page = {};
+    Start();
+    Reclaim();
+    EXPECT_EQ(0u, Used());
+}
+
 TEST_F(ReclaimTest, WhatSeveralShareIsFreedByDeletingThemTogether) {
     Ok(pool().CreateDisk("d", 8 * kChunkBytes));
     Write("d", 0, kMiB, 'a');

@@ -73,7 +73,7 @@ class FreedCount {
 
     CountedView view_;
     SweepHints hints_;
-    RowFilter filter_;  // of the one view
+    RowFilter filter_{16, 1 << 20};  // of the one view; there may be a count for each client
     Side with_, without_;
     CandidateScan scan_;
     std::vector<ChunkIndex> chunks_;

@@ -88,7 +88,6 @@ Task<void> Reclaimer::Run() {
         if (worked.value()) {
             co_await Rest(step);
         } else if (!woken_ && !Ending()) {
-            filter_.Tidy();
             idle_ = true;
             co_await wake_.Wait();
         }
@@ -337,11 +336,23 @@ Reclaimer::OpenJob* Reclaimer::ChooseJob() {
         open.job = catalog_.jobs().at(open.number);
         open.family = family->first;
         open.passes_on = passed_on < kPassedOnMost && SiblingFollows(open.job, jobs);
-        passed_on = open.passes_on ? passed_on + 1 : 0;
+        if (open.passes_on) {
+            ++passed_on;
+        } else if (WalksBelow(open.job)) {
+            passed_on = 0;
+        }
     }
     OpenScan(open);
     family_ = family->first;
     return &open;
+}
+
+/// Whether the job walks all that lies below its branch: there is something, and nothing above that
+/// could end it before.
+bool Reclaimer::WalksBelow(const JobRecord& job) const {
+    const History& history = catalog_.history();
+    return history.StretchesAbove(job.branch, job.generation).empty() &&
+           history.StretchesBelow(job.branch, job.generation).size() > 1;
 }
 
 /// Whether one of the next jobs is about a branch that forked off where this one's did, and has to
@@ -356,8 +367,7 @@ bool Reclaimer::SiblingFollows(const JobRecord& job, const std::deque<uint64_t>&
         const History::Branch& branch = history.Get(other.branch);
         const bool sibling = branch.parent == own.parent && branch.fork == own.fork;
         if (!sibling || other.branch == job.branch) continue;
-        return history.StretchesAbove(other.branch, other.generation).empty() &&
-               history.StretchesBelow(other.branch, other.generation).size() > 1;
+        return WalksBelow(other);
     }
     return false;
 }
@@ -390,6 +400,12 @@ void Reclaimer::CloseJob(BranchId family) {
     if (jobs.empty()) families_.erase(family);
 }
 
+/// It is tried again after the next start.
+void Reclaimer::SetJobAside(const OpenJob& job) {
+    jobs_aside_.insert(job.number);
+    CloseJob(job.family);
+}
+
 Task<Result<bool>> Reclaimer::JobStep() {
     if (catalog_.jobs().empty()) co_return false;
     // A job may not be stored yet, nor the rows that were built together with it.
@@ -414,11 +430,10 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
         s = open.scan->Next(*view, &filter_, step_chunks_, chunks);
     }
     co_await Hop(core_.home());
-    if (!s.ok()) {  // its marks cannot be read
+    if (!s.ok()) {  // some marks cannot be read; others' deletions may rely on what lies behind
         SetAside(fmt::format("deletion {}: {}", open.number, s.error().message));
-        jobs_aside_.insert(open.number);
-        CloseJob(open.family);
-        co_return Status();
+        open.marks_unread = true;
+        open.scan->Skip();
     }
     if (!chunks.empty()) {
         std::unique_ptr<MetadataView> view;
@@ -441,12 +456,12 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
     const bool resume = !Mutated(Mutant::kDeletionNotResumed);
     // Closing: not all of these chunks may have been swept. It goes on after the next start.
     if (Ending() && resume) co_return Status();
-    if (open.unread.size() > kLogMax) {  // the whole job is tried again
-        jobs_aside_.insert(open.number);
-        CloseJob(open.family);
+    const bool ends = open.scan->done() || Ending();
+    if (open.unread.size() > kLogMax || (ends && open.marks_unread)) {
+        SetJobAside(open);
         co_return Status();
     }
-    if (!open.scan->done() && !Ending()) co_return Status();
+    if (!ends) co_return Status();
     co_return co_await FinishJob(open);
 }
 

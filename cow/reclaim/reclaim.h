@@ -72,6 +72,7 @@ class Reclaimer {
         std::optional<CandidateScan> scan;  // nothing: too many are open
         CandidateScan::Place place;         // where it goes on then
         std::vector<ChunkIndex> unread;     // could not be read
+        bool marks_unread = false;          // nor some of its marks
     };
     /// From where a chunk is swept, and where a note would have it swept again.
     struct Origin {
@@ -99,9 +100,11 @@ class Reclaimer {
     Task<Status> SweepNotes(std::vector<NotePlace> notes);
     void ListJobs();
     OpenJob* ChooseJob();
+    bool WalksBelow(const JobRecord& job) const;
     bool SiblingFollows(const JobRecord& job, const std::deque<uint64_t>& jobs) const;
     void OpenScan(OpenJob& job);
     void CloseJob(BranchId family);
+    void SetJobAside(const OpenJob& job);
     std::shared_ptr<const Region> RegionAt(BranchId branch, Generation generation);
     Status BuildSwept(Swept& swept, CommitContext& context);
     Status Free(const Runs& runs, CommitContext& context, Runs* kept,

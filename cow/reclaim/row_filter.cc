@@ -19,7 +19,10 @@ constexpr size_t kSeekMoves = 8;
 
 }  // namespace
 
-RowFilter::RowFilter(size_t read_after) : read_after_(std::max<size_t>(1, read_after)) {}
+RowFilter::RowFilter(size_t read_after, size_t bytes_most)
+    : read_after_(std::max<size_t>(1, read_after)),
+      chunks_most_(bytes_most / sizeof(ChunkIndex)),
+      branches_most_(chunks_most_ / 8) {}
 
 void RowFilter::Forget(const std::unordered_set<BranchId>& changed) {
     for (const BranchId branch : changed) {
@@ -28,10 +31,7 @@ void RowFilter::Forget(const std::unordered_set<BranchId>& changed) {
         chunks_ -= known->second.chunks.size();
         branches_.erase(known);
     }
-}
-
-void RowFilter::Tidy() {
-    if (branches_.size() < kBranchesMost / 2 && chunks_ < kChunksMost / 2) return;
+    if (branches_.size() < branches_most_ && chunks_ < chunks_most_ / 8 * 7) return;
     branches_.clear();
     chunks_ = 0;
 }
@@ -40,7 +40,7 @@ void RowFilter::Tidy() {
 const RowFilter::Known* RowFilter::Find(MetadataView& view, BranchId branch) {
     auto at = branches_.find(branch);
     if (at == branches_.end()) {
-        if (branches_.size() >= kBranchesMost) return nullptr;
+        if (branches_.size() >= branches_most_) return nullptr;
         at = branches_.try_emplace(branch, Known{0, read_after_, false, {}}).first;
     }
     Known& known = at->second;
@@ -65,7 +65,7 @@ bool RowFilter::Read(MetadataView& view, BranchId branch, std::vector<ChunkIndex
     const std::string notes = NoteKey(branch, ChunkIndex{0}, Generation{0}, 0).substr(0, kPrefix);
     if (!ReadChunks(view, rows, chunks) || !ReadChunks(view, notes, chunks)) return false;
     SortUnique(chunks);
-    return chunks_ + chunks.size() <= kChunksMost;
+    return chunks_ + chunks.size() <= chunks_most_;
 }
 
 bool RowFilter::ReadChunks(MetadataView& view, const std::string& prefix,

@@ -24,14 +24,15 @@ namespace varve::cow {
 
 class RowFilter {
   public:
-    /// A branch is read once so many questions about it had to go to the store; at least 1.
-    explicit RowFilter(size_t read_after = 16);
+    /// A branch is read once so many questions about it had to go to the store; at least 1. What is
+    /// remembered: chunk numbers of so many bytes in all, and an eighth as many branches, of some
+    /// 80 bytes each.
+    explicit RowFilter(size_t read_after = 16, size_t bytes_most = 8 << 20);
 
     /// Their rows or notes have changed. REQUIRES: called for all that was committed before the
-    /// view of the next question was taken.
+    /// view of the next question was taken. If there is little room left it forgets all others too:
+    /// many may be of branches that are gone.
     void Forget(const std::unordered_set<BranchId>& changed);
-    /// Makes room for others, if there is little left. To be called now and then.
-    void Tidy();
 
     /// False: neither a row nor a note of `chunk` is in the branch, of whatever generation.
     bool MayHave(MetadataView& view, BranchId branch, ChunkIndex chunk);
@@ -39,10 +40,6 @@ class RowFilter {
     bool MayHaveAny(MetadataView& view, BranchId branch);
 
   private:
-    /// Chunk numbers in all, 8 MiB; and branches, some 10 MiB.
-    static constexpr size_t kChunksMost = 1 << 20;
-    static constexpr size_t kBranchesMost = 1 << 17;
-
     struct Known {
         size_t asked = 0;
         size_t read_at;  // questions after which it is worth while to read it
@@ -54,6 +51,7 @@ class RowFilter {
     bool ReadChunks(MetadataView& view, const std::string& prefix, std::vector<ChunkIndex>& chunks);
 
     const size_t read_after_;
+    const size_t chunks_most_, branches_most_;
     std::unordered_map<BranchId, Known> branches_;
     size_t chunks_ = 0;  // in all
     size_t moves_ = 0;   // that are paid for

@@ -327,12 +327,24 @@ std::string CandidateScan::PlaceOf(const Side& side) {
 Status CandidateScan::Next(MetadataView& view, RowFilter* filter, size_t most,
                            std::vector<ChunkIndex>& chunks) {
     const size_t half = std::max<size_t>(1, most / 2);
+    in_above_ = false;
     if (Status s = Step(view, filter, below_, half, chunks); !s.ok()) return s;
     done_ = below_.index == below_.stretches.size();
     if (done_ || above_.stretches.empty()) return Status();
+    in_above_ = true;
     if (Status s = Step(view, filter, above_, half, chunks); !s.ok()) return s;
     done_ = above_.index == above_.stretches.size();
     return Status();
+}
+
+/// Without the side above, the one below must be walked to its end.
+void CandidateScan::Skip() {
+    if (in_above_) {
+        above_ = Side();
+        return;
+    }
+    below_.resume.clear();
+    done_ = ++below_.index == below_.stretches.size();
 }
 
 Status CandidateScan::Step(MetadataView& view, RowFilter* filter, Side& side, size_t most,

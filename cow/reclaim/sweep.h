@@ -134,6 +134,8 @@ class CandidateScan {
     Status Next(MetadataView& view, RowFilter* filter, size_t most,
                 std::vector<ChunkIndex>& chunks);
     bool done() const { return done_; }
+    /// After an error: goes on behind what cannot be read.
+    void Skip();
     /// REQUIRES: not done.
     Place place() const { return {PlaceOf(below_), PlaceOf(above_)}; }
 
@@ -149,6 +151,7 @@ class CandidateScan {
                 std::vector<ChunkIndex>& chunks);
 
     Side below_, above_;
+    bool in_above_ = false;  // was the last to be walked
     bool done_ = false;
 };
 
