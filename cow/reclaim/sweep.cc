@@ -6,53 +6,12 @@
 #include <functional>
 #include <iterator>
 #include <map>
-#include <unordered_set>
 
 #include "cow/format/format.h"
 #include "cow/format/runs.h"
 #include "cow/mutants.h"
 
 namespace varve::cow {
-namespace {
-
-/// Whether some of it was born at `end` or before.
-bool BornBy(Generation end, const std::vector<Runs>& list) {
-    const auto early = [end](const Run& run) { return run.birth <= end; };
-    return std::any_of(list.begin(), list.end(), [&](const Runs& runs) {
-        return std::any_of(runs.begin(), runs.end(), early);
-    });
-}
-
-/// Takes out of each list the blocks that one before it names. A block has one place, and one
-/// position in its chunk.
-void NameOnce(std::vector<Runs>& lists) {
-    constexpr size_t kFew = 4;  // more, pair by pair, would take the square
-    if (lists.size() <= kFew) {
-        for (size_t i = 0; i < lists.size(); ++i) {
-            for (size_t j = 0; j < i && !lists[i].empty(); ++j) {
-                lists[i] = Subtract(lists[i], lists[j]);
-            }
-        }
-        return;
-    }
-    std::unordered_set<uint64_t> named;
-    for (Runs& runs : lists) {
-        Runs rest;
-        for (const Run& run : runs) {
-            for (uint64_t i = 0; i < run.count; ++i) {
-                Run block = run;
-                block.place += i;
-                block.first += i;
-                block.count = 1;
-                if (named.insert(block.place).second) Map(rest, block, nullptr);
-            }
-        }
-        runs = std::move(rest);
-    }
-}
-
-}  // namespace
-
 BranchId SweepHints::Find(BranchId below, ChunkIndex chunk) const {
     const auto found = hints_.find({below, chunk});
     return found == hints_.end() ? BranchId{0} : found->second;
@@ -77,7 +36,7 @@ Status Sweeper::Sweep(ChunkIndex chunk, const std::vector<int>& from, SweepPlan&
     if (path_.from != from) FindPath(from);
     if (Status s = ReadPath(chunk); !s.ok()) return s;
     SweepPlan mine;
-    std::vector<Runs> kept, dead;
+    std::vector<Runs> kept, lists;  // lists: of what is dead
     for (auto& [segment, found] : on_path_) {
         for (size_t r = 0; r < found.rows.size(); ++r) {
             if (r == 0) {
@@ -91,23 +50,19 @@ Status Sweeper::Sweep(ChunkIndex chunk, const std::vector<int>& from, SweepPlan&
             const RowAt& at = found.rows[r].at;
             mine.deletes.push_back(MapKey(at.branch, chunk, at.generation));
             mine.deletes.push_back(TouchedKey(at.branch, at.generation, chunk));
-            dead.push_back(found.rows[r].runs);
+            lists.push_back(found.rows[r].runs);
         }
-        std::move(found.notes.begin(), found.notes.end(), std::back_inserter(dead));
+        std::move(found.notes.begin(), found.notes.end(), std::back_inserter(lists));
         std::move(found.marks.begin(), found.marks.end(), std::back_inserter(mine.deletes));
     }
     Generation floor = region_->floor;
     if (Mutated(Mutant::kSweepIgnoresFloor)) floor = Generation{0};
-    for (size_t i = 0; i < dead.size(); ++i) {
-        std::erase_if(dead[i], [floor](const Run& run) { return run.birth <= floor; });
-        for (const Runs& runs : kept) {
-            if (dead[i].empty() || Mutated(Mutant::kSweepFreesVisible)) break;
-            dead[i] = Subtract(dead[i], runs);
-        }
+    for (Runs& runs : lists) {
+        std::erase_if(runs, [floor](const Run& run) { return run.birth <= floor; });
     }
-    NameOnce(dead);
-    if (Status s = KeepNamedElsewhere(chunk, dead); !s.ok()) return s;
-    for (Runs& runs : dead) {
+    DeadBlocks dead(std::move(lists));
+    if (Status s = KeepNamed(chunk, kept, dead); !s.ok()) return s;
+    for (Runs& runs : dead.Take()) {
         plan.freed_blocks += MappedBlocks(runs);
         if (!runs.empty()) plan.freed.push_back(std::move(runs));
     }
@@ -219,9 +174,10 @@ Result<bool> Sweeper::Needed(int segment, ChunkIndex chunk) {
     return false;
 }
 
-/// Takes out of `dead` what rows and notes beside the path name.
-Status Sweeper::KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead) {
+/// Takes out of `dead` what rows that stay name, and rows and notes beside the path.
+Status Sweeper::KeepNamed(ChunkIndex chunk, const std::vector<Runs>& kept, DeadBlocks& dead) {
     if (Mutated(Mutant::kSweepFreesVisible)) return Status();
+    for (const Runs& runs : kept) dead.Remove(runs);
     for (const int segment : path_.forks) {
         if (Status s = KeepNamedAbove(segment, chunk, dead); !s.ok()) return s;
     }
@@ -230,7 +186,7 @@ Status Sweeper::KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead) {
 
 /// A block is named on the line from its birth upwards, and on what forks off from there: so what
 /// leaves the path at the end of `segment` names nothing that was born later.
-Status Sweeper::KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>& dead) {
+Status Sweeper::KeepNamedAbove(int segment, ChunkIndex chunk, DeadBlocks& dead) {
     const Generation end = At(segment).to;
     std::vector<int> open;
     const auto look_at_children = [&](int of) {
@@ -241,13 +197,13 @@ Status Sweeper::KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>&
             if (!path_.Contains(child)) open.push_back(child);
         }
     };
-    if (!BornBy(end, dead)) return Status();
+    if (!dead.BornBy(end)) return Status();
     look_at_children(segment);
     while (!open.empty()) {
         const int here = open.back();
         open.pop_back();
-        if (Status s = SubtractNamed(here, chunk, dead); !s.ok()) return s;
-        if (!BornBy(end, dead)) {
+        if (Status s = RemoveNamed(here, chunk, dead); !s.ok()) return s;
+        if (!dead.BornBy(end)) {
             hints_.Set(At(At(here).parent).branch, chunk, At(here).branch);
             return Status();
         }
@@ -256,19 +212,15 @@ Status Sweeper::KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>&
     return Status();
 }
 
-Status Sweeper::SubtractNamed(int segment, ChunkIndex chunk, std::vector<Runs>& dead) {
+Status Sweeper::RemoveNamed(int segment, ChunkIndex chunk, DeadBlocks& dead) {
     const Result<Found*> found = Read(segment, chunk);
     if (!found.ok()) return found.error();
     if (!found.value()) return Status();
-    std::vector<Runs> named;
-    const auto take = [&named](Generation, std::string_view, Runs note) {
-        named.push_back(std::move(note));
+    const auto remove = [&dead](Generation, std::string_view, const Runs& note) {
+        dead.Remove(note);
     };
-    if (Status s = ReadNotes(At(segment), chunk, take); !s.ok()) return s;
-    for (const MapRow& row : found.value()->rows) named.push_back(row.runs);
-    for (Runs& runs : dead) {
-        for (const Runs& other : named) runs = Subtract(runs, other);
-    }
+    if (Status s = ReadNotes(At(segment), chunk, remove); !s.ok()) return s;
+    for (const MapRow& row : found.value()->rows) dead.Remove(row.runs);
     return Status();
 }
 

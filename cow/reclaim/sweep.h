@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "cow/history/history.h"
+#include "cow/reclaim/dead_blocks.h"
 #include "cow/reclaim/row_filter.h"
 #include "cow/store/stores.h"
 #include "cow/volume/map_reader.h"
@@ -98,9 +99,9 @@ class Sweeper {
     Status ReadNotes(const Stretch& stretch, ChunkIndex chunk, F&& take);
     size_t FirstToAsk(int segment, ChunkIndex chunk) const;
     Result<bool> Needed(int segment, ChunkIndex chunk);
-    Status KeepNamedElsewhere(ChunkIndex chunk, std::vector<Runs>& dead);
-    Status KeepNamedAbove(int segment, ChunkIndex chunk, std::vector<Runs>& dead);
-    Status SubtractNamed(int segment, ChunkIndex chunk, std::vector<Runs>& dead);
+    Status KeepNamed(ChunkIndex chunk, const std::vector<Runs>& kept, DeadBlocks& dead);
+    Status KeepNamedAbove(int segment, ChunkIndex chunk, DeadBlocks& dead);
+    Status RemoveNamed(int segment, ChunkIndex chunk, DeadBlocks& dead);
 
     MetadataView& view_;
     const std::shared_ptr<const Region> region_;
