@@ -127,7 +127,9 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
     void WatchHangUp();
     void Begin(Command command);
     void OnResult(const Command& command, Result<Reply> result);
-    void Answer(const Request& request, std::string text);
+    void AnswerResult(const Request& request, json::value result);
+    void AnswerError(const Request& request, const RpcError& error);
+    void Answer(std::string_view text);
     void FinishMessage();
     void Write();
     void OnWrite(Failure failure, size_t bytes);
@@ -245,12 +247,12 @@ bool Service::Impl::Session::StartRequest(Request& request) {
             RpcCode::kServerError,
             MakeError(ErrorKind::kBusy, "the server is stopping; send it again to the next one")};
         const RpcError& error = request.error ? *request.error : stopping;
-        Answer(request, EncodeError(request.id.value_or(nullptr), error));
+        AnswerError(request, error);
         return false;
     }
     std::variant<Command, RpcError> decoded = DecodeCommand(request);
     if (const RpcError* error = std::get_if<RpcError>(&decoded)) {
-        Answer(request, EncodeError(request.id.value_or(nullptr), *error));
+        AnswerError(request, *error);
         return false;
     }
     Command& command = std::get<Command>(decoded);
@@ -275,8 +277,7 @@ bool Service::Impl::Session::StartRequest(Request& request) {
         MakeError(ErrorKind::kLimit,
                   "many commands are under way; see 'varve status' for what is waited for, "
                   "and try again when one of them has finished");
-    const RpcError refused{RpcCode::kServerError, error};
-    Answer(request, EncodeError(request.id.value_or(nullptr), refused));
+    AnswerError(request, RpcError{RpcCode::kServerError, error});
     return false;
 }
 
@@ -322,8 +323,7 @@ void Service::Impl::Session::LeaveBehind() {
     const Error error = MakeError(ErrorKind::kIo,
                                   "the server is stopping and waits no longer; whether the command "
                                   "was carried out shows once it runs again");
-    const RpcError left{RpcCode::kServerError, error};
-    Answer(request, EncodeError(request.id.value_or(nullptr), left));
+    AnswerError(request, RpcError{RpcCode::kServerError, error});
     ++next_;
     Advance();
 }
@@ -336,12 +336,10 @@ void Service::Impl::Session::OnResult(const Command& command, Result<Reply> resu
     }
     if (!closed_) {
         const Request& request = message_.requests[next_];
-        const json::value id = request.id.value_or(nullptr);
         if (result.ok()) {
-            json::value reply = EncodeReply(command, result.value(), service_->Facts());
-            Answer(request, EncodeResult(id, std::move(reply)));
+            AnswerResult(request, EncodeReply(command, result.value(), service_->Facts()));
         } else {
-            Answer(request, EncodeError(id, RpcError{RpcCode::kServerError, result.error()}));
+            AnswerError(request, RpcError{RpcCode::kServerError, result.error()});
         }
         ++next_;
         Touch();
@@ -352,16 +350,24 @@ void Service::Impl::Session::OnResult(const Command& command, Result<Reply> resu
     if (--service_->running_ == 0 && service_->stopped_) service_->stopped_();
 }
 
-void Service::Impl::Session::Answer(const Request& request, std::string text) {
+void Service::Impl::Session::AnswerResult(const Request& request, json::value result) {
     if (!request.id) return;
-    if (service_->output_bytes_ + text.size() > service_->options_.output_bytes_max) {
-        text = EncodeError(
-            *request.id,
-            RpcError{RpcCode::kServerError,
-                     MakeError(ErrorKind::kLimit,
-                               "the command was carried out, but too many answers wait for "
-                               "clients that do not read them; ask again later")});
+    const std::string text = EncodeResult(*request.id, std::move(result));
+    if (service_->output_bytes_ + text.size() <= service_->options_.output_bytes_max) {
+        return Answer(text);
     }
+    const Error error = MakeError(ErrorKind::kLimit,
+                                  "the command was carried out, but too many answers wait for "
+                                  "clients that do not read them; ask again later");
+    AnswerError(request, RpcError{RpcCode::kServerError, error});
+}
+
+/// Whatever else waits: it is short, and says what nothing else does.
+void Service::Impl::Session::AnswerError(const Request& request, const RpcError& error) {
+    if (request.id) Answer(EncodeError(*request.id, error));
+}
+
+void Service::Impl::Session::Answer(std::string_view text) {
     const size_t before = output_.size();
     if (message_.batch) output_ += output_.empty() ? '[' : ',';
     output_ += text;

@@ -796,6 +796,21 @@ TEST(Service, AnswersThatNobodyReadsAreBoundedInAll) {
     EXPECT_TRUE(IsResult(client.Ask(Call("pool.status"))));  // taken answers count no more
 }
 
+TEST(Service, ErrorsStayWhatTheyAreHoweverManyAnswersWait) {
+    ServiceOptions options;
+    options.output_bytes_max = 10'000;
+    AdminServer server(options);
+    RawClient client(server.path());
+    std::string batch = "[";
+    for (int i = 0; i < 99; ++i) batch += Call("pool.status") + ",";
+    const json::value answers =
+        client.Ask(batch + Call("no.method") + "," + Call("disk.show", R"({"name":"none"})") + "]");
+    ASSERT_EQ(answers.as_array().size(), 101u);
+    EXPECT_EQ(KindOf(answers.at(98)), "limit");
+    EXPECT_EQ(CodeOf(answers.at(99)), -32601);
+    EXPECT_EQ(KindOf(answers.at(100)), "not_found");
+}
+
 TEST(Service, AHundredClientsAtOnceAreServed) {
     ServiceOptions options;
     options.connections_max = 512;  // places for a hundred, whichever command they are at
