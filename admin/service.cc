@@ -52,6 +52,10 @@ struct Job : Runnable {
     }
 };
 
+/// Answers of a server that stops are written together: each write takes room of the socket's that
+/// has nothing to do with its length.
+constexpr size_t kWriteTogether = 64 << 10;
+
 bool IsBlank(std::string_view line) {
     return line.find_first_not_of(" \t\r") == std::string_view::npos;
 }
@@ -79,6 +83,7 @@ class Service::Impl : public std::enable_shared_from_this<Service::Impl> {
 
     void Accept();
     void OnAccept(Failure failure, Socket socket);
+    void RefuseBacklog();
     bool MakeRoom();
     void OnEnd();
     ServerFacts Facts() const;
@@ -109,6 +114,8 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
           lines_(service_->options_.line_bytes_max) {}
 
     void Open();
+    /// Of a server that stops: refuses what was received, and closes.
+    void Refuse();
     void Close();
     bool busy() const { return running_ || waiting_; }
     /// Lets the running command finish, refuses those after it and one that waits in line, and
@@ -145,14 +152,15 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
     std::array<char, 16384> input_;
     Message message_;
     size_t next_ = 0;     // request of message_ to be run next
-    std::string output_;  // the answers to message_
+    std::string output_;  // the answers to message_, and to those before if finishing_
+    size_t begun_ = 0;    // bytes of output_ before the answers to message_
     size_t written_ = 0;  // bytes of output_
     bool running_ = false;
     bool waiting_ = false;  // in line, at ticket_
     Slots::Ticket ticket_;
     bool finishing_ = false;
-    bool read_the_last_ = false;
-    bool ended_ = false;  // the client will send no more
+    size_t read_last_ = 0;  // bytes, while finishing_
+    bool ended_ = false;    // the client will send no more
     bool closed_ = false;
 };
 
@@ -161,6 +169,12 @@ class Service::Impl::Session : public std::enable_shared_from_this<Service::Impl
 void Service::Impl::Session::Open() {
     place_ = service_->sessions_.insert(service_->sessions_.end(), shared_from_this());
     Read();
+}
+
+void Service::Impl::Session::Refuse() {
+    place_ = service_->sessions_.insert(service_->sessions_.end(), shared_from_this());
+    finishing_ = true;
+    Advance();
 }
 
 void Service::Impl::Session::Close() {
@@ -186,11 +200,13 @@ void Service::Impl::Session::Advance() {
             FinishMessage();
             if (output_.empty()) continue;
             if (!finishing_) return Write();
-            WriteWhatFits();
+            if (output_.size() >= kWriteTogether) WriteWhatFits();
         } else if (TakeLine()) {
             continue;
         } else if (finishing_) {
-            if (!ReadTheLast()) Close();
+            if (ReadTheLast()) continue;
+            WriteWhatFits();
+            Close();
         } else {
             return ended_ ? Close() : Read();
         }
@@ -207,6 +223,7 @@ bool Service::Impl::Session::TakeLine() {
         message_ = ParseMessage(line->text, service_->options_.batch_max);
     }
     next_ = 0;
+    begun_ = output_.size();
     return true;
 }
 
@@ -230,14 +247,19 @@ void Service::Impl::Session::OnRead(Failure failure, size_t bytes) {
     Advance();
 }
 
-/// What had been sent when the server began to stop, up to a bufferful; once. False if nothing.
+/// More of what had been sent when the server began to stop, up to a line's limit in all. False if
+/// there is none.
 bool Service::Impl::Session::ReadTheLast() {
-    if (ended_ || std::exchange(read_the_last_, true)) return false;
+    const size_t most = service_->options_.line_bytes_max - read_last_;
+    if (ended_ || most == 0) return false;
     Failure failure;
     socket_.non_blocking(true, failure);
-    const size_t bytes = socket_.read_some(asio::buffer(input_), failure);
+    const size_t bytes = socket_.read_some(asio::buffer(input_, most), failure);
+    ended_ = failure == asio::error::eof;
+    if (ended_) lines_.End();
     lines_.Append(std::string_view(input_.data(), bytes));
-    return bytes > 0;
+    read_last_ += bytes;
+    return ended_ || bytes > 0;
 }
 
 /// True if a command is on its way, or waits in line; false if the request needs none.
@@ -369,13 +391,13 @@ void Service::Impl::Session::AnswerError(const Request& request, const RpcError&
 
 void Service::Impl::Session::Answer(std::string_view text) {
     const size_t before = output_.size();
-    if (message_.batch) output_ += output_.empty() ? '[' : ',';
+    if (message_.batch) output_ += output_.size() == begun_ ? '[' : ',';
     output_ += text;
     service_->output_bytes_ += output_.size() - before;
 }
 
 void Service::Impl::Session::FinishMessage() {
-    if (!output_.empty()) {
+    if (output_.size() > begun_) {
         const std::string_view end = message_.batch ? "]\n" : "\n";
         output_ += end;
         service_->output_bytes_ += end.size();
@@ -387,6 +409,7 @@ void Service::Impl::Session::FinishMessage() {
 void Service::Impl::Session::ForgetOutput() {
     service_->output_bytes_ -= output_.size();
     output_ = std::string();  // with its memory: an answer may have been large
+    begun_ = 0;
     written_ = 0;
 }
 
@@ -412,7 +435,7 @@ void Service::Impl::Session::OnWrite(Failure failure, size_t bytes) {
     Advance();
 }
 
-/// An answer of a server that stops. Closes if the socket does not take it at once.
+/// Answers of a server that stops. Closes if the socket does not take it at once.
 void Service::Impl::Session::WriteWhatFits() {
     Failure failure;
     socket_.non_blocking(true, failure);
@@ -444,7 +467,11 @@ void Service::Impl::Accept() {
 }
 
 void Service::Impl::OnAccept(Failure failure, Socket socket) {
-    if (stopped_ || failure == asio::error::operation_aborted) return;
+    if (failure == asio::error::operation_aborted) return;
+    if (stopped_) {  // it had been accepted by then
+        if (!failure) std::make_shared<Session>(shared_from_this(), std::move(socket))->Refuse();
+        return;
+    }
     if (failure) {
         // Out of descriptors, mostly. Trying again at once would spin.
         pause_.expires_after(std::chrono::milliseconds(100));
@@ -484,17 +511,30 @@ bool Service::Impl::MakeRoom() {
     return false;
 }
 
+/// Those that have connected, and wait to be accepted.
+void Service::Impl::RefuseBacklog() {
+    Failure failure;
+    acceptor_.non_blocking(true, failure);
+    while (!failure) {
+        Socket socket(io_);
+        acceptor_.accept(socket, failure);
+        if (failure) return;
+        std::make_shared<Session>(shared_from_this(), std::move(socket))->Refuse();
+    }
+}
+
 void Service::Impl::Stop(std::function<void()> stopped) {
     VARVE_CHECK(!stopped_);
     stopped_ = std::move(stopped);
-    Failure ignored;
-    acceptor_.close(ignored);
-    if (next_) std::make_shared<Session>(shared_from_this(), std::move(*next_))->Open();
-    next_.reset();
-    pause_.cancel();
     listening_.RemoveFile();
+    pause_.cancel();
     const Sessions sessions = sessions_;
     for (const std::shared_ptr<Session>& session : sessions) session->FinishAndClose();
+    if (next_) std::make_shared<Session>(shared_from_this(), std::move(*next_))->Refuse();
+    next_.reset();
+    RefuseBacklog();
+    Failure ignored;
+    acceptor_.close(ignored);
     if (running_ == 0) asio::post(io_, [self = shared_from_this()] { self->stopped_(); });
 }
 

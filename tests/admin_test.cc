@@ -969,6 +969,94 @@ TEST(Stop, RefusesALineThatHasJustArrived) {
     stopped.wait();
 }
 
+TEST(Stop, RefusesAllLinesThatHaveArrived) {
+    AdminServer server;
+    RawClient client(server.path());
+    ASSERT_TRUE(IsResult(client.Ask(Call("disk.list"))));
+    std::string lines;
+    constexpr int kLines = 600;
+    for (int i = 0; i < kLines; ++i) lines += Create("d" + std::to_string(i)) + "\n";
+    const std::string batch = "[" + Create("e") + "," + Create("f") + "]\n";
+    lines += batch + batch + "half a line";
+    ASSERT_GT(lines.size(), 32u << 10);
+    std::future<void> stopped = server.BeginStop([&] { client.Send(lines); });
+    stopped.wait();
+    for (int i = 0; i < kLines; ++i) ASSERT_EQ(KindOf(client.Json()), "busy") << i;
+    for (int i = 0; i < 2; ++i) {
+        const json::value answers = client.Json();
+        ASSERT_EQ(answers.as_array().size(), 2u);
+        EXPECT_EQ(KindOf(answers.at(1)), "busy");
+    }
+    EXPECT_TRUE(client.AtEnd());
+    server.OnPool([](FakePool& pool) { EXPECT_EQ(pool.commands(), 1u); });
+}
+
+TEST(Stop, ReadsUpToItsBound) {
+    ServiceOptions options;
+    options.line_bytes_max = 20 << 10;
+    AdminServer server(options);
+    RawClient client(server.path());
+    ASSERT_TRUE(IsResult(client.Ask(Call("disk.list"))));
+    std::string lines;
+    for (int i = 0; i < 600; ++i) lines += Create("d") + "\n";
+    server.BeginStop([&] { client.Send(lines); }).wait();
+    const size_t least = options.line_bytes_max / (Create("d").size() + 1);
+    size_t refused = 0;
+    for (; !client.Line().empty(); ++refused) ASSERT_LT(refused, 600u);
+    EXPECT_GE(refused, least);
+    EXPECT_LT(refused, 600u);
+}
+
+TEST(Stop, RefusesALastLineWithoutANewline) {
+    AdminServer server;
+    RawClient client(server.path());
+    ASSERT_TRUE(IsResult(client.Ask(Call("disk.list"))));
+    server
+        .BeginStop([&] {
+            client.Send(Create("d") + "\n" + Create("e"));
+            client.EndInput();
+        })
+        .wait();
+    EXPECT_EQ(KindOf(client.Json()), "busy");
+    EXPECT_EQ(KindOf(client.Json()), "busy");
+    EXPECT_TRUE(client.AtEnd());
+}
+
+TEST(Stop, RefusesWhatWasSentOnConnectionsThatWereNotAcceptedYet) {
+    AdminServer server;
+    std::deque<RawClient> clients;
+    std::future<void> stopped = server.BeginStop([&] {
+        for (int i = 0; i < 3; ++i) {
+            clients.emplace_back(server.path()).Send(Create("d") + "\n");
+        }
+    });
+    stopped.wait();
+    for (RawClient& client : clients) {
+        EXPECT_EQ(KindOf(client.Json()), "busy");
+        EXPECT_TRUE(client.AtEnd());
+    }
+}
+
+TEST(Stop, RefusesWhoWaitsForAPlace) {
+    ServiceOptions options;
+    options.connections_max = 1;
+    AdminServer server(options);
+    server.OnPool([](FakePool& pool) { pool.Hold(); });
+    RawClient first(server.path());
+    first.Send(Call("disk.list") + "\n");
+    server.AwaitWaiting(1);
+    RawClient second(server.path()), third(server.path());
+    second.Send(Create("d") + "\n");
+    third.Send(Create("e") + "\n");
+    std::future<void> stopped = server.BeginStop();
+    const json::value answers{second.Json(), third.Json()};
+    server.OnPool([](FakePool& pool) { pool.Release(); });
+    EXPECT_EQ(KindOf(answers.at(0)), "busy");
+    EXPECT_EQ(KindOf(answers.at(1)), "busy");
+    EXPECT_TRUE(IsResult(first.Json()));
+    stopped.wait();
+}
+
 TEST(Stop, AnswersACommandThatIsLeftBehind) {
     AdminServer server;
     server.OnPool([](FakePool& pool) { pool.Hold(); });
