@@ -351,7 +351,62 @@ TEST_F(AllocatorTest, ADeviceThatFailsSlowlyKeepsLeasesForSomeSecondsOnly) {
     Open(2 * kPage, [](uint64_t) { return std::string("F"); });
     EXPECT_EQ(2 * kPage, Take(1)[0].place / kRegionBlocks);
     EXPECT_LE(clock.now_us, 20 * kSecondUs) << "more than two reads of a page were tried";
-    EXPECT_EQ(kPage - 100, allocator->set_aside());
+    // Of these pages no row but the first hundred was read, and no other one was tried on its own.
+    EXPECT_EQ(0U, allocator->set_aside());
+    EXPECT_EQ(kPage - 100, leases->untried());
+}
+
+TEST_F(AllocatorTest, ASectorThatFailsSlowlyCostsItsRegionsOnly) {
+    constexpr int64_t kSecondUs = 1'000'000;
+    space.full = true;
+    store.unreadable.insert(100);
+    store.failing = [this] { clock.now_us += 2 * kSecondUs; };
+    Open(kPage, [](uint64_t region) { return region < 90 ? std::string("F") : RowWithFree(2000); });
+    std::set<uint64_t> regions;
+    for (uint64_t i = 0; i < kPage - 91; ++i) {
+        regions.insert(Take(kRegionBlocks)[0].place / kRegionBlocks);
+    }
+    EXPECT_EQ(kPage - 91, regions.size());
+    EXPECT_FALSE(regions.contains(100));
+    EXPECT_LE(clock.now_us, 4 * kSecondUs);
+    EXPECT_EQ(1U, allocator->set_aside());
+    EXPECT_EQ(0U, leases->untried());
+    PageReader reader(0, kPage);
+    reader.Read(*store.View(), &clock);
+    EXPECT_TRUE(reader.done());
+    EXPECT_EQ(0U, reader.untried());
+}
+
+// Two blocks of rows fail, each after ten seconds, and all that is free is behind them.
+TEST_F(AllocatorTest, WhatWasNotTriedIsTriedWhenNothingElseIsFree) {
+    constexpr int64_t kSecondUs = 1'000'000;
+    space.full = true;
+    for (uint64_t region = 100; region < 140; ++region) store.unreadable.insert(region);
+    store.failing = [this] { clock.now_us += 10 * kSecondUs; };
+    Open(kPage,
+         [](uint64_t region) { return region < 500 ? std::string("F") : RowWithFree(2000); });
+    const auto none = simulation::Await(scheduler, home, leases->Take(8));
+    ASSERT_FALSE(none.ok());
+    EXPECT_EQ(ErrorKind::kNoSpace, none.error().kind);
+    EXPECT_EQ(kPage - 100, leases->untried());
+    EXPECT_EQ(0U, allocator->set_aside()) << "what was not tried is called damaged";
+    // Not at once again: each try keeps those who wait for ten seconds or more.
+    const int64_t before_us = clock.now_us;
+    EXPECT_FALSE(simulation::Await(scheduler, home, leases->Take(8)).ok());
+    EXPECT_EQ(before_us, clock.now_us);
+    clock.now_us += 200 * kSecondUs;
+    EXPECT_LE(500U, Take(8)[0].place / kRegionBlocks);
+    EXPECT_EQ(2U, allocator->set_aside());  // tried on their own
+    EXPECT_EQ(138U - 100U, leases->untried());
+    // When the device is well again, all are of use.
+    store.unreadable.clear();
+    std::set<uint64_t> regions;
+    for (uint64_t i = 0; i < kPage - 500; ++i) {
+        regions.insert(Take(kRegionBlocks)[0].place / kRegionBlocks);
+    }
+    clock.now_us += 2000 * kSecondUs;
+    EXPECT_FALSE(simulation::Await(scheduler, home, leases->Take(8)).ok());
+    EXPECT_EQ(0U, leases->untried());
 }
 
 }  // namespace

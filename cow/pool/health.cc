@@ -95,6 +95,12 @@ void PoolImpl::Judge(PoolStatus& status) const {
                            "cannot be read; run: varve check",
                            FormatSize(allocator_.set_aside() * kRegionBytes)));
     }
+    if (leases_.untried() > 0) {
+        Worsen(status, Health::kWarning,
+               fmt::format("up to {} of the data file wait to be used, as reading the metadata "
+                           "takes long and fails; run: varve check",
+                           FormatSize(leases_.untried() * kRegionBytes)));
+    }
     if (status.reclaim_set_aside > 0) {
         Worsen(status, Health::kWarning,
                fmt::format("{} chunks or deletions cannot be read, so their space is not given "

@@ -118,11 +118,15 @@ std::optional<uint64_t> Allocator::UnknownPage() const {
     return back ? last : unknown_from_;
 }
 
-void Allocator::LearnPage(uint64_t page, const std::vector<RegionState>& states) {
+uint64_t Allocator::RegionsIn(uint64_t page) const {
+    return std::min(RegionStates::kPageRegions, first_count_ - page * RegionStates::kPageRegions);
+}
+
+void Allocator::LearnPage(uint64_t page, const std::vector<std::optional<RegionState>>& states) {
     const uint64_t base = page * RegionStates::kPageRegions;
     for (uint64_t i = 0; i < states.size() && base + i < first_count_; ++i) {
-        if (states_.Get(base + i) != RegionState::kUnknown) continue;
-        RegionState state = states[i];
+        if (!states[i] || states_.Get(base + i) != RegionState::kUnknown) continue;
+        RegionState state = *states[i];
         if (state == RegionState::kUnknown) {
             SetAside(base + i, DamagedRegion(base + i));
             continue;

@@ -56,12 +56,15 @@ class Allocator {
     static RegionState StateOf(const std::optional<std::string_view>& row);
 
     // ---- rows
-    /// The regions of a page whose rows have not been read, from the next of its end on; nothing
+    /// A page of regions whose rows LearnPage() has not been told of, next to those it has; nothing
     /// if all have. Pages are taken from the front and from the back of the file in turns.
     std::optional<uint64_t> UnknownPage() const;
     bool all_known() const { return !UnknownPage().has_value(); }
-    /// Takes in what the rows of that page say. What is damaged counts as full.
-    void LearnPage(uint64_t page, const std::vector<RegionState>& states);
+    /// How many of them a page has.
+    uint64_t RegionsIn(uint64_t page) const;
+    /// Takes in what the rows of that page say; nothing of a region: its row was not tried, and
+    /// stays unknown. What is damaged counts as full. May be called again for the same page.
+    void LearnPage(uint64_t page, const std::vector<std::optional<RegionState>>& states);
     /// Whether the region's row has to be read before anything is done with it.
     bool NeedsRow(uint64_t region) const;
     /// Takes in a region's row, as the store has it; nothing if it is open by now. kDamaged.

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <span>
 
 #include "base/log.h"
 
@@ -14,53 +13,10 @@ namespace {
 constexpr uint64_t kKnowBeforeGrowing = 1024;
 /// Regions provisioned ahead of demand: 32 MiB.
 constexpr size_t kReadyAhead = 2;
-/// For reading the rows of a page one by one. A device may try for many seconds before it gives up
-/// a sector, and whoever needs a lease waits.
-constexpr int64_t kOneByOneUs = 1'000'000;
-constexpr RegionState kUnread = RegionState::kUnknown;
-
-/// What the rows of a page of regions say.
-struct PageRows {
-    std::vector<RegionState> states{RegionStates::kPageRegions, RegionState::kBare};
-    uint64_t rows = 0;  // with those that cannot be read
-    Status why;         // the first error, if some are kUnread
-};
-
-/// For a page of which a part cannot be read. The store reads many rows together, and a cursor does
-/// not get past those that it cannot read. Those that are left when time is up stay unread.
-void ReadOneByOne(MetadataView& view, uint64_t region, std::span<RegionState> states,
-                  const Deadline& deadline, uint64_t* rows) {
-    for (RegionState& state : states) {
-        state = kUnread;
-        ++*rows;
-        if (deadline.over()) continue;
-        const Result<std::optional<std::string>> row = view.Get(RegionKey(region++));
-        if (!row.ok()) continue;
-        const bool bare = !row.value().has_value();
-        state = bare ? RegionState::kBare : Allocator::StateOf(*row.value());
-        *rows -= bare;
-    }
-}
-
-PageRows ReadPage(MetadataView& view, uint64_t base, Clock* clock) {
-    PageRows page;
-    size_t read = 0;  // regions up to the last row
-    const std::string end = RegionKey(base + page.states.size());
-    const std::unique_ptr<Cursor> cursor = view.Range(RegionKey(base), end);
-    for (cursor->Seek(RegionKey(base)); cursor->valid(); cursor->Next()) {
-        ++page.rows;
-        const uint64_t region = KeyNumber(cursor->key(), 0);
-        const RegionState state = Allocator::StateOf(cursor->value());
-        if (region - base >= page.states.size()) continue;
-        page.states[region - base] = state;
-        read = region - base + 1;
-    }
-    page.why = cursor->status();
-    if (page.why.ok()) return page;
-    ReadOneByOne(view, base + read, std::span(page.states).subspan(read),
-                 Deadline(clock, kOneByOneUs), &page.rows);
-    return page;
-}
+/// A read of rows that takes so long is of a device that fails, and whoever needs a lease waits:
+/// no others are tried for so many times as long.
+constexpr int64_t kSlowReadUs = 1'000'000;
+constexpr int64_t kRestAfterSlow = 10;
 
 }  // namespace
 
@@ -152,7 +108,9 @@ Task<Status> Leases::Provide(size_t wanted, bool urgent) {
         } else if (!full) {
             s = co_await Grow();
             full = !s.ok() && s.error().kind == ErrorKind::kNoSpace;
-            if (full && !allocator_.all_known()) s = Status();
+            if (full && (!allocator_.all_known() || MayReadOn())) s = Status();
+        } else if (urgent && MayReadOn() && !allocator_.FindTight()) {
+            co_await ReadOn();
         } else {
             s = MakeError(ErrorKind::kNoSpace, "the pool is full");
         }
@@ -165,24 +123,59 @@ Task<Status> Leases::Provide(size_t wanted, bool urgent) {
     co_return Status();
 }
 
-/// Reads the rows of a page of regions that are not known yet, and adds how many there were, or one
-/// if there was none. What cannot be read counts as full. About 2 ms; where the device fails, some
-/// seconds.
+/// Reads the rows of a page of regions that are not known yet, and adds how many there are, or one
+/// if there is none. What cannot be read counts as full.
 Task<void> Leases::Learn(uint64_t* rows) {
     const uint64_t page = *allocator_.UnknownPage();
-    const uint64_t base = page * RegionStates::kPageRegions;
+    PageReader reader(page, allocator_.RegionsIn(page));
+    co_await ReadPage(reader);
+    *rows += reader.rows() + 1;
+    if (!reader.done()) KeepUnfinished(std::move(reader));
+}
+
+/// Goes on with a page of which some rows were not tried. Only if nothing else is left: each try
+/// may take long.
+Task<void> Leases::ReadOn() {
+    PageReader reader = std::move(unfinished_.front());
+    unfinished_.pop_front();
+    untried_ -= reader.untried();
+    co_await ReadPage(reader);
+    if (!reader.done()) KeepUnfinished(std::move(reader));
+}
+
+bool Leases::MayReadOn() const {
+    Clock* const clock = core_.environment.clock;
+    return !unfinished_.empty() && (!clock || clock->NowUs() >= read_on_from_us_);
+}
+
+void Leases::KeepUnfinished(PageReader reader) {
+    Log(LogLevel::kError,
+        fmt::format("up to {} of the allocator's regions from {} on were not read, as it takes "
+                    "long: {}; that is tried again when nothing else is free",
+                    reader.untried(), reader.first(), reader.why().error().message));
+    untried_ += reader.untried();
+    unfinished_.push_back(std::move(reader));
+}
+
+/// About 2 ms; where the device fails, some seconds.
+Task<void> Leases::ReadPage(PageReader& reader) {
+    Clock* const clock = core_.environment.clock;
     co_await Hop(core_.loader());
-    const PageRows read = ReadPage(*core_.metadata().View(), base, core_.environment.clock);
+    const int64_t begun_us = clock ? clock->NowUs() : 0;
+    reader.Read(*core_.metadata().View(), clock);
+    const int64_t now_us = clock ? clock->NowUs() : 0;
     co_await Hop(core_.home());
-    *rows += read.rows + 1;
+    const int64_t took_us = now_us - begun_us;
+    if (took_us >= kSlowReadUs) read_on_from_us_ = now_us + kRestAfterSlow * took_us;
     const uint64_t before = allocator_.set_aside();
-    allocator_.LearnPage(page, read.states);
+    allocator_.LearnPage(reader.page(), reader.states());
     const uint64_t aside = allocator_.set_aside() - before;
     if (aside > 0) {
         Log(LogLevel::kError,
             fmt::format("{} of the allocator's regions from {} on cannot be read{}; they are not "
                         "written to until the next start",
-                        aside, base, read.why.ok() ? "" : ": " + read.why.error().message));
+                        aside, reader.first(),
+                        reader.why().ok() ? "" : ": " + reader.why().error().message));
     }
 }
 

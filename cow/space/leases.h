@@ -6,11 +6,13 @@
 // provisioned ahead of demand, so that a writer rarely waits for the file system.
 #pragma once
 
+#include <deque>
 #include <vector>
 
 #include "base/sync.h"
 #include "cow/core/core.h"
 #include "cow/space/allocator.h"
+#include "cow/space/page_reader.h"
 
 namespace varve::cow {
 
@@ -29,12 +31,19 @@ class Leases {
     /// Nobody can reach these blocks any more: they may be taken again.
     void Release(const std::vector<Extent>& extents);
 
+    /// Regions, at most, whose rows were not tried when others of their page could not be read.
+    uint64_t untried() const { return untried_; }
+
     /// Waits for what runs in the background.
     Task<void> Idle();
 
   private:
     Task<Status> Provide(size_t wanted, bool urgent);
     Task<void> Learn(uint64_t* rows);
+    bool MayReadOn() const;
+    Task<void> ReadOn();
+    Task<void> ReadPage(PageReader& reader);
+    void KeepUnfinished(PageReader reader);
     Task<Status> OpenOne(uint64_t region);
     void Refilled();
     Task<Status> Grow();
@@ -44,10 +53,13 @@ class Leases {
 
     Core& core_;
     Allocator& allocator_;
-    AsyncMutex providing_;  // one at a time: a failing growth cuts the file back
-    bool ahead_ = false;    // ProvideAhead runs
-    bool refused_ = false;  // the last attempt to provide found nothing
-    bool giving_ = false;   // GiveBack runs
+    AsyncMutex providing_;               // one at a time: a failing growth cuts the file back
+    bool ahead_ = false;                 // ProvideAhead runs
+    bool refused_ = false;               // the last attempt to provide found nothing
+    bool giving_ = false;                // GiveBack runs
+    std::deque<PageReader> unfinished_;  // of which some rows were not tried
+    uint64_t untried_ = 0;               // those rows
+    int64_t read_on_from_us_ = 0;        // not before
     Gate background_;
 };
 
