@@ -13,6 +13,8 @@
 #include <filesystem>
 #include <string>
 
+#include "cow/store/rocks_store.h"
+
 namespace varve::cow {
 namespace {
 
@@ -104,6 +106,70 @@ TEST_F(BallastTest, IsGivenUpInPiecesAndTakenBackWhenThereIsTwiceTheRoom) {
     EXPECT_EQ(0u, Size());
     ballast.Refill(2 * kBallastBytes);
     EXPECT_EQ(kBallastBytes, Size());
+}
+
+/// Allocates `room` bytes more, then fails with `error`.
+Ballast::Allocate Quota(uint64_t* room, int error, uint64_t* largest) {
+    return [=](int fd, off_t from, off_t bytes) {
+        *largest = std::max(*largest, static_cast<uint64_t>(bytes));
+        if (*room < static_cast<uint64_t>(bytes)) return error;
+        *room -= static_cast<uint64_t>(bytes);
+        return ::fallocate(fd, 0, from, bytes) == 0 ? 0 : errno;
+    };
+}
+
+TEST_F(BallastTest, SaysThatAQuotaGivesLessThanTheFileSystemHas) {
+    uint64_t room = (3 << 20) + 1, largest = 0;
+    Ballast ballast(path_, kBallastBytes, Quota(&room, EDQUOT, &largest));
+    EXPECT_FALSE(ballast.refused());
+    ballast.Refill(100 * kBallastBytes);
+    EXPECT_TRUE(ballast.refused());
+    EXPECT_EQ(3u << 20, ballast.held());  // what there was
+    EXPECT_EQ(3u << 20, Size());
+    EXPECT_GE(1u << 20, largest);  // a try takes no more from others
+    ASSERT_TRUE(ballast.Give(1 << 20, 0));
+    ballast.Refill(0);
+    EXPECT_TRUE(ballast.refused()) << "it is not whole yet";
+    room = kBallastBytes;
+    ballast.Refill(100 * kBallastBytes);
+    EXPECT_FALSE(ballast.refused());
+    EXPECT_EQ(kBallastBytes, ballast.held());
+}
+
+// Then there is none, and more is kept free instead.
+TEST_F(BallastTest, AFileSystemThatAllocatesNothingRefusesNothing) {
+    uint64_t room = 0, largest = 0;
+    Ballast ballast(path_, kBallastBytes, Quota(&room, EOPNOTSUPP, &largest));
+    ballast.Refill(100 * kBallastBytes);
+    EXPECT_FALSE(ballast.refused());
+    EXPECT_EQ(0u, ballast.held());
+}
+
+TEST_F(BallastTest, AStoreWhoseBallastAQuotaRefusesIsFull) {
+    uint64_t room = 4 << 20, largest = 0;
+    RocksOptions options;
+    options.create = options.reserve = true;
+    options.buffer_bytes = 1 << 20;
+    options.allocate = Quota(&room, EDQUOT, &largest);
+    auto store = OpenRocksStore((root_ / "db").string(), options);
+    ASSERT_TRUE(store.ok());
+    EXPECT_EQ(0u, store.value()->Space().free);
+    EXPECT_TRUE(store.value()->full());
+    EXPECT_FALSE(store.value()->exhausted());  // half of it is there
+    room = 4 << 20;
+    EXPECT_LT(0u, store.value()->Space().free);
+    EXPECT_FALSE(store.value()->full());
+}
+
+TEST_F(BallastTest, AStoreThatAQuotaLeavesLessThanHalfOfItsBallastIsExhausted) {
+    uint64_t room = 3 << 20, largest = 0;
+    RocksOptions options;
+    options.create = options.reserve = true;
+    options.buffer_bytes = 1 << 20;
+    options.allocate = Quota(&room, EDQUOT, &largest);
+    const auto store = OpenRocksStore((root_ / "db").string(), options);
+    ASSERT_TRUE(store.ok());
+    EXPECT_TRUE(store.value()->exhausted());
 }
 
 TEST_F(BallastTest, HoldsWhatItHeldBefore) {

@@ -36,6 +36,10 @@ IOStatus Understood(IOStatus status) {
     return full;
 }
 
+int SystemAllocate(int fd, off_t from, off_t bytes) {
+    return ::fallocate(fd, 0, from, bytes) == 0 ? 0 : errno;
+}
+
 class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {
   public:
     BallastFile(std::unique_ptr<FSWritableFile> file, Ballast& ballast)
@@ -149,7 +153,10 @@ class BallastFileSystem : public rocksdb::FileSystemWrapper {
 
 }  // namespace
 
-Ballast::Ballast(std::string path, uint64_t bytes) : path_(std::move(path)), bytes_(bytes) {
+Ballast::Ballast(std::string path, uint64_t bytes, Allocate allocate)
+    : path_(std::move(path)),
+      bytes_(bytes),
+      allocate_(allocate ? std::move(allocate) : SystemAllocate) {
     if (bytes_ == 0) return;
     file_ = OpenFile(path_, O_RDWR | O_CREAT);
     struct stat about;
@@ -175,16 +182,30 @@ bool Ballast::Give(uint64_t bytes, uint64_t keep) {
     return true;
 }
 
+/// In pieces: where a quota ends, each try takes the rest of it for a moment, which a log may need.
 void Ballast::Refill(uint64_t free) {
     const std::lock_guard lock(mutex_);
     const uint64_t missing = bytes_ - held();
     if (!file_.valid() || missing == 0 || free / 2 < missing) return;
-    const auto from = static_cast<off_t>(held());
-    if (::fallocate(file_.fd(), 0, from, static_cast<off_t>(missing)) == 0) {
-        held_ = bytes_;
-    } else if (::ftruncate(file_.fd(), from) != 0) {
-        // Then it ends with a hole, of which nothing is expected.
+    int error = 0;
+    while (held() < bytes_ && error == 0) {
+        const auto from = static_cast<off_t>(held());
+        const uint64_t piece = std::min(kPieceBytes, bytes_ - held());
+        error = allocate_(file_.fd(), from, static_cast<off_t>(piece));
+        if (error == 0) {
+            held_ = held() + piece;
+        } else if (::ftruncate(file_.fd(), from) != 0) {
+            // Then it ends with a hole, of which nothing is expected.
+        }
     }
+    const bool refused = error == ENOSPC || error == EDQUOT;
+    if (refused && !refused_) {
+        Log(LogLevel::kWarning,
+            fmt::format("{} cannot be made whole although the file system has room (a quota?): no "
+                        "new metadata until it can: {}",
+                        path_, std::strerror(error)));
+    }
+    refused_ = refused;
 }
 
 std::unique_ptr<rocksdb::Env> NewBallastEnv(rocksdb::Env& base, Ballast& ballast) {

@@ -201,11 +201,14 @@ class RocksStore : public MetadataStore {
         const uint64_t spare = kSpareBuffers * buffer_bytes_;
         const uint64_t kept = logs + spare + missing;
         MetadataSpace space;
-        space.free = room > kept ? room - kept : 0;
+        // A quota has ended: only what the ballast still holds is left.
+        const bool refused = ground_.ballast->refused();
+        const bool spent = refused && ground_.ballast->held() < ground_.ballast->bytes() / 2;
+        space.free = room > kept && !refused ? room - kept : 0;
         space.capacity = live + space.free;
         space.owed = spare;
         full_.store(space.free == 0, std::memory_order_relaxed);
-        exhausted_.store(room + spare / 2 < kept, std::memory_order_relaxed);
+        exhausted_.store(room + spare / 2 < kept || spent, std::memory_order_relaxed);
         return space;
     }
     bool full() const override { return full_.load(std::memory_order_relaxed); }
@@ -268,7 +271,7 @@ Ground MakeGround(const std::string& path, const RocksOptions& given) {
     std::error_code ignored;
     if (given.reserve) std::filesystem::create_directory(path, ignored);  // RocksDB says why
     ground.ballast = std::make_unique<Ballast>(
-        path + "/ballast", given.reserve ? RocksReserve(given.buffer_bytes) : 0);
+        path + "/ballast", given.reserve ? RocksReserve(given.buffer_bytes) : 0, given.allocate);
     rocksdb::Env& base = given.env ? *given.env : *rocksdb::Env::Default();
     ground.ballast_env = NewBallastEnv(base, *ground.ballast);
     ground.env = NewOverwritingEnv(*ground.ballast_env);

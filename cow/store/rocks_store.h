@@ -2,6 +2,9 @@
 // Not a door to RocksDB: its headers and options stay in rocks_store.cc.
 #pragma once
 
+#include <sys/types.h>
+
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -30,6 +33,8 @@ struct RocksOptions {
     bool reserve = false;
     /// Where files are written; null: the system. Tests cut its power. It must outlive the store.
     rocksdb::Env* env = nullptr;
+    /// Allocates the room it keeps, as Ballast::Allocate does; null: the system.
+    std::function<int(int, off_t, off_t)> allocate;
 };
 
 /// Bytes of the ballast, the file that holds room for a store with such memtables.
