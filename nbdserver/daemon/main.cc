@@ -1,6 +1,9 @@
 // varved: the server. Reads the settings, runs the daemon, turns errors into exit codes.
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
+#include <cstring>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -13,6 +16,8 @@
 namespace {
 
 using varve::LogLevel;
+using varve::nbdserver::Daemon;
+using varve::nbdserver::Options;
 
 int Fail(const varve::Error& error) {
     varve::Log(LogLevel::kError, error.message);
@@ -31,10 +36,26 @@ void IgnoreSignals() {
 
 constexpr int kFlushLogMs = 100;  // of the 2 s that stopping may take
 
-int Serve(const varve::nbdserver::Options& options) {
-    using varve::nbdserver::Daemon;
+/// With far too few open files the start ends before it can tell how many it needs, perhaps in a
+/// library that throws.
+varve::Result<std::unique_ptr<Daemon>> Start(const Options& options) {
+    varve::Error error;
+    try {
+        varve::Result<std::unique_ptr<Daemon>> daemon = Daemon::Start(options);
+        if (daemon.ok()) return daemon;
+        error = daemon.error();
+    } catch (const std::exception& thrown) {
+        error = varve::MakeError(varve::ErrorKind::kIo, thrown.what());
+    }
+    if (error.message.find(std::strerror(EMFILE)) != std::string::npos) {
+        error.message += "; raise the limit on open files (LimitNOFILE=, ulimit -n)";
+    }
+    return error;
+}
+
+int Serve(const Options& options) {
     IgnoreSignals();
-    varve::Result<std::unique_ptr<Daemon>> daemon = Daemon::Start(options);
+    varve::Result<std::unique_ptr<Daemon>> daemon = Start(options);
     if (!daemon.ok()) return Fail(daemon.error());
     const varve::Status status = daemon.value()->Run();
     if (!status.ok()) return Fail(status.error());
