@@ -60,8 +60,9 @@ class Service {
     /// Stops listening, removes the socket, lets running commands finish, and refuses all others
     /// that were sent, also on connections that were not accepted yet: up to `line_bytes_max` of
     /// what the socket of each still holds. A connection is closed when each line has its answer,
-    /// or when the socket does not take them at once. What gets no answer was not begun. Calls
-    /// `stopped` on `io` when no command is running any more. REQUIRES: called at most once.
+    /// or when the socket does not take them at once. What gets no answer was not begun, but for
+    /// the first such line, if answers before it were not taken. Calls `stopped` on `io` when no
+    /// command is running any more. REQUIRES: called at most once.
     void Stop(std::function<void()> stopped);
     /// Answers commands that are still running: whether they were carried out is not known yet. For
     /// a process that is about to end without them. REQUIRES: Stop() was called.

@@ -318,6 +318,26 @@ TEST_F(ReclaimTest, ACloneWhoseMarksCannotBeReadKeepsOnlyItsOwn) {
     EXPECT_EQ(0u, Used());
 }
 
+// All that can have died was touched on both sides: one of them is enough.
+TEST_F(ReclaimTest, ADeletionNeedsTheMarksOfOneSideOnly) {
+    Ok(pool().CreateDisk("d", 8 * kChunkBytes));
+    for (uint64_t c = 0; c < 8; ++c) Write("d", c * kChunkBytes, 4096, 'a');
+    Ok(pool().CreateSnapshots({"d@below"}));
+    Write("d", 0, 4096, 'b');
+    Ok(pool().CreateSnapshots({"d@above"}));
+    Reclaim();
+    const std::string first = media.metadata()->lower_bound("T")->first;
+    ASSERT_EQ('T', first[0]);
+    const std::string generation = first.substr(0, 17);
+    media.bad_page = {generation, cow::PrefixEnd(generation)};
+    Ok(pool().DeleteSnapshot("d@below", false));
+    Reclaim();
+    EXPECT_EQ(8 * kBlockBytes, Used());
+    EXPECT_EQ(0u, machine->Do(pool().GetStatus()).value().reclaim_set_aside);
+    EXPECT_EQ(0u, RowsOf('J'));
+    media.bad_page = {};
+}
+
 TEST_F(ReclaimTest, WhatSeveralShareIsFreedByDeletingThemTogether) {
     Ok(pool().CreateDisk("d", 8 * kChunkBytes));
     Write("d", 0, kMiB, 'a');

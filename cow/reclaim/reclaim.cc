@@ -431,8 +431,7 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
     }
     co_await Hop(core_.home());
     if (!s.ok()) {  // some marks cannot be read; others' deletions may rely on what lies behind
-        SetAside(fmt::format("deletion {}: {}", open.number, s.error().message));
-        open.marks_unread = true;
+        open.gap = s.error().message;
         open.scan->Skip();
     }
     if (!chunks.empty()) {
@@ -457,7 +456,9 @@ Task<Status> Reclaimer::JobStepOf(OpenJob& open) {
     // Closing: not all of these chunks may have been swept. It goes on after the next start.
     if (Ending() && resume) co_return Status();
     const bool ends = open.scan->done() || Ending();
-    if (open.unread.size() > kLogMax || (ends && open.marks_unread)) {
+    const bool gap = open.scan->done() && !open.scan->complete();
+    if (gap) SetAside(fmt::format("deletion {}: {}", open.number, open.gap));
+    if (gap || open.unread.size() > kLogMax) {
         SetJobAside(open);
         co_return Status();
     }

@@ -72,7 +72,7 @@ class Reclaimer {
         std::optional<CandidateScan> scan;  // nothing: too many are open
         CandidateScan::Place place;         // where it goes on then
         std::vector<ChunkIndex> unread;     // could not be read
-        bool marks_unread = false;          // nor some of its marks
+        std::string gap;                    // why some of its marks could not be read
     };
     /// From where a chunk is swept, and where a note would have it swept again.
     struct Origin {

@@ -249,13 +249,13 @@ Status Sweeper::ReadNotes(const Stretch& stretch, ChunkIndex chunk, F&& take) {
 }
 
 CandidateScan::CandidateScan(Line below, Line above, const Place& place)
-    : below_(SideAt(std::move(below), place.below)),
-      above_(SideAt(std::move(above), place.above)) {}
+    : below_(SideAt(std::move(below), place.below, place.gap_below)),
+      above_(SideAt(std::move(above), place.above, place.gap_above)) {}
 
 /// One way only leads from a view to a mark, so all before it has been walked. If the line goes
 /// elsewhere now, the walk begins again.
-CandidateScan::Side CandidateScan::SideAt(Line line, const std::string& place) {
-    Side side{std::move(line), 0, {}};
+CandidateScan::Side CandidateScan::SideAt(Line line, const std::string& place, bool gap) {
+    Side side{std::move(line), 0, {}, gap};
     if (place.empty()) return side;
     const BranchId branch{KeyNumber(place, 0)};
     const Generation generation{KeyNumber(place, 1)};
@@ -281,22 +281,32 @@ Status CandidateScan::Next(MetadataView& view, RowFilter* filter, size_t most,
     const size_t half = std::max<size_t>(1, most / 2);
     in_above_ = false;
     if (Status s = Step(view, filter, below_, half, chunks); !s.ok()) return s;
-    done_ = below_.index == below_.stretches.size();
+    LookForEnd();
     if (done_ || above_.stretches.empty()) return Status();
     in_above_ = true;
     if (Status s = Step(view, filter, above_, half, chunks); !s.ok()) return s;
-    done_ = above_.index == above_.stretches.size();
+    LookForEnd();
     return Status();
 }
 
-/// Without the side above, the one below must be walked to its end.
+/// A side that has a gap does not end the scan before the other one has ended too.
+void CandidateScan::LookForEnd() {
+    const bool below = below_.ended() && !below_.gap;
+    const bool above = above_.ended() && !above_.gap && !above_.stretches.empty();
+    complete_ = below || above;
+    done_ = complete_ || (below_.ended() && above_.ended());
+}
+
 void CandidateScan::Skip() {
-    if (in_above_) {
-        above_ = Side();
-        return;
-    }
-    below_.resume.clear();
-    done_ = ++below_.index == below_.stretches.size();
+    Side& side = in_above_ ? above_ : below_;
+    const auto empty = [&side] {
+        return side.stretches[side.index].after >= side.stretches[side.index].to;
+    };
+    side.gap = true;
+    side.resume.clear();
+    do ++side.index;
+    while (!side.ended() && empty());  // where no scan could go on from
+    LookForEnd();
 }
 
 Status CandidateScan::Step(MetadataView& view, RowFilter* filter, Side& side, size_t most,

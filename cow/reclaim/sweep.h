@@ -122,6 +122,7 @@ class CandidateScan {
     /// The marks from which a scan goes on, on either side; empty: from its beginning.
     struct Place {
         std::string below, above;
+        bool gap_below = false, gap_above = false;
     };
 
     /// `place`: of an earlier scan from the same view, even if the tree has changed since.
@@ -135,18 +136,23 @@ class CandidateScan {
     Status Next(MetadataView& view, RowFilter* filter, size_t most,
                 std::vector<ChunkIndex>& chunks);
     bool done() const { return done_; }
-    /// After an error: goes on behind what cannot be read.
+    /// When done: one of the sides was walked whole, so there are no other candidates.
+    bool complete() const { return complete_; }
+    /// After an error: goes on with the next stretch of that side.
     void Skip();
     /// REQUIRES: not done.
-    Place place() const { return {PlaceOf(below_), PlaceOf(above_)}; }
+    Place place() const { return {PlaceOf(below_), PlaceOf(above_), below_.gap, above_.gap}; }
 
   private:
     struct Side {
         Line stretches;
         size_t index = 0;
         std::string resume;  // key to go on from in stretches[index]; empty: its beginning
+        bool gap = false;    // something was skipped
+        bool ended() const { return index == stretches.size(); }
     };
-    static Side SideAt(Line line, const std::string& place);
+    static Side SideAt(Line line, const std::string& place, bool gap);
+    void LookForEnd();
     static std::string PlaceOf(const Side& side);
     Status Step(MetadataView& view, RowFilter* filter, Side& side, size_t most,
                 std::vector<ChunkIndex>& chunks);
@@ -154,6 +160,7 @@ class CandidateScan {
     Side below_, above_;
     bool in_above_ = false;  // was the last to be walked
     bool done_ = false;
+    bool complete_ = false;
 };
 
 }  // namespace varve::cow

@@ -37,7 +37,11 @@ IOStatus Understood(IOStatus status) {
 }
 
 int SystemAllocate(int fd, off_t from, off_t bytes) {
-    return ::fallocate(fd, 0, from, bytes) == 0 ? 0 : errno;
+    int failed = 0;
+    do {
+        failed = ::fallocate(fd, 0, from, bytes);
+    } while (failed != 0 && errno == EINTR);
+    return failed == 0 ? 0 : errno;
 }
 
 class BallastFile : public rocksdb::FSWritableFileOwnerWrapper {

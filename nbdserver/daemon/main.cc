@@ -47,7 +47,9 @@ varve::Result<std::unique_ptr<Daemon>> Start(const Options& options) {
     } catch (const std::exception& thrown) {
         error = varve::MakeError(varve::ErrorKind::kIo, thrown.what());
     }
-    if (error.message.find(std::strerror(EMFILE)) != std::string::npos) {
+    // The end: that of ENFILE, of all processes together, begins with the same words.
+    const bool all = error.message.find(std::strerror(ENFILE)) != std::string::npos;
+    if (!all && error.message.find(std::strerror(EMFILE)) != std::string::npos) {
         error.message += "; raise the limit on open files (LimitNOFILE=, ulimit -n)";
     }
     return error;
