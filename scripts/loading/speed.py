@@ -106,7 +106,7 @@ def restores(place):
             if number % 10 == 0:
                 deepest = max(deepest, admin.call("disk.show", name="disk")["depth"])
             admin.call("snapshot.create", snapshots=[f"disk@s{number}"])
-            admin.call("snapshot.restore", snapshot=f"disk@s{number}")
+            admin.call("snapshot.restore", snapshot=f"disk@s{number}", disconnect=True, online=True)
         took = time.monotonic() - begin
         depth = admin.call("disk.show", name="disk")["depth"]
         admin.close()
