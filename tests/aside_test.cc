@@ -202,9 +202,7 @@ TEST_F(AsideTest, ARegionThatRecoveryRenewedIsReadableAgain) {
     Restart();
     for (const std::string name : {"a", "b"}) MakeDisk(name, name[0]);
     EXPECT_EQ(16 * kBlockBytes, Used());
-    EXPECT_EQ(0, Write("b", 4096, 4096, 'j'));
-    EXPECT_EQ(0, Flush("b"));
-    Crash();
+    CrashWithJournal("b", 1, 4096);
     const std::string key = cow::RegionKey(1);
     SetRow(key, "rubbish");
     Start();
@@ -222,9 +220,7 @@ TEST_F(AsideTest, BlocksOfRenewedRegionsCountAsUsed) {
     Restart();
     for (const std::string name : {"a", "b"}) MakeDisk(name, name[0]);
     EXPECT_EQ(16 * kBlockBytes, Used());
-    EXPECT_EQ(0, Write("b", 4096, 4096, 'j'));
-    EXPECT_EQ(0, Flush("b"));
-    Crash();
+    CrashWithJournal("b", 1, 4096);
     const std::string readable = media.metadata()->at(cow::RegionKey(0));
     for (const uint64_t region : {0, 1}) SetRow(cow::RegionKey(region), "rubbish");
     Start();

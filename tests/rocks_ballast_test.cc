@@ -118,6 +118,14 @@ Ballast::Allocate Quota(uint64_t* room, int error, uint64_t* largest) {
     };
 }
 
+RocksOptions UnderQuota(uint64_t* room, uint64_t* largest) {
+    RocksOptions options;
+    options.create = options.reserve = true;
+    options.buffer_bytes = 1 << 20;
+    options.allocate = Quota(room, EDQUOT, largest);
+    return options;
+}
+
 TEST_F(BallastTest, SaysThatAQuotaGivesLessThanTheFileSystemHas) {
     uint64_t room = (3 << 20) + 1, largest = 0;
     Ballast ballast(path_, kBallastBytes, Quota(&room, EDQUOT, &largest));
@@ -147,11 +155,7 @@ TEST_F(BallastTest, AFileSystemThatAllocatesNothingRefusesNothing) {
 
 TEST_F(BallastTest, AStoreWhoseBallastAQuotaRefusesIsFull) {
     uint64_t room = 4 << 20, largest = 0;
-    RocksOptions options;
-    options.create = options.reserve = true;
-    options.buffer_bytes = 1 << 20;
-    options.allocate = Quota(&room, EDQUOT, &largest);
-    auto store = OpenRocksStore((root_ / "db").string(), options);
+    auto store = OpenRocksStore((root_ / "db").string(), UnderQuota(&room, &largest));
     ASSERT_TRUE(store.ok());
     EXPECT_EQ(0u, store.value()->Space().free);
     EXPECT_TRUE(store.value()->full());
@@ -163,11 +167,7 @@ TEST_F(BallastTest, AStoreWhoseBallastAQuotaRefusesIsFull) {
 
 TEST_F(BallastTest, AStoreThatAQuotaLeavesLessThanHalfOfItsBallastIsExhausted) {
     uint64_t room = 3 << 20, largest = 0;
-    RocksOptions options;
-    options.create = options.reserve = true;
-    options.buffer_bytes = 1 << 20;
-    options.allocate = Quota(&room, EDQUOT, &largest);
-    const auto store = OpenRocksStore((root_ / "db").string(), options);
+    const auto store = OpenRocksStore((root_ / "db").string(), UnderQuota(&room, &largest));
     ASSERT_TRUE(store.ok());
     EXPECT_TRUE(store.value()->exhausted());
 }
