@@ -338,7 +338,7 @@ Reclaimer::OpenJob* Reclaimer::ChooseJob() {
         open.passes_on = passed_on < kPassedOnMost && SiblingFollows(open.job, jobs);
         if (open.passes_on) {
             ++passed_on;
-        } else if (WalksBelow(open.job)) {
+        } else if (passed_on > 0 && WalksBelow(open.job)) {
             passed_on = 0;
         }
     }
