@@ -342,6 +342,30 @@ TEST_F(AsideTest, AChunkThatLostItsLastWritesStaysUnreadable) {
     StopUnchecked();
 }
 
+// A pool that is refused loses nothing: its owner may yet find a copy of the row.
+TEST_F(AsideTest, ALossIsToldWhenItIsDurableAndNotBefore) {
+    MakeDisk("d", 'd');
+    EXPECT_EQ(8 * kBlockBytes, Used());  // folded
+    ASSERT_NO_FATAL_FAILURE(CrashWithJournal("d", 8, 4096));
+    const std::string first = media.metadata()->lower_bound("M")->first;
+    const BranchId branch{cow::KeyNumber(first, 0)};
+    media.bad_page = {cow::MapKey(branch, ChunkIndex{2}, cow::kHead),
+                      cow::MapKey(branch, ChunkIndex{3}, cow::kHead)};
+    media.CutAfter(1);
+    testing::internal::CaptureStderr();
+    machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{});
+    EXPECT_FALSE(machine->Start().ok());
+    machine.reset();
+    EXPECT_EQ(std::string::npos, testing::internal::GetCapturedStderr().find("has lost"));
+    media.Restore();
+    media.CutAfter(uint64_t{1} << 40);
+    testing::internal::CaptureStderr();
+    Start();
+    EXPECT_NE(std::string::npos, testing::internal::GetCapturedStderr().find("disk d has lost"));
+    media.bad_page = {};
+    StopUnchecked();
+}
+
 // A damaged page of the store holds the rows of many chunks, and meets whoever reads beside it.
 TEST_F(AsideTest, ADamagedPageUnderAJournalCostsItsChunksOnly) {
     MakeDisk("d", 'd');

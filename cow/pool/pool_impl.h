@@ -149,7 +149,6 @@ class PoolImpl : public Pool, public HeadHost {
 
     // recovery.cc
     Task<Status> FoldPart(const JournalPart& part);
-    void Lose(DiskId disk, const JournalPart& part, const DamagedRow& row, CommitContext& context);
     Task<Status> DropRows(const std::vector<std::string>& keys);
 
     // pool.cc

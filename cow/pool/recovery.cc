@@ -42,17 +42,20 @@ HeadCommit MakeCommit(const JournalPart& part, SnapshotId snapshot,
     return commit;
 }
 
-}  // namespace
-
 /// The chunk cannot be read as it was before these changes. It reads as an error from now on, even
 /// if it can be read later: without them it would be older than what was flushed.
-void PoolImpl::Lose(DiskId disk, const JournalPart& part, const DamagedRow& row,
-                    CommitContext& context) {
-    Log(LogLevel::kError, fmt::format("disk {} has lost its last writes to chunk {}: {}",
-                                      catalog_.disk(disk).record.name, row.chunk.value, row.what));
-    context.batch.Put(MapKey(part.branch, row.chunk, part.generation), kLostRow);
-    context.batch.Put(TouchedKey(part.branch, part.generation, row.chunk), "");
+void Lose(const JournalPart& part, ChunkIndex chunk, CommitContext& context) {
+    context.batch.Put(MapKey(part.branch, chunk, part.generation), kLostRow);
+    context.batch.Put(TouchedKey(part.branch, part.generation, chunk), "");
 }
+
+/// Told when it is so: until then the pool may be refused, and a copy of its rows loses nothing.
+void TellLost(const std::string& disk, const DamagedRow& row) {
+    Log(LogLevel::kError, fmt::format("disk {} has lost its last writes to chunk {}: {}", disk,
+                                      row.chunk.value, row.what));
+}
+
+}  // namespace
 
 Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
     const std::optional<Catalog::Owner> owner = catalog_.OwnerOf(part.branch, part.generation);
@@ -76,7 +79,7 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
                     if (!s.ok()) return s;
                 }
             }
-            for (const DamagedRow& row : lost) Lose(owner->disk, part, row, context);
+            for (const DamagedRow& row : lost) Lose(part, row.chunk, context);
             if (commit.empty()) return Status();
             return BuildHeadCommit(core_, context, owner->disk, commit);
         };
@@ -84,6 +87,7 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
         const Status s =
             co_await committer_.CommitIn(std::move(regions), std::move(change), core_.home());
         if (!s.ok()) co_return s;
+        for (const DamagedRow& row : lost) TellLost(catalog_.disk(owner->disk).record.name, row);
     }
     co_return co_await DropRows(part.keys);
 }
