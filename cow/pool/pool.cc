@@ -64,8 +64,7 @@ Task<Result<std::unique_ptr<Pool>>> Pool::Open(Environment environment, PoolOpti
     if (!catalog.ok()) co_return catalog.error();
     auto pool =
         std::make_unique<PoolImpl>(std::move(environment), options, std::move(catalog.value()));
-    Status s = co_await pool->Recover();
-    if (s.ok() && recovered) s = recovered();
+    const Status s = co_await pool->Recover(recovered);
     if (!s.ok()) co_return s.error();
     pool->Start();
     co_return std::unique_ptr<Pool>(std::move(pool));

@@ -23,8 +23,9 @@ class PoolImpl : public Pool, public HeadHost {
   public:
     PoolImpl(Environment environment, PoolOptions options, Catalog catalog);
     ~PoolImpl() override;
-    /// Folds the journal that a crash left. Before Start(). Errors: kDamaged, kIo, kNoSpace.
-    Task<Status> Recover();
+    /// Folds the journal that a crash left. Before Start(). `recovered`: see Pool::Open(). Errors:
+    /// its own, kDamaged, kIo, kNoSpace; then nothing was logged.
+    Task<Status> Recover(const std::function<Status()>& recovered);
     /// Makes the heads and starts the background work.
     void Start();
 
@@ -148,7 +149,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<void> MakeExports();
 
     // recovery.cc
-    Task<Status> FoldPart(const JournalPart& part);
+    Task<Status> FoldPart(const JournalPart& part, std::vector<std::string>* losses);
     Task<Status> DropRows(const std::vector<std::string>& keys);
 
     // pool.cc

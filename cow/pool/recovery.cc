@@ -49,15 +49,10 @@ void Lose(const JournalPart& part, ChunkIndex chunk, CommitContext& context) {
     context.batch.Put(TouchedKey(part.branch, part.generation, chunk), "");
 }
 
-/// Told when it is so: until then the pool may be refused, and a copy of its rows loses nothing.
-void TellLost(const std::string& disk, const DamagedRow& row) {
-    Log(LogLevel::kError, fmt::format("disk {} has lost its last writes to chunk {}: {}", disk,
-                                      row.chunk.value, row.what));
-}
-
 }  // namespace
 
-Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
+/// What is lost with rows that cannot be read is told in `losses`, a line each.
+Task<Status> PoolImpl::FoldPart(const JournalPart& part, std::vector<std::string>* losses) {
     const std::optional<Catalog::Owner> owner = catalog_.OwnerOf(part.branch, part.generation);
     const Line line = catalog_.history().LineOf(part.branch, part.generation);
     const auto view = core_.metadata().View();
@@ -87,9 +82,13 @@ Task<Status> PoolImpl::FoldPart(const JournalPart& part) {
         const Status s =
             co_await committer_.CommitIn(std::move(regions), std::move(change), core_.home());
         if (!s.ok()) co_return s;
-        for (const DamagedRow& row : lost) TellLost(catalog_.disk(owner->disk).record.name, row);
+        for (const DamagedRow& row : lost) {
+            losses->push_back(fmt::format("disk {} has lost its last writes to chunk {}: {}",
+                                          catalog_.disk(owner->disk).record.name, row.chunk.value,
+                                          row.what));
+        }
     }
-    co_return co_await DropRows(part.keys);
+    co_return Status();
 }
 
 /// Deletes journal rows that are folded, the oldest first.
@@ -106,22 +105,37 @@ Task<Status> PoolImpl::DropRows(const std::vector<std::string>& keys) {
     co_return s;
 }
 
-Task<Status> PoolImpl::Recover() {
-    const Result<std::vector<JournalPart>> parts = ReadJournal(*core_.metadata().View());
+/// Until all is done the pool may be refused, with one line that says why. What it has lost is told
+/// by the start that opens it: as long as the journal is there, the next one finds it again.
+Task<Status> PoolImpl::Recover(const std::function<Status()>& recovered) {
+    Result<std::vector<JournalPart>> parts = ReadJournal(*core_.metadata().View());
     if (!parts.ok()) co_return parts.error();
-    if (parts.value().empty()) co_return Status();
     for (const JournalPart& part : parts.value()) {  // before anything is changed
         if (!catalog_.OwnerOf(part.branch, part.generation)) co_return NobodySees(part);
     }
     Status s;
     size_t changes = 0;
-    for (const JournalPart& part : parts.value()) {
-        s = co_await FoldPart(part);
+    std::vector<std::string> losses, keys;
+    for (JournalPart& part : parts.value()) {
+        s = co_await FoldPart(part, &losses);
         if (!s.ok()) break;
         changes += part.changes.size();
+        std::move(part.keys.begin(), part.keys.end(), std::back_inserter(keys));
     }
     co_await committer_.Idle();
-    if (s.ok()) Log(LogLevel::kInfo, fmt::format("folded {} map changes of the journal", changes));
+    if (s.ok() && recovered) s = recovered();
+    if (s.ok()) s = co_await DropRows(keys);
+    co_await committer_.Idle();
+    if (!s.ok()) co_return s;
+    for (const std::string& loss : losses) Log(LogLevel::kError, loss);
+    for (const uint64_t region : allocator_.renewed()) {
+        Log(LogLevel::kError,
+            fmt::format("allocator region {} is damaged; all of it counts as used from now on",
+                        region));
+    }
+    if (changes > 0) {
+        Log(LogLevel::kInfo, fmt::format("folded {} map changes of the journal", changes));
+    }
     co_return s;
 }
 

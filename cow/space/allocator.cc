@@ -6,7 +6,6 @@
 #include <bit>
 #include <cstring>
 
-#include "base/log.h"
 #include "base/sort_unique.h"
 #include "cow/mutants.h"
 
@@ -388,8 +387,7 @@ Status Allocator::Claim(const Extent& extent) {
 /// Gives a region whose row cannot be read a new one: all of it is used. The row says so, since
 /// recovery may have more to claim there after another crash.
 void Allocator::Renew(uint64_t index) {
-    Log(LogLevel::kError,
-        fmt::format("allocator region {} is damaged; all of it counts as used from now on", index));
+    renewed_.push_back(index);
     const uint64_t counted = TakeUnread();
     aside_.erase(index);
     Bitmaps& open = open_[index];

@@ -107,6 +107,8 @@ class Allocator {
     /// region whose row is damaged gets a new one, which says that all else in it is used: whoever
     /// reads a row of it later must not take these blocks for free.
     Status Claim(const Extent& extent);
+    /// The regions whose rows that were.
+    const std::vector<uint64_t>& renewed() const { return renewed_; }
     /// REQUIRES: leased. Goes into the next Encode.
     Status MarkUsed(const Extent& extent);
     /// kDamaged if a block is not used: then nothing was changed and nothing may be freed.
@@ -173,6 +175,7 @@ class Allocator {
     std::list<uint64_t> idle_;  // open without need; used last: last
     std::unordered_map<uint64_t, uint64_t> held_;
     std::map<uint64_t, Error> aside_;         // regions whose rows cannot be read, and why
+    std::vector<uint64_t> renewed_;           // by Claim
     std::optional<Unread> unread_;            // once one was renewed
     uint64_t unknown_from_ = 0, unknown_to_;  // pages
     const uint64_t first_count_;              // regions when the pool was opened
