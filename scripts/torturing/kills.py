@@ -20,9 +20,9 @@ def run_scenario(bench):
         server.must_start()
         opened = time.monotonic() - start
         world = bench.verify(server, candidates, legal)
-        load = Load(server, world, bench.source)
         what = bench.source.choice(("kill",) * 6 + ("stop and continue", "kill while stopped",
                                                     "terminate"))  # fmt: skip
+        load = Load(server, world, bench.source, stops=what == "terminate")
         ending = start_ending(bench, server, what)
         try:
             load.begin()

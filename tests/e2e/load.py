@@ -11,6 +11,7 @@ from server import Dead, Refused
 
 SIZES = (256, 512, 1024)  # blocks
 DISKS_MAX, SNAPSHOTS_MAX = 5, 6
+STOPPING = "the server is stopping"
 CLEAR = ("no_space", "limit", "busy")  # kinds of a refusal that leaves no doubt
 
 
@@ -46,9 +47,10 @@ def outcomes(world, planned, command):
 class Load:
     """One life of a server: from attaching until it goes."""
 
-    def __init__(self, server, world, source, may_fail=()):
+    def __init__(self, server, world, source, may_fail=(), stops=False):
         self.server, self.world, self.source = server, world, source
         self.may_fail = may_fail  # errno values that requests may be answered with
+        self.stops = stops  # the server gets SIGTERM meanwhile, and refuses commands from then on
         self.clients = {}
         self.command = None  # under way: (method, parameters); afterwards: done or not
         self.planned = None
@@ -195,6 +197,10 @@ class Load:
             self.admin.receive()
         except Refused as refused:
             self.refusals[refused.kind] = str(refused)
+            if self.stops and STOPPING in str(refused):
+                if refused.kind == "busy":  # so it is not done
+                    self.command = None
+                raise self.gone(refused) from refused
             if not self.may_fail:
                 raise Wrong(f"{method} {parameters} was refused: {refused}") from refused
             failed = self.admin.call("pool.status").get("failed")

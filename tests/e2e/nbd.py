@@ -17,10 +17,11 @@ _REQUEST_MAGIC = 0x25609513
 _OPTION_MAGIC = 0x49484156454F5054
 _OPTION_REPLY_MAGIC = 0x3E889045565A9
 _OPT_GO, _REP_ACK, _REP_INFO, _INFO_EXPORT = 7, 1, 3, 0
+_REP_ERR_SHUTDOWN = 0x80000007
 
 
 class Gone(Exception):
-    """The server closed or reset the connection."""
+    """The server closed or reset the connection, or says that it is about to end."""
 
 
 class Client:
@@ -56,6 +57,8 @@ class Client:
                 return
             if kind == _REP_INFO and data[:2] == struct.pack(">H", _INFO_EXPORT):
                 self.size, self.flags = struct.unpack(">QH", data[2:12])
+            elif kind == _REP_ERR_SHUTDOWN:
+                raise Gone(data.decode())
             elif kind != _REP_INFO:
                 raise OSError(f"export {name.decode()}: error {kind:#x} {data.decode()}")
 
