@@ -760,7 +760,7 @@ TEST_F(ConnectionTest, WhoComesNextWaitsUntilNothingOfAVanishedClientCanLand) {
         if (disconnects) client.SendBytes(Client::Header(wire::kCmdDisconnect, 0, 0, 2));
         client.Close();
         std::future<bool> nothing_lands = AwaitLeavers();
-        Until([&] { return true; });
+        Until([&] { return disconnects || volume_->abandoned() == 1; });
         EXPECT_FALSE(served_[index].over);
         EXPECT_NE(nothing_lands.wait_for(std::chrono::seconds(0)), std::future_status::ready);
         On([&] { volume_->Release(); });

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -39,6 +40,11 @@ class FakeVolume : public cow::Volume {
         waiting_.WakeOne();
     }
     uint64_t running() const { return running_; }
+    /// How many of those that are held back are of clients that are known to be gone.
+    uint64_t abandoned() const {
+        return static_cast<uint64_t>(std::count_if(held_.begin(), held_.end(),
+                                                   [](const auto* r) { return r && r->gone(); }));
+    }
     std::byte* data() { return data_.data(); }
     void Map(uint64_t offset, uint64_t length, bool mapped) {
         for (uint64_t b = offset / cow::kBlockBytes; b * cow::kBlockBytes < offset + length; ++b) {
@@ -105,7 +111,9 @@ class FakeVolume : public cow::Volume {
     Task<Errno> Enter(const char* call, const cow::Requester* requester) {
         ++calls[call];
         running_max = std::max(running_max, ++running_);
+        const auto held = held_.insert(requester);
         while (hold && let_go_ == 0) co_await waiting_.Wait();
+        held_.erase(held);
         let_go_ -= std::min<uint64_t>(let_go_, 1);
         if (requester && requester->gone()) co_return ECANCELED;
         const auto found = errors.find(call);
@@ -130,6 +138,7 @@ class FakeVolume : public cow::Volume {
 
     Executor& executor_;
     WaitList waiting_;
+    std::multiset<const cow::Requester*> held_;
     std::vector<std::byte> data_;
     std::vector<bool> mapped_;
     uint64_t let_go_ = 0;
