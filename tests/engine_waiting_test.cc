@@ -161,6 +161,28 @@ TEST_F(EngineWaitingTest, CommandsWaitWhileAShrunkDiskIsTrimmed) {
     Expect("d@s", 0, 4096, 'a');
 }
 
+TEST_F(EngineWaitingTest, AShrinkThatMeetsAStopIsDoneAndTrimmedByTheNextStart) {
+    constexpr uint64_t kSize = 32 * cow::kChunkBytes;
+    Ok(pool().CreateDisk("d", kSize));
+    for (uint64_t c = 0; c < 32; ++c) EXPECT_EQ(0, Write("d", c * cow::kChunkBytes, 4096, 'a'));
+    Stop();
+    Start();  // nothing of its map is in memory
+    machine->loader().Stall(true);
+    Beside<Status> shrinking(machine->home(), pool().ResizeDisk("d", kMiB, true, false));
+    RunOut([&] { return pool().DescribeExport("d").value().size == kMiB; });
+    pool().PrepareShutdown();
+    EXPECT_FALSE(shrinking.result.has_value());
+    machine->loader().Stall(false);
+    RunOut([&] { return shrinking.result.has_value(); });
+    EXPECT_TRUE(shrinking.result->ok()) << shrinking.result->error().message;
+    Stop();
+    Start();
+    RunOut([&] { return Show("d").used == kMiB / cow::kChunkBytes * 4096; });
+    Ok(pool().ResizeDisk("d", kSize, false, false));
+    Expect("d", 0, 4096, 'a');
+    Expect("d", kMiB, kSize - kMiB, '\0');
+}
+
 TEST_F(EngineWaitingTest, SnapshotsAreDeletedWhileTheirShrunkDiskIsTrimmed) {
     constexpr uint64_t kChunks = 32, kSize = kChunks * cow::kChunkBytes;
     Ok(pool().CreateDisk("d", kSize));
