@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <rocksdb/db.h>
 #include <rocksdb/file_system.h>
+#include <rocksdb/sst_file_manager.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <filesystem>
 #include <string>
+#include <thread>
 
 #include "cow/store/rocks_store.h"
 
@@ -41,7 +43,15 @@ class Full : public rocksdb::FileSystemWrapper {
         return status;
     }
 
+    /// So little that RocksDB does not take an error for mended.
+    IOStatus GetFreeSpace(const std::string&, const IOOptions&, uint64_t* free,
+                          IODebugContext*) override {
+        *free = 0;
+        return IOStatus::OK();
+    }
+
     std::atomic<int64_t> room = int64_t{1} << 40;
+    std::atomic<bool> refuse_compactions = false, hold_flushes = false;
     IOStatus refusal = IOStatus::NoSpace("no room");
     uint64_t most_compacting = 0;  // seen while something was written
     Ballast* ballast = nullptr;
@@ -52,6 +62,8 @@ class Full : public rocksdb::FileSystemWrapper {
             : FSWritableFileOwnerWrapper(std::move(file)), full(system) {}
         IOStatus Append(const Slice& data, const IOOptions& options,
                         IODebugContext* debug) override {
+            if (priority == rocksdb::Env::IO_HIGH) full.hold_flushes.wait(true);
+            if (Refused()) return full.refusal;
             full.most_compacting = std::max(full.most_compacting, full.ballast->compacting.load());
             if (Take(data.size())) return target()->Append(data, options, debug);
             IOStatus status = target()->Append(Slice(data.data(), data.size() / 2), options, debug);
@@ -63,9 +75,14 @@ class Full : public rocksdb::FileSystemWrapper {
         }
         IOStatus PositionedAppend(const Slice& data, uint64_t offset, const IOOptions& options,
                                   IODebugContext* debug) override {
-            if (!Take(data.size())) return full.refusal;
+            if (Refused() || !Take(data.size())) return full.refusal;
             return target()->PositionedAppend(data, offset, options, debug);
         }
+        void SetIOPriority(rocksdb::Env::IOPriority its) override {
+            priority = its;
+            target()->SetIOPriority(its);
+        }
+        bool Refused() const { return priority == rocksdb::Env::IO_LOW && full.refuse_compactions; }
         bool Take(uint64_t bytes) {
             const uint64_t given = full.ballast->bytes() - full.ballast->held();
             if (full.room + static_cast<int64_t>(given) < static_cast<int64_t>(bytes)) return false;
@@ -73,6 +90,7 @@ class Full : public rocksdb::FileSystemWrapper {
             return true;
         }
         Full& full;
+        rocksdb::Env::IOPriority priority = rocksdb::Env::IO_TOTAL;
     };
 };
 
@@ -190,7 +208,9 @@ int WriteRows(rocksdb::DB& db, int first, int count) {
     for (int i = first; i < first + count; ++i) {
         const std::string key = "key" + std::to_string(i * 7919 % 100'000);
         const std::string value(1000, static_cast<char>('a' + i % 26));
-        if (!db.Put(options, key, value).ok()) return i - first;
+        rocksdb::WriteBatch row;
+        EXPECT_TRUE(row.Put(key, value).ok());
+        if (!WriteBesideErrors(db, options, row).ok()) return i - first;
     }
     return count;
 }
@@ -202,6 +222,8 @@ struct Stack {
         full_env = rocksdb::NewCompositeEnv(full);
         env = NewBallastEnv(*full_env, ballast);
         options.env = env.get();
+        // As in the store: else a compaction that is refused ends all work of the background.
+        options.sst_file_manager.reset(rocksdb::NewSstFileManager(env.get()));
         options.create_if_missing = true;
         options.compression = rocksdb::kNoCompression;
     }
@@ -250,6 +272,32 @@ TEST_P(RefusalTest, RocksDbGoesOnWhereOthersFilledTheFileSystem) {
         ASSERT_TRUE(db->Get({}, key, &value).ok()) << i;
         EXPECT_EQ(std::string(1000, static_cast<char>('a' + i % 26)), value);
     }
+}
+
+TEST_P(RefusalTest, AWriteWaitsForAMemtableBesideACompactionThatWasRefused) {
+    Ballast ballast(path_, kBallastBytes);
+    ballast.Refill(2 * kBallastBytes);
+    Stack stack(ballast, (root_ / "db").string());
+    stack.full->refusal = Refusal();
+    stack.options.write_buffer_size = 64 << 10;
+    stack.options.max_write_buffer_number = 6;  // while writes are delayed nothing is called low
+    stack.options.level0_file_num_compaction_trigger = 100;  // not before it is asked for
+    stack.options.level0_slowdown_writes_trigger = stack.options.level0_stop_writes_trigger = 100;
+    const auto db = stack.Open();
+    ASSERT_EQ(300, WriteRows(*db, 0, 300));
+    stack.full->refuse_compactions = true;
+    const rocksdb::Status refused = db->CompactRange({}, nullptr, nullptr);
+    EXPECT_TRUE(refused.IsNoSpace()) << refused.ToString();
+    stack.full->hold_flushes = true;
+    int written = 0;
+    std::thread writer([&] { written = WriteRows(*db, 300, 600); });
+    for (uint64_t stopped = 0; stopped == 0; std::this_thread::yield()) {
+        ASSERT_TRUE(db->GetIntProperty("rocksdb.is-write-stopped", &stopped));
+    }
+    stack.full->hold_flushes = false;
+    stack.full->hold_flushes.notify_all();
+    writer.join();
+    EXPECT_EQ(600, written);
 }
 
 TEST_P(RefusalTest, WithoutABallastItIsNoSpace) {

@@ -2,14 +2,17 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <rocksdb/db.h>
 #include <rocksdb/file_system.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <string_view>
+#include <thread>
 #include <utility>
 
 #include "base/log.h"
@@ -215,6 +218,16 @@ void Ballast::Refill(uint64_t free) {
 std::unique_ptr<rocksdb::Env> NewBallastEnv(rocksdb::Env& base, Ballast& ballast) {
     return rocksdb::NewCompositeEnv(
         std::make_shared<BallastFileSystem>(base.GetFileSystem(), ballast));
+}
+
+rocksdb::Status WriteBesideErrors(rocksdb::DB& db, const rocksdb::WriteOptions& options,
+                                  rocksdb::WriteBatch& batch) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(kMemtableMsMax);
+    for (;;) {
+        rocksdb::Status status = db.Write(options, &batch);
+        if (!status.IsIncomplete() || std::chrono::steady_clock::now() > end) return status;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));  // nobody tells of the end
+    }
 }
 
 }  // namespace varve::cow

@@ -13,8 +13,12 @@
 #include "cow/store/files.h"
 
 namespace rocksdb {
+class DB;
 class Env;
-}
+class Status;
+class WriteBatch;
+struct WriteOptions;
+}  // namespace rocksdb
 
 namespace varve::cow {
 
@@ -59,5 +63,12 @@ class Ballast {
 /// where a quota is used up, of which it says that it is full.
 /// Compactions, which can wait, take the upper half only. Both arguments must outlive it.
 std::unique_ptr<rocksdb::Env> NewBallastEnv(rocksdb::Env& base, Ballast& ballast);
+
+/// db.Write(), which does not wait for a memtable while an error of the background stands, such as
+/// a compaction for which there is no room: it refuses the write before anything of it is done.
+/// This waits, kMemtableMsMax at most. `batch` may be used again after a refusal.
+rocksdb::Status WriteBesideErrors(rocksdb::DB& db, const rocksdb::WriteOptions& options,
+                                  rocksdb::WriteBatch& batch);
+inline constexpr int64_t kMemtableMsMax = 10'000;
 
 }  // namespace varve::cow

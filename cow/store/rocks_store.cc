@@ -242,7 +242,7 @@ class RocksStore : public MetadataStore {
         if (status.ok()) status = rows.PutLogData("\xff");
         rocksdb::WriteOptions options;
         options.sync = true;  // claim of MetadataStore::Commit: what succeeded is durable
-        if (status.ok()) status = db_->Write(options, &rows);
+        if (status.ok()) status = WriteBesideErrors(*db_, options, rows);
         if (status.ok()) return Status();
         // The log may or may not hold the batch; a later one on top of it could bring it back.
         failure_ = ToError(status, path_);
