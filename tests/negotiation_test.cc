@@ -64,7 +64,8 @@ struct Client {
     std::string output;  // of the server, without the greeting
     int lookups = 0;
 
-    explicit Client(NegotiationLimits limits = {}) : negotiator(limits) {
+    explicit Client(NegotiationLimits limits = {}, TlsMode tls = TlsMode::kOff)
+        : negotiator(limits, tls) {
         EXPECT_EQ(negotiator.TakeOutput().size(), sizeof(wire::Greeting));
     }
 
@@ -356,6 +357,81 @@ TEST(NegotiationTest, StartTlsIsNotOffered) {
               Types{wire::kRepErrUnsupported});
     EXPECT_EQ(client.Types(Option(wire::kOptStartTls, "x"), wire::kOptStartTls),
               Types{wire::kRepErrInvalid});
+}
+
+Client TlsClient(TlsMode mode) {
+    return Client(NegotiationLimits(), mode);
+}
+
+TEST(NegotiationTest, RequiredTlsIsRequiredForAllButStartTlsAndAbort) {
+    Client client = TlsClient(TlsMode::kRequire);
+    client.Say(Flags());
+    const std::string info = InfoData("disk0"), context = ContextData("disk0", {"base:"});
+    const std::pair<uint32_t, std::string> options[] = {{wire::kOptList, ""},
+                                                        {wire::kOptList, "x"},
+                                                        {wire::kOptInfo, info},
+                                                        {wire::kOptGo, info},
+                                                        {wire::kOptStructuredReply, ""},
+                                                        {wire::kOptListMetaContext, context},
+                                                        {wire::kOptSetMetaContext, context},
+                                                        {99, "?"},
+                                                        {wire::kOptGo, std::string(100'000, 'x')}};
+    for (const auto& [option, data] : options) {
+        EXPECT_EQ(client.Types(Option(option, data), option), Types{wire::kRepErrTlsRequired});
+    }
+    EXPECT_EQ(client.lookups, 0);
+    EXPECT_EQ(client.Types(Option(wire::kOptStartTls, "x"), wire::kOptStartTls),
+              Types{wire::kRepErrInvalid});
+    EXPECT_EQ(client.Say(Option(wire::kOptAbort)), Step::kHangUp);
+    EXPECT_EQ(client.TakeReplies().at(0).type, wire::kRepAck);
+
+    Client other = TlsClient(TlsMode::kRequire);
+    other.Say(Flags());
+    EXPECT_EQ(other.Say(Option(wire::kOptExportName, "disk0")), Step::kHangUp);
+    EXPECT_EQ(other.output, "");
+}
+
+TEST(NegotiationTest, StartTlsForgetsWhatWasAgreedOn) {
+    for (const TlsMode mode : {TlsMode::kAllow, TlsMode::kRequire}) {
+        Client client = TlsClient(mode);
+        client.Say(Flags());
+        const std::string select =
+            Option(wire::kOptSetMetaContext, ContextData("disk0", {"base:allocation"}));
+        if (mode == TlsMode::kAllow) {
+            client.Say(kStructured + select);
+            EXPECT_EQ(client.TakeReplies().size(), 3U);
+        }
+        EXPECT_EQ(client.Say(Option(wire::kOptStartTls)), Step::kStartTls);
+        EXPECT_EQ(client.TakeReplies().at(0).type, wire::kRepAck);
+        EXPECT_EQ(client.negotiator.TlsStarted(), Step::kInput);
+        EXPECT_EQ(client.Types(Option(wire::kOptStartTls), wire::kOptStartTls),
+                  Types{wire::kRepErrInvalid});
+        // Structured replies were not negotiated: neither are contexts possible.
+        EXPECT_EQ(client.Types(select, wire::kOptSetMetaContext), Types{wire::kRepErrInvalid});
+        EXPECT_EQ(client.Say(Go("disk0")), Step::kDone);
+        const NegotiationResult result = client.negotiator.TakeResult();
+        EXPECT_FALSE(result.structured_replies);
+        EXPECT_FALSE(result.base_allocation);
+    }
+}
+
+TEST(NegotiationTest, PlaintextBehindStartTlsEndsIt) {
+    for (const std::string& behind : {std::string("x"), kStructured}) {
+        Client client = TlsClient(TlsMode::kAllow);
+        EXPECT_EQ(client.Say(Flags() + Option(wire::kOptStartTls) + behind), Step::kHangUp);
+        EXPECT_EQ(client.output, "");
+    }
+}
+
+TEST(NegotiationTest, OptionsBeforeTlsCountAgainstTheLimit) {
+    NegotiationLimits limits;
+    limits.options_max = 8;
+    Client client(limits, TlsMode::kRequire);
+    client.Say(Flags());
+    for (int i = 0; i < 7; ++i) EXPECT_EQ(client.Say(kStructured), Step::kInput);
+    EXPECT_EQ(client.Say(Option(wire::kOptStartTls)), Step::kStartTls);
+    client.negotiator.TlsStarted();
+    EXPECT_EQ(client.Say(kStructured), Step::kHangUp);
 }
 
 TEST(NegotiationTest, StructuredRepliesOnceAndWithoutData) {

@@ -51,7 +51,7 @@ bool IsName(std::string_view name) {
 
 }  // namespace
 
-Negotiator::Negotiator(NegotiationLimits limits) : limits_(limits) {
+Negotiator::Negotiator(NegotiationLimits limits, TlsMode tls) : limits_(limits), tls_(tls) {
     wire::Greeting greeting;
     greeting.flags = wire::kHandshakeFixedNewstyle | wire::kHandshakeNoZeroes;
     output_ = Bytes(greeting);
@@ -136,7 +136,11 @@ bool Negotiator::TakeSkippedData() {
     length_ -= static_cast<uint32_t>(here);
     if (length_ > 0) return false;
     phase_ = Phase::kOptionHeader;
-    ReplyError(wire::kRepErrTooBig, "the data of this option is too long");
+    if (NeedsTls()) {
+        RequireTls();
+    } else {
+        ReplyError(wire::kRepErrTooBig, "the data of this option is too long");
+    }
     return true;
 }
 
@@ -145,6 +149,7 @@ void Negotiator::HandleOption(std::string_view data) {
         if (option_ == wire::kOptExportName) return HangUp();
         return ReplyError(wire::kRepErrShutdown, "the server is shutting down");
     }
+    if (NeedsTls()) return RequireTls();
     switch (option_) {
         case wire::kOptExportName:
             // This option has no error reply: all that is left is to hang up.
@@ -158,10 +163,7 @@ void Negotiator::HandleOption(std::string_view data) {
             step_ = Step::kList;
             return;
         case wire::kOptStartTls:
-            // TLS would begin here: reply ACK, hand the socket over, and forget everything but
-            // the client's flags; bytes that arrived already must not be taken for encrypted.
-            if (!data.empty()) return ReplyError(wire::kRepErrInvalid, "STARTTLS takes no data");
-            return ReplyError(wire::kRepErrUnsupported, "this server does not offer TLS");
+            return HandleStartTls(data);
         case wire::kOptInfo:
         case wire::kOptGo:
             return HandleInfoOrGo(data);
@@ -173,6 +175,37 @@ void Negotiator::HandleOption(std::string_view data) {
         default:
             return ReplyError(wire::kRepErrUnsupported, "this option is not supported");
     }
+}
+
+bool Negotiator::NeedsTls() const {
+    const bool free = option_ == wire::kOptStartTls || option_ == wire::kOptAbort;
+    return tls_ == TlsMode::kRequire && !encrypted_ && !free;
+}
+
+void Negotiator::RequireTls() {
+    if (option_ == wire::kOptExportName) return HangUp();
+    ReplyError(wire::kRepErrTlsRequired, "this server requires TLS, begin with STARTTLS");
+}
+
+void Negotiator::HandleStartTls(std::string_view data) {
+    if (!data.empty()) return ReplyError(wire::kRepErrInvalid, "STARTTLS takes no data");
+    if (encrypted_) return ReplyError(wire::kRepErrInvalid, "there is TLS already");
+    if (tls_ == TlsMode::kOff) {
+        return ReplyError(wire::kRepErrUnsupported, "this server does not offer TLS here");
+    }
+    // What came behind it in the clear may be somebody else's: it must not be taken for encrypted.
+    if (!input_.empty()) return HangUp();
+    Reply(wire::kRepAck);
+    step_ = Step::kStartTls;
+}
+
+Negotiator::Step Negotiator::TlsStarted() {
+    VARVE_CHECK(step_ == Step::kStartTls && output_.empty());
+    encrypted_ = true;
+    structured_replies_ = false;
+    context_export_.reset();
+    step_ = Step::kInput;
+    return Continue();
 }
 
 void Negotiator::HandleStructuredReply(std::string_view data) {

@@ -24,6 +24,12 @@ struct NegotiationLimits {
     uint32_t context_queries_max = 64;    // in one option
 };
 
+enum class TlsMode {
+    kOff,      // STARTTLS is refused
+    kAllow,    // the client may
+    kRequire,  // without it nothing is told
+};
+
 /// What the state machine must know of an export.
 struct ExportDescription {
     std::string name;   // its own: "disk0", also if it was asked for as ""
@@ -51,17 +57,18 @@ struct NegotiationResult {
 class Negotiator {
   public:
     enum class Step {
-        kInput,   // Feed() more
-        kList,    // call AnswerList()
-        kLookup,  // look lookup_name() up, call AnswerLookup()
-        kDone,    // send the output; transmission begins. Only after a lookup with opens()
-        kHangUp,  // send the output, then close
+        kInput,     // Feed() more
+        kList,      // call AnswerList()
+        kLookup,    // look lookup_name() up, call AnswerLookup()
+        kStartTls,  // send the output, make a handshake, call TlsStarted()
+        kDone,      // send the output; transmission begins. Only after a lookup with opens()
+        kHangUp,    // send the output, then close
     };
 
     /// The id that stands for base:allocation in BLOCK_STATUS replies.
     static constexpr uint32_t kBaseAllocationId = 1;
 
-    explicit Negotiator(NegotiationLimits limits = {});
+    explicit Negotiator(NegotiationLimits limits = {}, TlsMode tls = TlsMode::kOff);
 
     Step step() const { return step_; }
 
@@ -79,6 +86,11 @@ class Negotiator {
     /// The caller sends `list`, and what TakeOutput() gives from now on behind it.
     /// REQUIRES: step() is kList; TakeOutput() was called since.
     Step AnswerList(const ListReply& list);
+
+    /// What Feed() gets from now on was encrypted, and what TakeOutput() gives has to be. Nothing
+    /// is left of what was agreed on before. REQUIRES: step() is kStartTls; TakeOutput() was called
+    /// since.
+    Step TlsStarted();
 
     /// From now on every option but ABORT is answered with ERR_SHUTDOWN.
     void Shutdown() { shutting_down_ = true; }
@@ -104,6 +116,9 @@ class Negotiator {
     void HandleInfoOrGo(std::string_view data);
     void HandleMetaContext(std::string_view data);
     void HandleStructuredReply(std::string_view data);
+    void HandleStartTls(std::string_view data);
+    bool NeedsTls() const;
+    void RequireTls();
 
     void DescribeExport(const ExportDescription& description);
     void AnswerExportName(const ExportDescription& description);
@@ -115,13 +130,15 @@ class Negotiator {
     Step Continue();
 
     const NegotiationLimits limits_;
+    const TlsMode tls_;
     Step step_ = Step::kInput;
     Phase phase_ = Phase::kClientFlags;
     std::string input_;
     std::string output_;
     bool shutting_down_ = false;
 
-    // What the client said so far. STARTTLS, once there is one, forgets all but the flags.
+    // What the client said so far. STARTTLS forgets all but the flags and the limits' counts.
+    bool encrypted_ = false;
     bool fixed_newstyle_ = false;
     bool no_zeroes_ = false;
     bool structured_replies_ = false;

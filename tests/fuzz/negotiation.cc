@@ -1,6 +1,7 @@
 // Fuzz target: any bytes of a client against the Negotiator. What it says does not depend on how
 // the bytes were cut; every answer is well-formed; only a granted lookup opens an export.
-// Input: size of the pieces, whether the server is stopping, then the client's bytes.
+// With TLS the bytes behind STARTTLS stand for what was decrypted.
+// Input: size of the pieces, whether the server is stopping and its TLS mode, the client's bytes.
 #include "nbdserver/negotiation/negotiation.h"
 
 #include <map>
@@ -39,8 +40,9 @@ Step AnswerLookup(Negotiator& negotiator, bool shutdown) {
     return negotiator.AnswerLookup(kErrors[kind]);
 }
 
-Played Play(std::string_view bytes, size_t piece, bool shutdown) {
-    Negotiator negotiator;
+Played Play(std::string_view bytes, size_t piece, bool shutdown, TlsMode tls) {
+    Negotiator negotiator(NegotiationLimits(), tls);
+    bool encrypted = false;
     Played played;
     if (shutdown) negotiator.Shutdown();
     played.output = negotiator.TakeOutput();
@@ -64,10 +66,15 @@ Played Play(std::string_view bytes, size_t piece, bool shutdown) {
             step = AnswerLookup(negotiator, shutdown);
         }
         played.output += negotiator.TakeOutput();
+        if (step == Step::kStartTls) {
+            VARVE_CHECK(tls != TlsMode::kOff && !encrypted && !shutdown);
+            encrypted = true;
+            negotiator.TlsStarted();
+        }
     }
     played.step = negotiator.step();
     if (played.step != Step::kDone) return played;
-    VARVE_CHECK(opened);
+    VARVE_CHECK(opened && (encrypted || tls != TlsMode::kRequire));
     NegotiationResult result = negotiator.TakeResult();
     played.export_name = result.export_name;
     played.structured = result.structured_replies;
@@ -100,11 +107,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace varve::nbdserver;  // NOLINT: a function of C's
     varve::fuzz::Input input(data, size);
     const size_t piece = 1 + input.Byte();
-    const bool shutdown = input.Byte() % 8 == 7;
+    const uint8_t choice = input.Byte();
+    const bool shutdown = choice % 8 == 7;
+    const auto tls = static_cast<TlsMode>(choice / 8 % 3);
     const std::string_view bytes = input.rest();
-    const Played whole = Play(bytes, std::string_view::npos, shutdown);
-    const Played cut = Play(bytes, piece, shutdown);
+    const Played whole = Play(bytes, std::string_view::npos, shutdown, tls);
+    const Played cut = Play(bytes, piece, shutdown, tls);
     VerifyOutput(whole);
+    VerifyOutput(cut);
+    // What came behind STARTTLS in one piece ends the connection; in the next it may be TLS.
+    if (tls != TlsMode::kOff) return 0;
     VARVE_CHECK(whole.step == cut.step);
     VARVE_CHECK(whole.output == cut.output);
     VARVE_CHECK(whole.export_name == cut.export_name);
