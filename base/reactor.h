@@ -127,10 +127,11 @@ class Reactor : public Executor {
     /// Receives at most `most` bytes (0: as many as a lent buffer holds) into a buffer that is
     /// chosen only when data is there: who waits for data holds no memory. If result > 0, the
     /// bytes are at Received(op) until ReturnReceived(op), which the caller owes, soon: inside
-    /// `done` at best. result 0: the peer has sent its last byte.
+    /// `done` at best; until then they may be written, too. result 0: the peer has sent its last
+    /// byte.
     /// `idle`: nothing is expected to be there already, so the system need not look first.
     void Receive(ReceiveOp& op, int fd, uint32_t most, bool idle = false);
-    std::span<const std::byte> Received(const ReceiveOp& op) const;
+    std::span<std::byte> Received(const ReceiveOp& op) const;
     void ReturnReceived(ReceiveOp& op);
 
     /// Receives what there is once there is any, at most `memory.size()` bytes; 0 at the end of the

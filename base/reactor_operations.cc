@@ -89,7 +89,7 @@ void Reactor::Receive(ReceiveOp& op, int fd, uint32_t most, bool idle) {
     state_->StartReceive(op);
 }
 
-std::span<const std::byte> Reactor::Received(const ReceiveOp& op) const {
+std::span<std::byte> Reactor::Received(const ReceiveOp& op) const {
     VARVE_CHECK(op.flags_ & IORING_CQE_F_BUFFER);
     return {state_->BufferAt(op), static_cast<size_t>(op.result_)};
 }

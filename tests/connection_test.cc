@@ -532,7 +532,8 @@ TEST_F(ConnectionTest, BlockStatusTellsHolesAndData) {
 
     TransmissionOptions without = Structured();
     without.base_allocation = false;
-    EXPECT_EQ(Connect(without).Ask(wire::kCmdBlockStatus, 0, 4096).error, wire::kErrorInvalid);
+    EXPECT_EQ(Connect(std::move(without)).Ask(wire::kCmdBlockStatus, 0, 4096).error,
+              wire::kErrorInvalid);
 }
 
 TEST_F(ConnectionTest, BlockStatusOfAScatteredDiskIsShort) {
@@ -637,7 +638,7 @@ TEST_F(ConnectionTest, RequestsThatCameWithTheLastOptionAreServedFirst) {
     early += Client::Header(wire::kCmdRead, 0, 4096, 2).substr(0, 10);
     const std::byte* bytes = reinterpret_cast<const std::byte*>(early.data());
     options.received.assign(bytes, bytes + early.size());
-    Client& client = Connect(options);
+    Client& client = Connect(std::move(options));
     const std::string second = client.Prepare(wire::kCmdRead, 0, 4096, 2);
     EXPECT_EQ(client.Next().cookie, 1u);
     client.SendBytes(second.substr(10));

@@ -122,6 +122,36 @@ TEST_F(OptionsTest, AddressesAreHostAndPort) {
     }
 }
 
+TEST_F(OptionsTest, ListenersHaveTheirOwnPolicy) {
+    const Options options =
+        Good({"--pool", "/p", "--listen", "[::1]:1,tls=require", "--listen",
+              "a:2,read-only,tls=allow", "--listen", "a:3", "--unix", "/a,b,tls=off", "--tls-psk",
+              "/keys", "--tls-certificates", "/c", "--tls-verify-peer"});
+    ASSERT_EQ(options.listen.size(), 3U);
+    EXPECT_EQ(options.listen[0].host, "::1");
+    EXPECT_EQ(options.listen[0].policy.tls, TlsMode::kRequire);
+    EXPECT_FALSE(options.listen[0].policy.read_only);
+    EXPECT_EQ(options.listen[1].port, 2);
+    EXPECT_EQ(options.listen[1].policy.tls, TlsMode::kAllow);
+    EXPECT_TRUE(options.listen[1].policy.read_only);
+    EXPECT_FALSE(options.listen[2].policy.tls);
+    EXPECT_EQ(ParseUnixAddress(options.unix_paths.at(0)).value().path, "/a,b");
+    EXPECT_EQ(options.tls.psk, "/keys");
+    EXPECT_TRUE(options.tls.verify_peer);
+    Bad({"--pool", "/p", "--listen", "a:1,tls=on"},
+        "--listen: 'tls=on' is not tls=off, tls=allow or tls=require");
+    Bad({"--pool", "/p", "--unix", "/a,tls="},
+        "--unix: 'tls=' is not tls=off, tls=allow or tls=require");
+    Bad({"--pool", "/p", "--listen", "a:1,tls=allow"},
+        "tls= needs --tls-certificates DIR or --tls-psk FILE");
+    Bad({"--pool", "/p", "--tls-psk", "/k", "--tls-verify-peer"},
+        "--tls-verify-peer needs --tls-certificates");
+    Write("pool = /p\ntls-certificates = /c\ntls-verify-peer = off\n");
+    EXPECT_FALSE(Good({"--config", file_}).tls.verify_peer);
+    Write("tls-verify-peer = yes\n");
+    Bad({"--config", file_}, Where(1) + "tls-verify-peer: 'yes' is not on or off");
+}
+
 TEST_F(OptionsTest, FileSaysTheSame) {
     Write(
         "# a comment\n\n"

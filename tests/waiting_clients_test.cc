@@ -33,7 +33,7 @@ class WaitingClientsTest : public ::testing::Test {
         RunOn(home_, [&] { pool_.HoldExports(true); });
         clients_ = std::make_unique<Clients>(
             home_, clock_, pool_, [this](Executor&) -> ConnectionHost& { return *host_; });
-        server_ = std::make_unique<Server>(control_, home_, pool_, *clients_, limits_);
+        server_ = std::make_unique<Server>(control_, home_, pool_, *clients_, nullptr, limits_);
         Result<Listener> listener = ListenNbdUnix(path_);
         VARVE_CHECK(listener.ok());
         std::vector<Listener> listeners;

@@ -7,6 +7,9 @@
 // already) nothing is received: the client's socket fills up and it waits. The limits are its own,
 // or those of the memory that all connections share (memory_budget.h).
 //
+// Under TLS the records of a receive are opened where they lie, or into the payload that they
+// belong to, and replies are sealed where they lie, some at a time: see connection_tls.cc.
+//
 // Running. Each request is a coroutine on the volume; they run side by side and finish in any
 // order, which the protocol allows.
 //
@@ -30,7 +33,7 @@
 //   connection.cc           beginning and end           connection_receive.cc   receiving
 //   connection_host.cc      what connections share      connection_requests.cc  running, replying
 //   connection_stall.cc     who keeps others waiting    connection_large_read.cc
-//   connection_leaving.cc   whose client has left
+//   connection_leaving.cc   whose client has left       connection_tls.cc       under TLS
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -102,6 +105,7 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
     rules_.structured_replies = options.structured_replies;
     rules_.base_allocation = options.base_allocation && options.structured_replies;
     rules_.base_allocation_id = options.base_allocation_id;
+    rules_.read_only = options.read_only || volume.read_only();
     rules_.payload_max = shared_.limits.payload_max;
     if (!counters_) counters_ = std::make_shared<ConnectionCounters>();
 
@@ -127,9 +131,10 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
     KeepOffWorkers(fd);
     if (local_) EnlargeSendBuffer(fd);
     if (!options.received.empty()) {
-        Stash(options.received);
+        Stash(options.received, options.received.size());
         paused_ = true;
     }
+    if (options.tls) StartTls(std::move(options.tls), options.tls_received);
 }
 
 Connection::~Connection() {
@@ -154,6 +159,7 @@ void Connection::Lose() {
 
 void Connection::OnBatchEnd() {
     if (paused_) Resume();
+    EndIfClosed();
     DropUnwanted();
     RunWaiting();
     SendReplies();
@@ -176,6 +182,7 @@ void Connection::Finish() {
     cow::Volume& volume = volume_;
     const uint64_t seen_leaving = seen_leaving_;
     const std::function<void()> ended = std::move(ended_);
+    EndTls();
     delete this;
     if (shared.all.empty()) shared.CheckNothingHeld();
     if (seen_leaving != 0) shared.LeaverEnded(volume, seen_leaving);

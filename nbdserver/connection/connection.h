@@ -21,6 +21,7 @@
 #include "base/sync.h"
 #include "base/task.h"
 #include "cow/volume/volume.h"
+#include "nbdserver/tls/records.h"
 
 namespace varve::nbdserver {
 
@@ -59,6 +60,10 @@ struct TransmissionOptions {
     uint32_t base_allocation_id = 0;  // as told to the client
     /// Bytes that arrived behind the last option: the client's first requests.
     std::vector<std::byte> received;
+    /// The records that all further bytes are in; null: there is no TLS.
+    std::unique_ptr<tls::Records> tls;
+    std::string tls_received;  // the beginning of one that has arrived
+    bool read_only = false;    // whatever the volume is
     /// Kept and counted into; may be shared with whoever lists clients. Null: nobody looks.
     std::shared_ptr<ConnectionCounters> counters;
 };

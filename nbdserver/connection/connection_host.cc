@@ -7,6 +7,7 @@ namespace {
 
 constexpr unsigned kUnusedRequestsMax = 4096;
 constexpr unsigned kUnusedBatchesMax = 256;  // of 16 KiB each
+constexpr unsigned kUnusedSealedMax = 64;    // of 24 KiB each
 constexpr size_t kKeptMapMax = 64;           // stretches whose memory an unused request keeps
 
 template <typename T>
@@ -39,6 +40,7 @@ ConnectionHost::Shared::~Shared() {
     CheckNothingHeld();
     DeleteList(unused_requests);
     DeleteList(unused_batches);
+    DeleteList(unused_sealed);
 }
 
 void ConnectionHost::Shared::CheckNothingHeld() const {
@@ -66,6 +68,15 @@ void ConnectionHost::Shared::ReturnBatch(SendBatch* batch) {
     }
     ++unused_batch_count;
     batch->next = std::exchange(unused_batches, batch);
+}
+
+void ConnectionHost::Shared::ReturnSealed(SealedBatch* sealed) {
+    if (unused_sealed_count >= kUnusedSealedMax) {
+        delete sealed;
+        return;
+    }
+    ++unused_sealed_count;
+    sealed->next = std::exchange(unused_sealed, sealed);
 }
 
 ConnectionHost::ConnectionHost(Reactor& reactor, ConnectionLimits limits,

@@ -25,6 +25,7 @@
 #include "nbdserver/connection/connection.h"
 #include "nbdserver/connection/memory_budget.h"
 #include "nbdserver/connection/request.h"
+#include "nbdserver/tls/records.h"
 #include "nbdserver/wire/wire.h"
 
 namespace varve::nbdserver {
@@ -90,6 +91,20 @@ struct SendBatch {
     std::array<iovec, kSendPiecesMax> pieces;
 };
 
+/// Some of a batch, as records: what is being sent under TLS.
+struct SealedBatch {
+    static constexpr size_t kRecordsMax = 256;
+    // A key update may come before them.
+    static constexpr size_t kAddedMax =
+        kRecordsMax * (tls::kHeadBytesMax + tls::kTailBytesMax) + tls::Records::kKeyUpdateBytes;
+
+    SealedBatch* next = nullptr;  // among the unused
+    size_t first = 0, end = 0;    // pieces that are not sent yet
+    size_t added_bytes = 0;
+    std::array<iovec, kSendPiecesMax> pieces;
+    std::array<std::byte, kAddedMax> added;  // what goes before and behind data
+};
+
 /// What the connections of a reactor share.
 struct ConnectionHost::Shared {
     Shared(Reactor& r, ConnectionLimits l, std::shared_ptr<MemoryPot> p);
@@ -108,6 +123,13 @@ struct ConnectionHost::Shared {
         return std::exchange(unused_batches, unused_batches->next);
     }
     void ReturnBatch(SendBatch* batch);
+
+    SealedBatch* TakeSealed() {
+        if (!unused_sealed) return new SealedBatch;
+        --unused_sealed_count;
+        return std::exchange(unused_sealed, unused_sealed->next);
+    }
+    void ReturnSealed(SealedBatch* sealed);
 
     /// When nobody is left.
     void CheckNothingHeld() const;
@@ -139,6 +161,8 @@ struct ConnectionHost::Shared {
     unsigned unused_request_count = 0;
     SendBatch* unused_batches = nullptr;
     unsigned unused_batch_count = 0;
+    SealedBatch* unused_sealed = nullptr;
+    unsigned unused_sealed_count = 0;
     std::vector<Connection*> all;
     uint64_t connections_started = 0;
 
@@ -214,7 +238,7 @@ class Connection {
     void OnReceived(int32_t result);
     void OnPayload(int32_t result);
     void OnStreamEnd(int32_t result);
-    void Stash(std::span<const std::byte> bytes);
+    void Stash(std::span<const std::byte> bytes, size_t most);
     void Resume();
     std::span<const std::byte> Parse(std::span<const std::byte> bytes);
     size_t TakeHeader(std::span<const std::byte> bytes);
@@ -223,6 +247,20 @@ class Connection {
     bool TakeMemory(Request& request);
     uint32_t MostToReceive() const;
     void AcceptWrite(Request* request);
+
+    // Under TLS.
+    void StartTls(std::unique_ptr<tls::Records> records, std::string_view received);
+    void TakeSealed(std::span<std::byte> bytes);
+    std::span<std::byte> Gather(std::span<std::byte> bytes);
+    void OpenRecord(std::span<std::byte> record, size_t behind);
+    void ReleaseGathered();
+    void BreakTls(tls::Alert alert);
+    void EndIfClosed();
+    void SendSealed();
+    bool SkipSealed(uint64_t bytes);
+    void SealBatch();
+    void SealRecord();
+    void EndTls();
 
     // Running.
     void Run(Request* request);
@@ -280,6 +318,21 @@ class Connection {
         unsigned looks = 0;  // since it grew
     };
 
+    /// What a connection under TLS has besides.
+    struct Tls {
+        Tls(std::unique_ptr<tls::Records> r, ReceivedBytes& all)
+            : records(std::move(r)), gathered_part(all) {}
+
+        const std::unique_ptr<tls::Records> records;
+        // A record that arrives in pieces: its header, then all of it.
+        std::array<std::byte, tls::kHeaderBytes> header;
+        size_t gathered_bytes = 0;
+        Buffer gathered;
+        ReceivedBytes::Part gathered_part;
+        bool small_records = false;     // so the last receive brought
+        SealedBatch* sealed = nullptr;  // being sent
+    };
+
     // Fixed from the start.
     Shared& shared_;
     const int fd_;
@@ -324,6 +377,8 @@ class Connection {
     Buffer stash_;                   // received before the pause
     std::span<const std::byte> stashed_;
     ReceivedBytes::Part kept_;  // the stash
+
+    std::unique_ptr<Tls> tls_;  // null: there is none
 
     Request* replies_ = nullptr;
     Request** replies_tail_ = &replies_;

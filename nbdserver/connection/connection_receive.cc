@@ -87,7 +87,8 @@ bool Connection::IsNextSoon() const {
 void Connection::Receive() {
     if (state_ != State::kOpen || paused_) return;
     if (receive_op_.in_flight() || payload_op_.in_flight() || rest_op_.in_flight()) return;
-    if (filling_ && filling_->length - filled_ >= kDirectBytesMin) {
+    // Under TLS payloads are decrypted into place, from what a receive has brought.
+    if (!tls_ && filling_ && filling_->length - filled_ >= kDirectBytesMin) {
         expect_large_ = true;
         uint32_t piece = filling_->length - filled_;
         if (piece >= kPieceBytes + kDirectBytesMin) piece = kPieceBytes;
@@ -106,7 +107,7 @@ uint32_t Connection::MostToReceive() const {
     uint64_t most = std::min(kReceivedBytesMax, shared_.limits.host_bytes_max / 8);
     if (requests_ <= 1) most /= 2;
     const bool room = shared_.received.everywhere() + kReceiveBytes <= most;
-    return room ? kReceiveBytes : kReceiveBytesWhenScarce;
+    return room && !(tls_ && tls_->small_records) ? kReceiveBytes : kReceiveBytesWhenScarce;
 }
 
 void Connection::OnReceived(int32_t result) {
@@ -114,8 +115,13 @@ void Connection::OnReceived(int32_t result) {
     receiving_.Set(0);
     if (Reactor::WasNotIssued(result)) return;
     if (result <= 0) return OnStreamEnd(result);
-    const std::span<const std::byte> rest = Parse(shared_.reactor.Received(receive_op_));
-    if (!rest.empty() && state_ == State::kOpen) Stash(rest);
+    const std::span<std::byte> bytes = shared_.reactor.Received(receive_op_);
+    if (tls_) {
+        TakeSealed(bytes);
+    } else {
+        const std::span<const std::byte> rest = Parse(bytes);
+        if (!rest.empty() && state_ == State::kOpen) Stash(rest, rest.size());
+    }
     shared_.reactor.ReturnReceived(receive_op_);
 }
 
@@ -138,14 +144,20 @@ void Connection::OnStreamEnd(int32_t result) {
     Leaving(Poll());
 }
 
-/// Keeps what was received but finds no room now, so that the lent buffer can go back.
-void Connection::Stash(std::span<const std::byte> bytes) {
-    stash_ = shared_.pool.Take(bytes.size());
-    if (!stash_) return Drop();
-    std::memcpy(stash_.data(), bytes.data(), bytes.size());
-    stashed_ = stash_.span();
-    shared_.Hold(stash_.size());
-    kept_.Set(BufferPool::Rounded(stash_.size()));
+/// Keeps what was received but finds no room now, so that the lent buffer can go back. `most`: what
+/// may be kept until the next Resume(), these bytes included.
+void Connection::Stash(std::span<const std::byte> bytes, size_t most) {
+    if (!stash_) {
+        stash_ = shared_.pool.Take(most);
+        if (!stash_) return Drop();
+        stashed_ = stash_.span().first(0);
+        shared_.Hold(stash_.size());
+        kept_.Set(BufferPool::Rounded(stash_.size()));
+    }
+    std::byte* const end = stash_.data() + (stashed_.data() - stash_.data()) + stashed_.size();
+    VARVE_CHECK(end + bytes.size() <= stash_.data() + stash_.size());
+    std::memcpy(end, bytes.data(), bytes.size());
+    stashed_ = {stashed_.data(), stashed_.size() + bytes.size()};
 }
 
 /// Goes on with what had been received when a limit was met.
@@ -192,6 +204,7 @@ size_t Connection::TakePayload(std::span<const std::byte> bytes) {
     const size_t used = std::min<size_t>(filling_->length - filled_, bytes.size());
     std::memcpy(filling_->payload.data() + filled_, bytes.data(), used);
     filled_ += static_cast<uint32_t>(used);
+    given_.bytes += used;
     if (filled_ == filling_->length) Run(std::exchange(filling_, nullptr));
     return used;
 }
@@ -210,7 +223,7 @@ bool Connection::Accept(const std::byte* header) {
         disconnecting_ = true;
         return true;
     }
-    request->error = Validate(*request, rules_, volume_.size(), volume_.read_only());
+    request->error = Validate(*request, rules_, volume_.size());
     request->work = request->error ? 0 : WorkNeeded(*request);
     request->charge = request->error ? 0 : MemoryNeeded(*request, rules_.structured_replies);
     if (!TakeMemory(*request)) {

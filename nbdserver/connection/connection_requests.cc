@@ -158,6 +158,7 @@ void Connection::SendReplies() {
 
 /// Sends some of what is left of the batch.
 void Connection::SendPieces() {
+    if (tls_) return SendSealed();
     SendBatch& batch = *batch_;
     size_t end = batch.first;
     uint64_t bytes = 0;
@@ -171,6 +172,7 @@ void Connection::SendPieces() {
 
 /// Whether there is more of the batch behind these bytes.
 bool Connection::SkipSent(uint64_t bytes) {
+    if (tls_) return SkipSealed(bytes);
     SendBatch& batch = *batch_;
     batch.message.msg_iov[batch.message.msg_iovlen - 1].iov_len += std::exchange(batch.cut, 0);
     while (batch.first < batch.end && bytes >= batch.pieces[batch.first].iov_len) {

@@ -256,12 +256,12 @@ bool Decode(const std::byte* header, Request& request) {
     return received.magic == wire::kRequestMagic;
 }
 
-Errno Validate(const Request& request, const RequestRules& rules, uint64_t size, bool read_only) {
+Errno Validate(const Request& request, const RequestRules& rules, uint64_t size) {
     const uint16_t type = request.type;
     if (type > wire::kCmdBlockStatus) return EINVAL;
     if (request.flags & ~AllowedFlags(request, rules)) return EINVAL;
     if (type == wire::kCmdFlush) return 0;  // offset and length are reserved
-    if (read_only && Changes(type)) return EPERM;
+    if (rules.read_only && Changes(type)) return EPERM;
     const bool payload = type == wire::kCmdRead || type == wire::kCmdWrite;
     if (payload && request.length > rules.payload_max) return EINVAL;
     if (request.offset > size || request.length > size - request.offset) {

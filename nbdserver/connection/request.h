@@ -25,6 +25,7 @@ class Connection;
 struct RequestRules {
     bool structured_replies = false;
     bool base_allocation = false;
+    bool read_only = false;
     uint32_t base_allocation_id = 0;
     uint32_t payload_max = wire::kPayloadMax;  // bytes of a READ or WRITE
 };
@@ -67,7 +68,7 @@ struct Request {
 bool Decode(const std::byte* header, Request& request);
 
 /// Whether `request` may be run on an export of `size` bytes: 0, or the error to answer with.
-Errno Validate(const Request& request, const RequestRules& rules, uint64_t size, bool read_only);
+Errno Validate(const Request& request, const RequestRules& rules, uint64_t size);
 
 /// Bytes of memory that running and answering a valid `request` takes.
 uint64_t MemoryNeeded(const Request& request, bool structured_replies);

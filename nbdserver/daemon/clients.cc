@@ -22,9 +22,10 @@ constexpr int64_t kDisconnectUs = 10'000'000;
 
 class Client {
   public:
-    explicit Client(std::string a) : address(std::move(a)) {}
+    Client(std::string a, bool r) : address(std::move(a)), read_only(r) {}
 
     const std::string address;
+    const bool read_only;  // whatever the export is
 
     // Fixed from Open() on.
     cow::Export opened;
@@ -127,8 +128,8 @@ Result<ExportDescription> Clients::Describe(std::string export_name) {
     return ExportDescription{std::move(entry.name), entry.size, entry.read_only};
 }
 
-std::shared_ptr<Client> Clients::Make(std::string address) {
-    return std::make_shared<Client>(std::move(address));
+std::shared_ptr<Client> Clients::Make(std::string address, bool read_only) {
+    return std::make_shared<Client>(std::move(address), read_only);
 }
 
 Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_name) {
@@ -151,7 +152,7 @@ Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_na
     clients_.emplace(client->opened.id, client);  // from now on it can be fenced
     co_await Hop(*client->reactor);
     client->description.size = volume.size();
-    client->description.read_only = volume.read_only();
+    client->description.read_only = volume.read_only() || client->read_only;
     co_await Hop(home_);
     co_return Status();
 }
@@ -180,6 +181,7 @@ void Clients::GiveUp(std::shared_ptr<Client> client) {
 Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {
     client->serving = true;
     options.counters = client->counters;
+    options.read_only = client->read_only;
     Log(LogLevel::kDebug,
         fmt::format("{} attached to '{}'", client->address, client->description.name));
     ConnectionHost& host = host_of_(*client->reactor);

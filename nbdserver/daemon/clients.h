@@ -39,8 +39,9 @@ class Clients : public admin::ClientDirectory {
     /// Says what an export is, without attaching to it. Errors as of Pool::DescribeExport.
     Result<ExportDescription> Describe(std::string export_name);
 
-    /// A client that will ask for an export. `address`: for lists. Any thread.
-    static std::shared_ptr<Client> Make(std::string address);
+    /// A client that will ask for an export. `address`: for lists. `read_only`: whatever the export
+    /// is. Any thread.
+    static std::shared_ptr<Client> Make(std::string address, bool read_only);
 
     /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport; kFailed after
     /// Drain(), kBusy after GiveUp(). If it succeeds, the client owes Serve() or Release(), soon

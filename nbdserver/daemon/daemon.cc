@@ -48,8 +48,10 @@ std::string Absolute(const std::string& path) {
 }
 
 Result<std::vector<Listener>> Listen(const Options& options) {
+    const bool credentials = !options.tls.empty();
     Result<std::vector<Listener>> listeners = TakeSystemdSockets();
     if (!listeners.ok()) return listeners.error();
+    for (Listener& passed : listeners.value()) ApplyPolicy(ListenPolicy(), credentials, passed);
     std::vector<TcpAddress> addresses = options.listen;
     if (addresses.empty() && options.unix_paths.empty() && listeners.value().empty()) {
         addresses.push_back({"127.0.0.1", kNbdPort});
@@ -61,11 +63,15 @@ Result<std::vector<Listener>> Listen(const Options& options) {
         });
         Result<std::vector<Listener>> more = ListenTcp(address, both);
         if (!more.ok()) return more.error();
+        for (Listener& one : more.value()) ApplyPolicy(address.policy, credentials, one);
         std::move(more.value().begin(), more.value().end(), std::back_inserter(listeners.value()));
     }
-    for (const std::string& path : options.unix_paths) {
-        Result<Listener> listener = ListenNbdUnix(Absolute(path));
+    for (const std::string& text : options.unix_paths) {
+        const Result<UnixAddress> address = ParseUnixAddress(text);
+        if (!address.ok()) return address.error();
+        Result<Listener> listener = ListenNbdUnix(Absolute(address.value().path));
         if (!listener.ok()) return listener.error();
+        ApplyPolicy(address.value().policy, credentials, listener.value());
         listeners.value().push_back(std::move(listener.value()));
     }
     return listeners;
@@ -157,6 +163,11 @@ Status Daemon::StartServing(const Options& options) {
         *home_, *clock_, *pool_,
         [this](Executor& reactor) -> ConnectionHost& { return plane_->HostOf(reactor); });
 
+    if (!options.tls.empty()) {
+        Result<std::unique_ptr<TlsService>> tls = TlsService::Start(*control_, options.tls);
+        if (!tls.ok()) return tls.error();
+        tls_ = std::move(tls.value());
+    }
     Result<std::vector<Listener>> listeners = Listen(options);
     if (!listeners.ok()) return listeners.error();
     for (const Listener& listener : listeners.value()) uris_.push_back(listener.uri);
@@ -187,12 +198,10 @@ Status Daemon::StartServing(const Options& options) {
     limits.waiting_max = options.waiting_max;
     limits.peer_timeout_s = options.peer_timeout_s;
     limits.connections_max = shares.value().connections;
-    server_ = std::make_unique<Server>(*control_, *home_, *pool_, *clients_, limits);
+    server_ = std::make_unique<Server>(*control_, *home_, *pool_, *clients_, tls_.get(), limits);
     server_->Start(std::move(listeners.value()));
     control_->OnTermination([this](int) { Spawn(Stop()); });
-    control_->OnReload([] {
-        Log(LogLevel::kInfo, "SIGHUP: no setting can change while the server runs; restart it");
-    });
+    control_->OnReload([this] { Reload(); });
     AnnounceReady();
     return Status();
 }
@@ -272,6 +281,21 @@ Task<void> Daemon::Stop() {
     outcome_ = std::move(status);
     stopped_ = true;
     control_->Stop();
+}
+
+void Daemon::Reload() {
+    if (tls_) {
+        loops_->Enter();
+        Spawn(ReloadTls());
+    } else {
+        Log(LogLevel::kInfo, "SIGHUP: no setting can change while the server runs; restart it");
+    }
+}
+
+Task<void> Daemon::ReloadTls() {
+    Task<void> reloading = tls_->Reload();
+    co_await reloading;
+    loops_->Leave();
 }
 
 Task<void> Daemon::EndStuckClients() {

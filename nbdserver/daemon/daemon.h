@@ -17,6 +17,7 @@
 #include "nbdserver/daemon/data_plane.h"
 #include "nbdserver/daemon/options.h"
 #include "nbdserver/daemon/server.h"
+#include "nbdserver/daemon/tls_service.h"
 
 namespace varve::nbdserver {
 
@@ -45,6 +46,8 @@ class Daemon {
     Task<void> CommitNowAndThen(uint64_t interval_ms);
     Task<void> Stop();
     Task<void> EndStuckClients();
+    void Reload();
+    Task<void> ReloadTls();
     Task<void> StopInTime();
     Task<void> LeaveBehind(std::string what);
     void ClosePool();
@@ -62,6 +65,7 @@ class Daemon {
     std::unique_ptr<cow::Pool> pool_;  // used and destroyed on home
     std::unique_ptr<Clients> clients_;
     std::unique_ptr<admin::Service> admin_;
+    std::unique_ptr<TlsService> tls_;  // null: there is none
     std::unique_ptr<Server> server_;
 
     // Of the control thread.

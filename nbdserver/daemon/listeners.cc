@@ -92,6 +92,35 @@ Result<Listener> ListenOn(const addrinfo& info, const TcpAddress& address, bool 
     return listener;
 }
 
+/// Takes ",tls=MODE" and ",read-only" from the end of `text`.
+Result<ListenPolicy> TakePolicy(std::string_view& text) {
+    ListenPolicy policy;
+    for (;;) {
+        const size_t comma = text.rfind(',');
+        if (comma == std::string_view::npos) return policy;
+        const std::string_view word = text.substr(comma + 1);
+        if (word == "read-only") {
+            policy.read_only = true;
+        } else if (word == "tls=off") {
+            policy.tls = TlsMode::kOff;
+        } else if (word == "tls=allow") {
+            policy.tls = TlsMode::kAllow;
+        } else if (word == "tls=require") {
+            policy.tls = TlsMode::kRequire;
+        } else if (word.starts_with("tls=")) {
+            return MakeError(ErrorKind::kInvalid,
+                             fmt::format("'{}' is not tls=off, tls=allow or tls=require", word));
+        } else {
+            return policy;
+        }
+        text = text.substr(0, comma);
+    }
+}
+
+bool IsUnix(int fd) {
+    return ::sd_is_socket(fd, AF_UNIX, SOCK_STREAM, -1) > 0;
+}
+
 }  // namespace
 
 Result<TcpAddress> ParseTcpAddress(std::string_view text) {
@@ -99,6 +128,8 @@ Result<TcpAddress> ParseTcpAddress(std::string_view text) {
         ErrorKind::kInvalid,
         fmt::format("'{}' is not an address; write HOST:PORT, as in 127.0.0.1:10809 or [::1]:10809",
                     text));
+    const Result<ListenPolicy> policy = TakePolicy(text);
+    if (!policy.ok()) return policy.error();
     const size_t colon = text.rfind(':');
     if (colon == std::string_view::npos || colon == 0) return wrong;
     std::string_view host = text.substr(0, colon);
@@ -108,9 +139,25 @@ Result<TcpAddress> ParseTcpAddress(std::string_view text) {
     if (!bracketed && host.find_first_of(":[]") != std::string_view::npos) return wrong;
     TcpAddress address;
     address.host = host;
+    address.policy = policy.value();
     const auto [end, error] = std::from_chars(port.data(), port.data() + port.size(), address.port);
     if (error != std::errc() || end != port.data() + port.size()) return wrong;
     return address;
+}
+
+Result<UnixAddress> ParseUnixAddress(std::string_view text) {
+    const Result<ListenPolicy> policy = TakePolicy(text);
+    if (!policy.ok()) return policy.error();
+    if (text.empty()) return MakeError(ErrorKind::kInvalid, "the path is empty");
+    return UnixAddress{std::string(text), policy.value()};
+}
+
+void ApplyPolicy(const ListenPolicy& policy, bool credentials, Listener& listener) {
+    const bool local = IsUnix(listener.socket.fd.get());
+    const TlsMode usual = local ? TlsMode::kAllow : TlsMode::kRequire;
+    listener.tls = policy.tls.value_or(credentials ? usual : TlsMode::kOff);
+    listener.read_only = policy.read_only;
+    if (listener.tls == TlsMode::kRequire) listener.uri.insert(3, "s");  // behind "nbd"
 }
 
 Result<std::vector<Listener>> ListenTcp(const TcpAddress& address, bool both) {

@@ -3,25 +3,43 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "admin/unix_socket.h"
 #include "base/result.h"
+#include "nbdserver/negotiation/negotiation.h"
 
 namespace varve::nbdserver {
+
+/// What clients of a listener may do.
+struct ListenPolicy {
+    std::optional<TlsMode> tls;  // none: as fits the server's credentials and the socket
+    bool read_only = false;      // every export
+};
 
 /// HOST:PORT, with an IPv6 address in brackets.
 struct TcpAddress {
     std::string host;
     uint16_t port = 0;
+    ListenPolicy policy;
 };
 
-/// kInvalid with a message that shows the form.
+struct UnixAddress {
+    std::string path;
+    ListenPolicy policy;
+};
+
+/// HOST:PORT[,tls=off|allow|require][,read-only]. kInvalid with a message that shows the form.
 Result<TcpAddress> ParseTcpAddress(std::string_view text);
+/// PATH, likewise. Anything else behind a comma belongs to the path.
+Result<UnixAddress> ParseUnixAddress(std::string_view text);
 
 struct Listener {
+    TlsMode tls = TlsMode::kOff;
+    bool read_only = false;
     admin::ListeningSocket socket;  // non-blocking, close-on-exec; with a path if it made the file
     std::string uri;  // "nbd://127.0.0.1:10809" with the actual port, "nbd+unix:///?socket=PATH"
 };
@@ -33,6 +51,11 @@ Result<std::vector<Listener>> ListenTcp(const TcpAddress& address, bool both = t
 Result<Listener> ListenNbdUnix(const std::string& path);
 /// Those of LISTEN_FDS; none if the server was not started by a socket unit. Once per process.
 Result<std::vector<Listener>> TakeSystemdSockets();
+
+/// Fixes what `policy` leaves open: with credentials TLS is required over TCP, and allowed on a
+/// unix socket, where the file's mode says who may connect. A URI says nbds:// where it is
+/// required.
+void ApplyPolicy(const ListenPolicy& policy, bool credentials, Listener& listener);
 
 /// "127.0.0.1:51234", "[::1]:51234" or "unix:uid=0,pid=12" of the other end of `fd`.
 std::string PeerAddress(int fd);

@@ -11,9 +11,10 @@
 namespace varve::nbdserver {
 namespace {
 
-enum class Form { kFlag, kOnce, kRepeatable };
+enum class Form { kFlag, kSwitch, kOnce, kRepeatable };
 
-/// One setting: `--name VALUE` on the command line, `name = VALUE` in the file.
+/// One setting: `--name VALUE` on the command line, `name = VALUE` in the file. A flag has no
+/// value, and is not for the file; a switch is `--name` there, for `name = on`.
 struct Setting {
     const char* name;
     const char* value;  // as the help text calls it
@@ -69,11 +70,31 @@ const Setting kSettings[] = {
          return address.status();
      },
      "NBD over TCP; [::1]:PORT for IPv6, port 0 for a free one; repeatable\n"
-     "(default 127.0.0.1:10809, without --unix and sockets of systemd's)",
+     "(default 127.0.0.1:10809, without --unix and sockets of systemd's);\n"
+     "HOST:PORT,tls=off|allow|require,read-only: what its clients may do (tls: require if\n"
+     "there are certificates or keys, else off)",
      [](Options& o) { o.listen.clear(); }},
     {"unix", "PATH", Form::kRepeatable,
-     [](Options& o, Text t) { return SetText(o.unix_paths.emplace_back(), t); },
-     "NBD over a unix socket; repeatable", [](Options& o) { o.unix_paths.clear(); }},
+     [](Options& o, Text t) {
+         const Result<UnixAddress> address = ParseUnixAddress(t);
+         return address.ok() ? SetText(o.unix_paths.emplace_back(), t) : address.status();
+     },
+     "NBD over a unix socket; repeatable; PATH,tls=off|allow|require,read-only as above\n"
+     "(tls: allow if there are certificates or keys, else off)",
+     [](Options& o) { o.unix_paths.clear(); }},
+    {"tls-certificates", "DIR", Form::kOnce,
+     [](Options& o, Text t) { return SetText(o.tls.certificates, t); },
+     "TLS with server-cert.pem and server-key.pem of DIR; SIGHUP reads them again"},
+    {"tls-psk", "FILE", Form::kOnce, [](Options& o, Text t) { return SetText(o.tls.psk, t); },
+     "TLS with pre-shared keys, USER:HEXKEY a line as psktool writes them; SIGHUP likewise"},
+    {"tls-verify-peer", "", Form::kSwitch,
+     [](Options& o, Text t) {
+         o.tls.verify_peer = t == "on";
+         if (o.tls.verify_peer || t == "off") return Status();
+         return Status(MakeError(ErrorKind::kInvalid, fmt::format("'{}' is not on or off", t)));
+     },
+     "clients without pre-shared key must show a certificate of DIR/ca-cert.pem's that is\n"
+     "not in DIR/ca-crl.pem"},
     {"admin", "PATH", Form::kOnce, [](Options& o, Text t) { return SetText(o.admin, t); },
      "admin socket (default DIR/admin.sock)"},
     {"threads", "N", Form::kOnce,
@@ -224,7 +245,7 @@ class Source {
     /// `where` begins the message: "--listen" or "FILE:3: listen".
     Status Set(const Setting& setting, std::string_view value, const std::string& where) {
         const bool first = seen_.insert(&setting).second;
-        if (!first && setting.form == Form::kOnce) {
+        if (!first && (setting.form == Form::kOnce || setting.form == Form::kSwitch)) {
             return MakeError(ErrorKind::kInvalid, where + " is given twice");
         }
         if (first && setting.clear) setting.clear(options_);
@@ -306,6 +327,8 @@ Result<std::vector<Given>> SplitArguments(const std::vector<std::string>& argume
             given.push_back({setting, ""});
         } else if (equals != std::string::npos) {
             given.push_back({setting, argument.substr(equals + 1)});
+        } else if (setting->form == Form::kSwitch) {
+            given.push_back({setting, "on"});
         } else if (i + 1 < arguments.size()) {
             given.push_back({setting, arguments[++i]});
         } else {
@@ -314,6 +337,24 @@ Result<std::vector<Given>> SplitArguments(const std::vector<std::string>& argume
         }
     }
     return given;
+}
+
+/// Whether there is what TLS needs.
+Status CheckTls(const Options& options) {
+    if (options.tls.verify_peer && options.tls.certificates.empty()) {
+        return MakeError(ErrorKind::kInvalid, "--tls-verify-peer needs --tls-certificates");
+    }
+    if (!options.tls.empty()) return Status();
+    const auto wanted = [](const ListenPolicy& policy) {
+        return policy.tls.value_or(TlsMode::kOff) != TlsMode::kOff;
+    };
+    bool any = false;
+    for (const TcpAddress& address : options.listen) any = any || wanted(address.policy);
+    for (const std::string& path : options.unix_paths) {
+        any = any || wanted(ParseUnixAddress(path).value().policy);
+    }
+    if (!any) return Status();
+    return MakeError(ErrorKind::kInvalid, "tls= needs --tls-certificates DIR or --tls-psk FILE");
 }
 
 }  // namespace
@@ -333,7 +374,10 @@ Result<Options> ParseOptions(const std::vector<std::string>& arguments) {
             source.Set(*one.setting, one.value, std::string("--") + one.setting->name);
         if (!status.ok()) return status.error();
     }
-    if (options.help || options.version || options.check_config) return options;
+    if (options.help || options.version) return options;
+    const Status tls = CheckTls(options);
+    if (!tls.ok()) return tls.error();
+    if (options.check_config) return options;
     if (options.pool.empty()) {
         return MakeError(ErrorKind::kInvalid, "which pool? give --pool DIR; see varved --help");
     }

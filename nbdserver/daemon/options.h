@@ -12,6 +12,7 @@
 #include "nbdserver/connection/connection.h"
 #include "nbdserver/daemon/listeners.h"
 #include "nbdserver/negotiation/negotiation.h"
+#include "nbdserver/tls/credentials.h"
 
 namespace varve::nbdserver {
 
@@ -20,8 +21,9 @@ inline constexpr uint16_t kNbdPort = 10809;  // IANA
 struct Options {
     std::string pool;
     std::string data;
-    std::vector<TcpAddress> listen;  // as given
-    std::vector<std::string> unix_paths;
+    std::vector<TcpAddress> listen;       // as given
+    std::vector<std::string> unix_paths;  // as ParseUnixAddress() takes them
+    tls::CredentialFiles tls;
     std::string admin;     // empty: POOL/admin.sock
     unsigned threads = 0;  // 0: one per CPU
     uint64_t poll_us = 50;

@@ -1,17 +1,15 @@
 #include "nbdserver/daemon/server.h"
 
 #include <fmt/format.h>
-#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
-#include <optional>
 #include <utility>
 
 #include "base/log.h"
+#include "nbdserver/daemon/channel.h"
 
 namespace varve::nbdserver {
 namespace {
@@ -25,7 +23,6 @@ constexpr uint64_t kPatienceMs = 500;
 constexpr uint64_t kListedOptionMs = 250;
 constexpr uint64_t kLookAgainMs = 20;
 constexpr int kAcceptsPerTurn = 16;
-constexpr size_t kReadBytes = 4096;
 
 LookupError ToLookupError(const Error& error) {
     switch (error.kind) {
@@ -37,35 +34,6 @@ LookupError ToLookupError(const Error& error) {
         default:
             return LookupError::kFailed;
     }
-}
-
-/// Time in pieces.
-class Stopwatch {
-  public:
-    using Clock = std::chrono::steady_clock;
-
-    void Go() { began_ = Clock::now(); }
-    void Halt() {
-        passed_ += Clock::now() - *began_;
-        began_.reset();
-    }
-    bool running() const { return began_.has_value(); }
-    Clock::duration passed() const {
-        return passed_ + (began_ ? Clock::now() - *began_ : Clock::duration::zero());
-    }
-    uint64_t ms() const {
-        const auto all = std::chrono::duration_cast<std::chrono::milliseconds>(passed());
-        return static_cast<uint64_t>(all.count());
-    }
-
-  private:
-    Clock::duration passed_{};
-    std::optional<Clock::time_point> began_;
-};
-
-bool Readable(int fd) {
-    pollfd readable{fd, POLLIN, 0};
-    return ::poll(&readable, 1, 0) > 0;
 }
 
 }  // namespace
@@ -82,30 +50,32 @@ struct Server::Acceptor {
 
 /// A client that negotiates.
 struct Server::Handshake {
-    Handshake(Control& control, int fd, const NegotiationLimits& limits)
-        : socket(control, fd), deadline(control), negotiator(limits) {}
+    Handshake(Control& control, int fd, const NegotiationLimits& limits, const Listener& listener)
+        : channel(control, fd),
+          deadline(control),
+          negotiator(limits, listener.tls),
+          read_only(listener.read_only) {}
 
     std::string address;
-    ControlSocket socket;
+    Channel channel;
     Timer deadline;
     Negotiator negotiator;
-    Stopwatch waited;                       // for this client to send or to read
-    bool reading = false;                   // it waits for input
+    const bool read_only;
     bool leaving = false;                   // it waited too long
     std::shared_ptr<const ListReply> list;  // to be sent
     std::shared_ptr<Client> client;         // once its export is open
     std::shared_ptr<Client> asking;         // while that is waited for
     WaitingRoom::Guest guest;               // likewise
     bool crowded = false;                   // too many waited for it
-    std::array<char, kReadBytes> buffer;
 };
 
-Server::Server(Control& control, Executor& home, cow::Pool& pool, Clients& clients,
+Server::Server(Control& control, Executor& home, cow::Pool& pool, Clients& clients, TlsService* tls,
                ServerLimits limits)
     : control_(control),
       home_(home),
       pool_(pool),
       clients_(clients),
+      tls_(tls),
       limits_(limits),
       lists_(control, home, pool, limits.negotiation.list_bytes_max),
       room_(control),
@@ -133,7 +103,7 @@ void Server::Close() {
     acceptors_.clear();
     for (const std::shared_ptr<Handshake>& handshake : handshakes_) {
         handshake->negotiator.Shutdown();
-        handshake->socket.Cancel();
+        handshake->channel.Cancel();
     }
     room_.WakeAll();
 }
@@ -154,7 +124,7 @@ Task<void> Server::Accept(std::shared_ptr<Acceptor> acceptor) {
         }
         Errno shortage = 0;
         for (int n = 0; n < kAcceptsPerTurn && !closing_ && !Full(); ++n) {
-            if (!AcceptOne(acceptor->socket, &shortage)) break;
+            if (!AcceptOne(*acceptor, &shortage)) break;
         }
         if (shortage == 0) continue;
         const std::string what = fmt::format("cannot accept on {}", acceptor->listener.uri);
@@ -167,8 +137,8 @@ Task<void> Server::Accept(std::shared_ptr<Acceptor> acceptor) {
 }
 
 /// False if there is nobody to accept, or if the system cannot (`*shortage`).
-bool Server::AcceptOne(const ControlSocket& socket, Errno* shortage) {
-    const int fd = ::accept4(socket.fd(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+bool Server::AcceptOne(const Acceptor& acceptor, Errno* shortage) {
+    const int fd = ::accept4(acceptor.socket.fd(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd < 0) {
         const Errno error = errno;
         const bool out = error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
@@ -185,7 +155,8 @@ bool Server::AcceptOne(const ControlSocket& socket, Errno* shortage) {
         return true;
     }
     PrepareConnection(fd, limits_.peer_timeout_s);
-    auto handshake = std::make_shared<Handshake>(control_, fd, limits_.negotiation);
+    auto handshake =
+        std::make_shared<Handshake>(control_, fd, limits_.negotiation, acceptor.listener);
     handshake->address = PeerAddress(fd);
     handshakes_.insert(handshake);
     ++connections_;
@@ -203,8 +174,8 @@ void Server::MakeRoom() {
     Handshake* slowest = nullptr;
     Stopwatch::Clock::duration longest = std::chrono::milliseconds(kPatienceMs);
     for (const std::shared_ptr<Handshake>& handshake : handshakes_) {
-        const Stopwatch::Clock::duration waited = handshake->waited.passed();
-        if (waited < longest || !IsLate(*handshake)) continue;
+        const Stopwatch::Clock::duration waited = handshake->channel.waited().passed();
+        if (waited < longest || !handshake->channel.IsLate()) continue;
         longest = waited;
         slowest = handshake.get();
     }
@@ -215,13 +186,7 @@ void Server::EndLate(Handshake& handshake) {
     if (std::exchange(handshake.leaving, true)) return;
     Log(LogLevel::kDebug, fmt::format("{} took too long to negotiate", handshake.address));
     ++leaving_;
-    handshake.socket.Cancel();
-}
-
-/// Whether it is the client that is waited for now, not this thread that has not come to it.
-bool Server::IsLate(const Handshake& handshake) {
-    if (!handshake.waited.running()) return false;
-    return !handshake.reading || !Readable(handshake.socket.fd());
+    handshake.channel.Cancel();
 }
 
 uint64_t Server::AllowedMs(const Handshake& handshake) const {
@@ -232,9 +197,9 @@ uint64_t Server::AllowedMs(const Handshake& handshake) const {
 /// whoever waits for a place looks again.
 Task<void> Server::WatchDeadline(std::shared_ptr<Handshake> handshake) {
     for (;;) {
-        const uint64_t waited_ms = handshake->waited.ms();
+        const uint64_t waited_ms = handshake->channel.waited().ms();
         const uint64_t allowed_ms = AllowedMs(*handshake);
-        if (waited_ms >= allowed_ms && IsLate(*handshake)) break;
+        if (waited_ms >= allowed_ms && handshake->channel.IsLate()) break;
         if (waited_ms >= kPatienceMs) room_.WakeAll();
         const uint64_t next_ms =
             waited_ms < kPatienceMs ? kPatienceMs : std::max(allowed_ms, waited_ms);
@@ -266,6 +231,7 @@ Task<void> Server::Negotiate(std::shared_ptr<Handshake> handshake) {
     co_await conversing;
     std::shared_ptr<Client> client = std::move(handshake->client);
     if (!client) {
+        handshake->channel.SayGoodbye();
         NegotiationEnded(handshake);
         ConnectionEnded();
         co_return;
@@ -273,9 +239,9 @@ Task<void> Server::Negotiate(std::shared_ptr<Handshake> handshake) {
     // Never wait for the peer while its export is open: whoever fences the disk would wait too.
     // What it was told before has left already, so a few hundred bytes fit, or it does not read.
     Negotiator& negotiator = handshake->negotiator;
-    const bool told = !handshake->socket.cancelled() &&
+    const bool told = !handshake->channel.cancelled() &&
                       negotiator.step() == Negotiator::Step::kDone &&
-                      handshake->socket.WriteNow(negotiator.TakeOutput());
+                      handshake->channel.WriteNow(negotiator.TakeOutput());
     if (!told) {
         NegotiationEnded(handshake);
         co_await Hop(home_);
@@ -290,11 +256,14 @@ Task<void> Server::Negotiate(std::shared_ptr<Handshake> handshake) {
     options.structured_replies = result.structured_replies;
     options.base_allocation = result.base_allocation;
     options.base_allocation_id = Negotiator::kBaseAllocationId;
-    const auto* leftover = reinterpret_cast<const std::byte*>(result.leftover.data());
-    options.received.assign(leftover, leftover + result.leftover.size());
-    const int fd = handshake->socket.Release();
+    Channel::Remains remains = handshake->channel.Release();
+    const std::string received = result.leftover + remains.plain;
+    const auto* bytes = reinterpret_cast<const std::byte*>(received.data());
+    options.received.assign(bytes, bytes + received.size());
+    options.tls = std::move(remains.records);
+    options.tls_received = std::move(remains.sealed);
     NegotiationEnded(handshake);
-    Spawn(Attend(std::move(client), fd, std::move(options)));
+    Spawn(Attend(std::move(client), remains.fd, std::move(options)));
 }
 
 Task<void> Server::Attend(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {
@@ -311,24 +280,22 @@ Task<void> Server::Converse(std::shared_ptr<Handshake> handshake) {
     using Step = Negotiator::Step;
     while (negotiator.step() != Step::kDone) {
         std::shared_ptr<Handshake> teller = handshake;
-        handshake->waited.Go();
         Task<bool> telling = Tell(std::move(teller));
         const bool written = co_await telling;
-        handshake->waited.Halt();
         if (!written || negotiator.step() == Step::kHangUp) break;
         if (negotiator.step() == Step::kInput) {
-            handshake->waited.Go();
-            handshake->reading = true;
-            Task<size_t> reading = handshake->socket.Read(handshake->buffer);
-            const size_t bytes = co_await reading;
-            handshake->reading = false;
-            handshake->waited.Halt();
-            if (bytes == 0) break;
-            negotiator.Feed(std::string_view(handshake->buffer.data(), bytes));
+            Task<std::string> reading = handshake->channel.Read();
+            const std::string bytes = co_await reading;
+            if (bytes.empty()) break;
+            negotiator.Feed(bytes);
             continue;
         }
         std::shared_ptr<Handshake> shared = handshake;
-        if (negotiator.step() == Step::kList) {
+        if (negotiator.step() == Step::kStartTls) {
+            Task<bool> starting = StartTls(std::move(shared));
+            const bool started = co_await starting;
+            if (!started) break;
+        } else if (negotiator.step() == Step::kList) {
             Task<void> answering = AnswerList(std::move(shared));
             co_await answering;
         } else {
@@ -350,13 +317,26 @@ Task<bool> Server::Tell(std::shared_ptr<Handshake> handshake) {
     const std::string output = handshake->negotiator.TakeOutput();
     const std::shared_ptr<const ListReply> list = std::move(handshake->list);
     for (size_t i = 0; list && i < list->pieces.size(); ++i) {
-        Task<bool> writing = handshake->socket.WriteAll(list->pieces[i]);
+        Task<bool> writing = handshake->channel.WriteAll(list->pieces[i]);
         const bool written = co_await writing;
         if (!written) co_return false;
         co_await Hop(control_);  // a list may be long: others have their turns
     }
-    Task<bool> writing = handshake->socket.WriteAll(output);
+    Task<bool> writing = handshake->channel.WriteAll(output);
     co_return co_await writing;
+}
+
+Task<bool> Server::StartTls(std::shared_ptr<Handshake> handshake) {
+    VARVE_CHECK(tls_);
+    Task<std::string> starting = handshake->channel.StartTls(*tls_);
+    const std::string failure = co_await starting;
+    if (failure.empty()) {
+        handshake->negotiator.TlsStarted();
+        co_return true;
+    }
+    Log(LogLevel::kInfo,
+        fmt::format("{}: the TLS handshake failed: {}", handshake->address, failure));
+    co_return false;
 }
 
 Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
@@ -368,9 +348,10 @@ Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
     }
     std::string name = negotiator.lookup_name();
     co_await Hop(home_);
-    const Result<ExportDescription> described = clients_.Describe(std::move(name));
+    Result<ExportDescription> described = clients_.Describe(std::move(name));
     co_await Hop(control_);
     if (described.ok()) {
+        if (handshake->read_only) described.value().read_only = true;
         negotiator.AnswerLookup(described.value());
     } else {
         Refuse(negotiator, described.error());
@@ -383,8 +364,8 @@ Task<void> Server::OpenExport(std::shared_ptr<Handshake> handshake) {
     std::string name = negotiator.lookup_name();
     std::string address = handshake->address;
     handshake->crowded = false;
-    handshake->asking = Clients::Make(std::move(address));
-    handshake->guest.fd = handshake->socket.fd();
+    handshake->asking = Clients::Make(std::move(address), handshake->read_only);
+    handshake->guest.fd = handshake->channel.fd();
     handshake->guest.name = name;
     handshake->guest.end = [this, raw = handshake.get()](WaitingRoom::Reason reason) {
         EndWait(*raw, reason);
@@ -410,7 +391,7 @@ Task<void> Server::OpenExport(std::shared_ptr<Handshake> handshake) {
 /// Of a handshake in OpenExport().
 void Server::EndWait(Handshake& handshake, WaitingRoom::Reason reason) {
     if (reason == WaitingRoom::Reason::kPeerGone) {
-        handshake.socket.Cancel();
+        handshake.channel.Cancel();
     } else {
         handshake.crowded = true;
     }

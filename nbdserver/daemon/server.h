@@ -19,6 +19,7 @@
 #include "nbdserver/daemon/control_socket.h"
 #include "nbdserver/daemon/export_lists.h"
 #include "nbdserver/daemon/listeners.h"
+#include "nbdserver/daemon/tls_service.h"
 #include "nbdserver/daemon/waiting_room.h"
 #include "nbdserver/negotiation/negotiation.h"
 
@@ -38,8 +39,9 @@ struct ServerLimits {
 /// Lives on the control thread: all methods are called there.
 class Server {
   public:
-    /// All of these outlive the server. `clients` and `pool` live on `home`.
-    Server(Control& control, Executor& home, cow::Pool& pool, Clients& clients,
+    /// All of these outlive the server. `clients` and `pool` live on `home`. `tls` may be null if
+    /// no listener offers it.
+    Server(Control& control, Executor& home, cow::Pool& pool, Clients& clients, TlsService* tls,
            ServerLimits limits);
     /// REQUIRES: never started, or Closed() has finished.
     ~Server();
@@ -59,16 +61,16 @@ class Server {
     struct Handshake;
 
     Task<void> Accept(std::shared_ptr<Acceptor> acceptor);
-    bool AcceptOne(const ControlSocket& socket, Errno* shortage);
+    bool AcceptOne(const Acceptor& acceptor, Errno* shortage);
     bool Full() const { return handshakes_.size() - waiting_.seated() >= limits_.negotiating_max; }
     void MakeRoom();
     uint64_t AllowedMs(const Handshake& handshake) const;
-    static bool IsLate(const Handshake& handshake);
     void EndLate(Handshake& handshake);
     Task<void> WatchDeadline(std::shared_ptr<Handshake> handshake);
     Task<void> Negotiate(std::shared_ptr<Handshake> handshake);
     Task<void> Converse(std::shared_ptr<Handshake> handshake);
     Task<bool> Tell(std::shared_ptr<Handshake> handshake);
+    Task<bool> StartTls(std::shared_ptr<Handshake> handshake);
     Task<void> AnswerList(std::shared_ptr<Handshake> handshake);
     Task<void> AnswerLookup(std::shared_ptr<Handshake> handshake);
     Task<void> OpenExport(std::shared_ptr<Handshake> handshake);
@@ -83,6 +85,7 @@ class Server {
     Executor& home_;
     cow::Pool& pool_;
     Clients& clients_;
+    TlsService* const tls_;
     const ServerLimits limits_;
 
     ExportLists lists_;

@@ -54,8 +54,11 @@ std::string Summary(const Options& o) {
         o.connection.bytes_max);
     text += fmt::format("|{}|{}|{}|{}", o.bytes_in_flight_max, o.admin_connections_max,
                         o.connection.stall_ms_max, o.poll_us);
+    text += fmt::format("|{}|{}|{}", o.tls.certificates, o.tls.psk, o.tls.verify_peer);
     for (const TcpAddress& address : o.listen) {
-        text += fmt::format("|{} {}", address.host, address.port);
+        const int tls = address.policy.tls ? static_cast<int>(*address.policy.tls) : -1;
+        text +=
+            fmt::format("|{} {} {} {}", address.host, address.port, tls, address.policy.read_only);
     }
     for (const std::string& path : o.unix_paths) text += "|" + path;
     return text;
@@ -94,7 +97,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (!parsed.ok()) {
         const Error& error = parsed.error();
         VARVE_CHECK(error.kind == ErrorKind::kInvalid);
-        VARVE_CHECK(error.message.substr(0, path.size() + 1) == path + ":");
+        // What does not go together is in no line of its own.
+        VARVE_CHECK(error.message.substr(0, path.size() + 1) == path + ":" ||
+                    error.message.find("needs --tls-") != std::string::npos);
         VARVE_CHECK(error.message.find('\n') == std::string::npos);
         return 0;
     }
