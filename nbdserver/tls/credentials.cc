@@ -67,6 +67,9 @@ Result<std::shared_ptr<const Credentials>> Credentials::Load(const CredentialFil
     SSL_CTX_set_options(context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION |
                                      SSL_OP_NO_COMPRESSION | SSL_OP_CIPHER_SERVER_PREFERENCE);
     SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+    // A PSK is a session to the library, and with --tls-verify-peer sessions must have this.
+    const unsigned char session_context[] = "varved";
+    SSL_CTX_set_session_id_context(context, session_context, sizeof session_context);
     SSL_CTX_set_dh_auto(context, 1);
     Status status;
     if (!files.certificates.empty()) {
