@@ -15,28 +15,12 @@
 #include "nbdserver/wire/wire.h"
 #include "tests/fake_volume.h"
 #include "tests/run_on.h"
+#include "tests/tls_agreement.h"
 
 namespace varve::nbdserver {
 namespace {
 
 constexpr uint64_t kSize = 64 << 20;
-
-tls::Agreement MakeAgreement(tls::Version version, size_t fragment_max) {
-    tls::Agreement agreement;
-    agreement.version = version;
-    agreement.fragment_max = fragment_max;
-    agreement.client = tls::Secret(std::string(32, 'c'));
-    agreement.server = tls::Secret(std::string(32, 's'));
-    agreement.client_keys = {tls::Secret(std::string(16, 'k')), tls::Secret("iv_c")};
-    agreement.server_keys = {tls::Secret(std::string(16, 'K')), tls::Secret("iv_s")};
-    return agreement;
-}
-
-tls::Agreement OtherSide(tls::Agreement agreement) {
-    std::swap(agreement.client, agreement.server);
-    std::swap(agreement.client_keys, agreement.server_keys);
-    return agreement;
-}
 
 std::string Header(uint16_t type, uint64_t offset, uint32_t length, uint64_t cookie) {
     wire::Request request;

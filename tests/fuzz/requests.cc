@@ -1,6 +1,8 @@
 // Fuzz target: any bytes behind negotiation, over a socket pair, into a real connection on a real
 // reactor. Each request that a plain reading of the protocol finds in the bytes is answered once,
 // in the form that was negotiated; what follows a refused request is still understood.
+// With one option the bytes are under TLS, in records as long as the stream says, of which one may
+// be damaged.
 // Input: a byte of options, then items - the first byte of each says what it is: a well-formed
 // header of few bytes, or as many raw bytes as the second says.
 #include <sys/socket.h>
@@ -16,6 +18,7 @@
 #include "tests/fake_volume.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/run_on.h"
+#include "tests/tls_agreement.h"
 
 namespace varve::nbdserver {
 namespace {
@@ -206,6 +209,40 @@ class Answers {
     uint64_t read_ = 0;  // bytes of the READ whose chunks are coming
 };
 
+tls::Agreement AgreementFor(uint8_t choice) {
+    return MakeAgreement(choice & 0x20 ? tls::Version::k12 : tls::Version::k13, 16384);
+}
+
+/// What a client sends of `data`: records of lengths that depend on it.
+std::string Seal(tls::Records& records, std::string_view data) {
+    std::string sealed;
+    while (!data.empty()) {
+        const auto seed = static_cast<uint8_t>(data.front() ^ data.back());
+        const std::string_view part = data.substr(0, 1 + seed * seed % 20000);
+        if (seed % 16 == 3 && records.tail_bytes() == tls::kTailBytesMax) {
+            const auto update = records.SealKeyUpdate();
+            sealed.append(reinterpret_cast<const char*>(update.data()), update.size());
+        }
+        records.SealCopy(part, sealed);
+        data.remove_prefix(part.size());
+    }
+    return sealed;
+}
+
+/// The data that a server has sent in records, as far as they are whole.
+std::string Open(tls::Records& records, std::string sealed) {
+    std::string data;
+    std::span<std::byte> rest = std::as_writable_bytes(std::span(sealed));
+    while (const size_t bytes = records.Measure(rest)) {
+        if (bytes > rest.size()) break;
+        const std::span<std::byte> opened = records.Open(rest.first(bytes));
+        data.append(reinterpret_cast<const char*>(opened.data()), opened.size());
+        rest = rest.subspan(bytes);
+    }
+    VARVE_CHECK(!records.broken() || records.broken() == tls::Alert::kCloseNotify);
+    return data;
+}
+
 void Try(Server& server, uint8_t choice, const std::string& stream) {
     TransmissionOptions options;
     options.structured_replies = choice & 1;
@@ -220,7 +257,18 @@ void Try(Server& server, uint8_t choice, const std::string& stream) {
     const int room = 1 << 20;
     setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
     // The server may hang up in the middle: then the rest is not taken, which is no finding.
-    const std::string_view late = std::string_view(stream).substr(early);
+    std::string late = stream.substr(early);
+    const bool encrypted = choice & 0x10;
+    const bool damaged = encrypted && choice & 0x40 && !late.empty();
+    tls::Records client(OtherSide(AgreementFor(choice)));
+    if (encrypted) {
+        options.tls = std::make_unique<tls::Records>(AgreementFor(choice));
+        late = Seal(client, late);
+        if (damaged) late[stream.size() * 7 % late.size()] ^= 0x10;
+        const size_t begun = choice & 4 ? late.size() % 5 : 0;
+        options.tls_received = late.substr(0, begun);
+        late.erase(0, begun);
+    }
     if (!late.empty()) {
         VARVE_CHECK(send(fds[1], late.data(), late.size(), MSG_NOSIGNAL | MSG_DONTWAIT) ==
                     static_cast<ssize_t>(late.size()));
@@ -234,7 +282,10 @@ void Try(Server& server, uint8_t choice, const std::string& stream) {
                            [&ended] { ended.set_value(); });
     });
     Reading reading = Read(stream);
-    Answers answers(ReceiveAll(fds[1]), reading, choice & 1);
+    reading.broken = reading.broken || damaged;
+    std::string received = ReceiveAll(fds[1]);
+    if (encrypted) received = Open(client, std::move(received));
+    Answers answers(std::move(received), reading, choice & 1);
     const uint64_t count = answers.Verify();
     VARVE_CHECK(reading.broken ? count <= reading.requests : count == reading.requests);
     ended.get_future().wait();
@@ -247,6 +298,8 @@ void Try(Server& server, uint8_t choice, const std::string& stream) {
 }  // namespace varve::nbdserver
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    // First, so that the reactor's thread ends before the library of ciphers is cleaned up.
+    static const varve::nbdserver::tls::Records library(varve::nbdserver::AgreementFor(0));
     static varve::nbdserver::Server server;
     varve::fuzz::Input input(data, size);
     const uint8_t choice = input.Byte();
