@@ -22,6 +22,8 @@ struct ClientInfo {
     uint64_t requests = 0;  // answered
     uint64_t bytes_read = 0;
     uint64_t bytes_written = 0;
+    bool tls = false;
+    std::string identity;  // who it has proved to be: "psk:alice", "certificate:backup"; or empty
 };
 
 /// Both tasks are started on the home executor and finish on it; they may hop in between.

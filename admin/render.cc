@@ -212,10 +212,13 @@ std::string RenderSnapshot(const json::value& snapshot) {
 }
 
 std::string RenderClients(const json::value& result) {
-    Rows rows = {
-        {">ID", "EXPORT", "ADDRESS", "ACCESS", "SINCE", ">IDLE", ">REQUESTS", ">READ", ">WRITTEN"}};
+    Rows rows = {{">ID", "EXPORT", "ADDRESS", "IDENTITY", "ACCESS", "SINCE", ">IDLE", ">REQUESTS",
+                  ">READ", ">WRITTEN"}};
     for (const json::value& client : Elements(result, "clients")) {
+        const std::string identity = Text(client, "identity");
+        const std::string anybody = Flag(client, "tls") ? "tls" : "-";
         rows.push_back({Count(client, "id"), Text(client, "export"), Text(client, "address"),
+                        identity.empty() ? anybody : identity,
                         Flag(client, "read_only") ? "read-only" : "read-write",
                         Text(client, "since"), Count(client, "idle_s") + " s",
                         Count(client, "requests"), Size(client, "bytes_read"),

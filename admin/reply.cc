@@ -46,7 +46,9 @@ json::object ToJson(const ClientInfo& client) {
             {"idle_s", client.idle_s},
             {"requests", client.requests},
             {"bytes_read", client.bytes_read},
-            {"bytes_written", client.bytes_written}};
+            {"bytes_written", client.bytes_written},
+            {"tls", client.tls},
+            {"identity", client.identity}};
 }
 
 json::object ToJson(const cow::PoolStatus& status, const ServerFacts& facts) {

@@ -441,7 +441,7 @@ TEST(Service, ListsAndDisconnectsClientsOfADiskAndItsSnapshots) {
     server.OnClients([](FakeClients& clients) {
         clients.clients = {{3, "127.0.0.1:5", "dd", 0, 9, false, 1, 2, 3},
                            {2, "unix:", "d@s", 0, 9, true, 1, 2, 3},
-                           {1, "127.0.0.1:4", "d", 0, 9, false, 1, 2, 3}};
+                           {1, "127.0.0.1:4", "d", 0, 9, false, 1, 2, 3, true, "psk:alice"}};
     });
     EXPECT_EQ(client.Ask(Call("client.list")).at("result").at("clients").as_array().size(), 3u);
     const json::value of_disk = client.Ask(Call("client.list", R"({"disk":"d"})"));
@@ -455,7 +455,9 @@ TEST(Service, ListsAndDisconnectsClientsOfADiskAndItsSnapshots) {
                            {"idle_s", 9},
                            {"requests", 1},
                            {"bytes_read", 2},
-                           {"bytes_written", 3}}));
+                           {"bytes_written", 3},
+                           {"tls", true},
+                           {"identity", "psk:alice"}}));
     const json::value of_snapshot = client.Ask(Call("client.list", R"({"disk":"d@s"})"));
     EXPECT_EQ(of_snapshot.at("result").at("clients").as_array().size(), 1u);
     EXPECT_EQ(KindOf(client.Ask(Call("client.list", R"({"disk":"none"})"))), "not_found");

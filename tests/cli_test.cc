@@ -298,17 +298,18 @@ TEST_F(Cli, DoesNotWaitForAPoolThatHasFailed) {
 TEST_F(Cli, ListsAndDisconnectsClients) {
     MakeDisk();
     server_.OnClients([](FakeClients& clients) {
-        clients.clients = {{1, "127.0.0.1:40000", "disk0", 0, 7, false, 12, 4096, 8192},
-                           {2, "unix:uid=0,pid=77", "disk0@a", 0, 61, true, 3, 0, 0}};
+        clients.clients = {
+            {1, "127.0.0.1:40000", "disk0", 0, 7, false, 12, 4096, 8192, true, "psk:alice"},
+            {2, "unix:uid=0,pid=77", "disk0@a", 0, 61, true, 3, 0, 0}};
     });
     EXPECT_EQ(
         Done({"clients"}),
-        "ID  EXPORT   ADDRESS            ACCESS      SINCE                     IDLE  REQUESTS     "
-        "READ  WRITTEN\n"
-        " 1  disk0    127.0.0.1:40000    read-write  1970-01-01T00:00:00.000Z   7 s        12  4.0 "
-        "KiB  8.0 KiB\n"
-        " 2  disk0@a  unix:uid=0,pid=77  read-only   1970-01-01T00:00:00.000Z  61 s         3      "
-        "0 B      0 B\n");
+        "ID  EXPORT   ADDRESS            IDENTITY   ACCESS      SINCE                     IDLE  "
+        "REQUESTS     READ  WRITTEN\n"
+        " 1  disk0    127.0.0.1:40000    psk:alice  read-write  1970-01-01T00:00:00.000Z   7 s  "
+        "      12  4.0 KiB  8.0 KiB\n"
+        " 2  disk0@a  unix:uid=0,pid=77  -          read-only   1970-01-01T00:00:00.000Z  61 s  "
+        "       3      0 B      0 B\n");
     EXPECT_EQ(DoneJson({"clients", "disk0@a"}).at("clients").as_array().size(), 1u);
     EXPECT_EQ(Done({"disconnect", "disk0"}), "disconnected 2\n");
     EXPECT_TRUE(DoneJson({"clients"}).at("clients").as_array().empty());

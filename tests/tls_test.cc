@@ -1,5 +1,6 @@
 // TLS without sockets: files of keys, handshakes, records, against OpenSSL as the client.
 #include <gtest/gtest.h>
+#include <malloc.h>
 
 #include <filesystem>
 #include <fstream>
@@ -366,6 +367,19 @@ TEST_F(TlsTest, OldVersionsAndWeakCiphersAreRefused) {
         EXPECT_FALSE(Shake(client)) << ciphers;
         EXPECT_NE(handshake_->failure(), "");
     }
+}
+
+TEST_F(TlsTest, AConnectionCostsLittleAfterItsHandshake) {
+#ifdef VARVE_SANITIZED
+    GTEST_SKIP() << "sanitizers have an allocator of their own";
+#endif
+    TlsClient client({});
+    ASSERT_TRUE(Shake(client));
+    constexpr size_t kConnections = 200;
+    std::vector<std::unique_ptr<Records>> all(kConnections);
+    const size_t before = ::mallinfo2().uordblks;
+    for (auto& one : all) one = std::make_unique<Records>(handshake_->agreement());
+    EXPECT_LT(::mallinfo2().uordblks - before, kConnections * 4096);
 }
 
 TEST_F(TlsTest, FilesThatCannotBeUsedAreNamed) {

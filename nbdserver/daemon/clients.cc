@@ -22,10 +22,9 @@ constexpr int64_t kDisconnectUs = 10'000'000;
 
 class Client {
   public:
-    Client(std::string a, bool r) : address(std::move(a)), read_only(r) {}
+    explicit Client(Visitor v) : visitor(std::move(v)) {}
 
-    const std::string address;
-    const bool read_only;  // whatever the export is
+    const Visitor visitor;
 
     // Fixed from Open() on.
     cow::Export opened;
@@ -128,8 +127,8 @@ Result<ExportDescription> Clients::Describe(std::string export_name) {
     return ExportDescription{std::move(entry.name), entry.size, entry.read_only};
 }
 
-std::shared_ptr<Client> Clients::Make(std::string address, bool read_only) {
-    return std::make_shared<Client>(std::move(address), read_only);
+std::shared_ptr<Client> Clients::Make(Visitor visitor) {
+    return std::make_shared<Client>(std::move(visitor));
 }
 
 Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_name) {
@@ -152,7 +151,7 @@ Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_na
     clients_.emplace(client->opened.id, client);  // from now on it can be fenced
     co_await Hop(*client->reactor);
     client->description.size = volume.size();
-    client->description.read_only = volume.read_only() || client->read_only;
+    client->description.read_only = volume.read_only() || client->visitor.read_only;
     co_await Hop(home_);
     co_return Status();
 }
@@ -181,9 +180,9 @@ void Clients::GiveUp(std::shared_ptr<Client> client) {
 Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {
     client->serving = true;
     options.counters = client->counters;
-    options.read_only = client->read_only;
+    options.read_only = client->visitor.read_only;
     Log(LogLevel::kDebug,
-        fmt::format("{} attached to '{}'", client->address, client->description.name));
+        fmt::format("{} attached to '{}'", client->visitor.address, client->description.name));
     ConnectionHost& host = host_of_(*client->reactor);
     co_await Hop(*client->reactor);
     if (client->ending || client->draining) {
@@ -198,7 +197,7 @@ Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOp
     co_await Hop(home_);
     const uint64_t given_up = client->counters->given_up.load(std::memory_order_relaxed);
     Log(given_up ? LogLevel::kInfo : LogLevel::kDebug,
-        fmt::format("{} left '{}', {} of its requests were given up", client->address,
+        fmt::format("{} left '{}', {} of its requests were given up", client->visitor.address,
                     client->description.name, given_up));
     Task<void> closing = Close(std::move(client));
     co_await closing;
@@ -237,12 +236,14 @@ Task<std::vector<admin::ClientInfo>> Clients::List() {
         if (!client->serving) continue;
         admin::ClientInfo info;
         info.id = id;
-        info.address = client->address;
+        info.address = client->visitor.address;
         info.export_name = pool_.ExportName(id);
         info.since_ms = client->since_ms;
         const auto idle = std::chrono::duration_cast<std::chrono::seconds>(now - client->active);
         info.idle_s = static_cast<uint64_t>(idle.count());
         info.read_only = client->description.read_only;
+        info.tls = client->visitor.tls;
+        info.identity = client->visitor.identity;
         info.requests = client->counters->requests.load(std::memory_order_relaxed);
         info.bytes_read = client->counters->bytes_read.load(std::memory_order_relaxed);
         info.bytes_written = client->counters->bytes_written.load(std::memory_order_relaxed);

@@ -27,6 +27,14 @@ namespace varve::nbdserver {
 
 class Client;
 
+/// What is known of a client before it asks for an export.
+struct Visitor {
+    std::string address;
+    bool tls = false;
+    std::string identity;    // as tls::Describe() gives it
+    bool read_only = false;  // whatever the export is
+};
+
 /// Lives on the home executor: all methods are called there, and their tasks are started there.
 class Clients : public admin::ClientDirectory {
   public:
@@ -39,9 +47,8 @@ class Clients : public admin::ClientDirectory {
     /// Says what an export is, without attaching to it. Errors as of Pool::DescribeExport.
     Result<ExportDescription> Describe(std::string export_name);
 
-    /// A client that will ask for an export. `address`: for lists. `read_only`: whatever the export
-    /// is. Any thread.
-    static std::shared_ptr<Client> Make(std::string address, bool read_only);
+    /// A client that will ask for an export. Any thread.
+    static std::shared_ptr<Client> Make(Visitor visitor);
 
     /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport; kFailed after
     /// Drain(), kBusy after GiveUp(). If it succeeds, the client owes Serve() or Release(), soon

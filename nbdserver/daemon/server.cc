@@ -362,9 +362,13 @@ Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
 Task<void> Server::OpenExport(std::shared_ptr<Handshake> handshake) {
     Negotiator& negotiator = handshake->negotiator;
     std::string name = negotiator.lookup_name();
-    std::string address = handshake->address;
+    Visitor visitor;
+    visitor.address = handshake->address;
+    visitor.tls = handshake->channel.encrypted();
+    visitor.identity = tls::Describe(handshake->channel.identity());
+    visitor.read_only = handshake->read_only;
     handshake->crowded = false;
-    handshake->asking = Clients::Make(std::move(address), handshake->read_only);
+    handshake->asking = Clients::Make(std::move(visitor));
     handshake->guest.fd = handshake->channel.fd();
     handshake->guest.name = name;
     handshake->guest.end = [this, raw = handshake.get()](WaitingRoom::Reason reason) {

@@ -4,9 +4,8 @@
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 
-#include <array>
+#include <cctype>
 #include <cstring>
-#include <optional>
 #include <utility>
 
 #include "base/check.h"
@@ -67,6 +66,21 @@ std::string Drain(BIO* bio) {
 }
 
 }  // namespace
+
+std::string Describe(const Identity& identity) {
+    std::string text;
+    if (!identity.psk_user.empty()) {
+        text = "psk:" + identity.psk_user;
+    } else if (!identity.common_name.empty()) {
+        text = "certificate:" + identity.common_name;
+    } else if (!identity.names.empty()) {
+        text = "certificate:" + identity.names.front();
+    }
+    for (char& c : text) {
+        if (std::iscntrl(static_cast<unsigned char>(c))) c = '?';
+    }
+    return text;
+}
 
 /// What the library keeps until the handshake is done.
 struct Handshake::Library {
