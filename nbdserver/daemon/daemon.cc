@@ -346,6 +346,9 @@ void Daemon::ClosePool() {
         const Status status = RunOn(*home_, pool_->Shutdown());
         if (!status.ok()) Log(LogLevel::kError, status.error().message);
     }
+    // A request that finished last may have told home so from inside of the pool's turns, and be on
+    // its way out of them yet.
+    plane_->Settle();
     RunOn(*home_, Destroy(std::move(pool_)));
 }
 

@@ -10,6 +10,7 @@
 #include <cerrno>
 
 #include "base/check.h"
+#include "base/run_on.h"
 #include "nbdserver/connection/memory_pot.h"
 
 namespace varve::nbdserver {
@@ -31,6 +32,10 @@ int OpenAgain(int fd) {
         return -1;
     }
     return again;
+}
+
+Task<bool> Nothing() {
+    co_return true;
 }
 
 }  // namespace
@@ -58,6 +63,10 @@ Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, Fi
         lane.host = std::make_unique<ConnectionHost>(*lane.reactor, each, pot);
     }
     return plane;
+}
+
+void DataPlane::Settle() {
+    for (Lane& lane : lanes_) RunOn(*lane.reactor, Nothing());
 }
 
 void DataPlane::Stop() {

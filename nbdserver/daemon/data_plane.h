@@ -22,6 +22,9 @@ class DataPlane {
                                                     const ConnectionLimits& limits,
                                                     int64_t poll_nanoseconds);
 
+    /// Waits until each thread has come back to its loop from what it ran when this was called.
+    void Settle();
+
     /// Waits for what is under way, then ends the threads. REQUIRES: no connection is left, and
     /// nothing is posted any more.
     void Stop();
