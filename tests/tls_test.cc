@@ -217,6 +217,16 @@ TEST_F(TlsTest, EveryVersionAndCipherCarriesDataBothWays) {
     }
 }
 
+TEST_F(TlsTest, AUserWhoseKeyWasNotUsedIsNobody) {
+    // A key goes with SHA-256 only: the library looks the user up, and then takes a certificate.
+    TlsSetup setup;
+    setup.ciphers = "TLS_AES_256_GCM_SHA384";
+    setup.key = std::string(32, 'x');  // not alice's
+    TlsClient client(setup);
+    ASSERT_TRUE(Shake(client)) << handshake_->failure();
+    EXPECT_EQ(handshake_->identity().psk_user, "");
+}
+
 TEST_F(TlsTest, PaddingIsTakenOff) {
     TlsSetup setup;
     setup.padding = 4096;

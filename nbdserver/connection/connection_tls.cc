@@ -108,8 +108,7 @@ void Connection::OpenRecord(std::span<std::byte> record, size_t behind) {
         if (filled_ == filling_->length) Run(std::exchange(filling_, nullptr));
         return;
     }
-    std::span<const std::byte> rest = data;
-    if (!paused_) rest = Parse(rest);
+    const std::span<const std::byte> rest = Parse(data);  // all of it, while paused
     if (!rest.empty() && state_ == State::kOpen) Stash(rest, most);
 }
 
