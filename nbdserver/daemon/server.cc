@@ -23,6 +23,7 @@ constexpr uint64_t kPatienceMs = 500;
 constexpr uint64_t kListedOptionMs = 250;
 constexpr uint64_t kLookAgainMs = 20;
 constexpr int kAcceptsPerTurn = 16;
+constexpr uint64_t kFailuresTold = 10;  // in a second; of more only their number
 
 LookupError ToLookupError(const Error& error) {
     switch (error.kind) {
@@ -334,9 +335,24 @@ Task<bool> Server::StartTls(std::shared_ptr<Handshake> handshake) {
         handshake->negotiator.TlsStarted();
         co_return true;
     }
-    Log(LogLevel::kInfo,
-        fmt::format("{}: the TLS handshake failed: {}", handshake->address, failure));
+    TellOfFailure(fmt::format("{}: the TLS handshake failed: {}", handshake->address, failure));
     co_return false;
+}
+
+/// Whoever reaches the port can fail as often as he likes: that shall not fill the log.
+void Server::TellOfFailure(const std::string& line) {
+    const auto now = Stopwatch::Clock::now();
+    if (now - told_since_ >= std::chrono::seconds(1)) {
+        if (untold_ > 0) Log(LogLevel::kInfo, fmt::format("{} more handshakes failed", untold_));
+        told_since_ = now;
+        told_ = untold_ = 0;
+    }
+    if (told_ < kFailuresTold) {
+        ++told_;
+        Log(LogLevel::kInfo, line);
+    } else {
+        ++untold_;
+    }
 }
 
 Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {

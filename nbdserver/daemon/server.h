@@ -5,6 +5,7 @@
 //                              '-> [waits for its export: WaitingRoom] -'
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <set>
@@ -71,6 +72,7 @@ class Server {
     Task<void> Converse(std::shared_ptr<Handshake> handshake);
     Task<bool> Tell(std::shared_ptr<Handshake> handshake);
     Task<bool> StartTls(std::shared_ptr<Handshake> handshake);
+    void TellOfFailure(const std::string& line);
     Task<void> AnswerList(std::shared_ptr<Handshake> handshake);
     Task<void> AnswerLookup(std::shared_ptr<Handshake> handshake);
     Task<void> OpenExport(std::shared_ptr<Handshake> handshake);
@@ -93,11 +95,13 @@ class Server {
     std::set<std::shared_ptr<Handshake>> handshakes_;
     uint64_t connections_ = 0;
     bool closing_ = false;
-    uint64_t leaving_ = 0;  // of handshakes_: closed already
-    bool full_ = false;     // reported already
-    WaitList room_;         // a negotiation ended, or may be ended for others
-    Gate gate_;             // accept loops, connections and their deadlines
-    WaitingRoom waiting_;   // of handshakes_: those that wait for their export
+    uint64_t leaving_ = 0;                              // of handshakes_: closed already
+    bool full_ = false;                                 // reported already
+    std::chrono::steady_clock::time_point told_since_;  // of handshakes that failed
+    uint64_t told_ = 0, untold_ = 0;                    // since then
+    WaitList room_;        // a negotiation ended, or may be ended for others
+    Gate gate_;            // accept loops, connections and their deadlines
+    WaitingRoom waiting_;  // of handshakes_: those that wait for their export
 };
 
 }  // namespace varve::nbdserver

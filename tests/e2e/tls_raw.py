@@ -147,6 +147,13 @@ def misbehave(port, made):
     socket.socket.shutdown(sock, socket.SHUT_WR)
     closed(sock)
 
+    print("   a hundred that fail at once")
+    many = [acknowledged(port) for _ in range(100)]
+    for sock in many:
+        sock.sendall(b"no TLS at all")
+    for sock in many:
+        closed(sock)
+
     print("   silence during a handshake ends with the time for negotiation")
     sock = acknowledged(port)
     sock.sendall(hello[:20])
