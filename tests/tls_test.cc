@@ -330,6 +330,27 @@ TEST_F(TlsTest, EndlessRecordsWithoutDataEndTheConnection) {
     EXPECT_EQ(records_->broken(), Alert::kUnexpectedMessage);
 }
 
+TEST_F(TlsTest, KeyUpdatesByTheHundredAtOnceEndTheConnection) {
+    TlsClient client({});
+    ASSERT_TRUE(Shake(client));
+    std::string stream;
+    for (int i = 0; i < 60; ++i) {
+        ASSERT_EQ(SSL_key_update(client.ssl(), SSL_KEY_UPDATE_NOT_REQUESTED), 1);
+        stream += client.Seal("x");
+    }
+    for (int i = 0; i < 5; ++i) {  // not at once: that is no fault
+        records_->BeginReceive();
+        ASSERT_EQ(SSL_key_update(client.ssl(), SSL_KEY_UPDATE_NOT_REQUESTED), 1);
+        EXPECT_EQ(OpenAll(std::exchange(stream, {}) + client.Seal("y")).back(), 'y');
+    }
+    for (int i = 0; i < 300; ++i) {
+        ASSERT_EQ(SSL_key_update(client.ssl(), SSL_KEY_UPDATE_NOT_REQUESTED), 1);
+        stream += client.Seal("x");
+    }
+    EXPECT_LT(OpenAll(stream).size(), 100U);
+    EXPECT_EQ(records_->broken(), Alert::kUnexpectedMessage);
+}
+
 TEST_F(TlsTest, HeadersThatAreNone) {
     for (const int version : {TLS1_2_VERSION, TLS1_3_VERSION}) {
         for (const std::string& header :

@@ -40,7 +40,9 @@ void Connection::StartTls(std::unique_ptr<tls::Records> records, std::string_vie
 // Receiving
 
 void Connection::TakeSealed(std::span<std::byte> bytes) {
+    if (state_ != State::kOpen) return;  // dropped while it was received
     tls::Records& records = *tls_->records;
+    records.BeginReceive();
     const size_t all = bytes.size();
     size_t count = 0;
     if (tls_->gathered_bytes > 0) bytes = Gather(bytes);

@@ -15,6 +15,8 @@ constexpr size_t kDataMax = 16384;         // of any record
 constexpr size_t kCipherMax13 = kDataMax + 256;
 constexpr size_t kExplicitNonceBytes = 8;  // TLS 1.2
 constexpr unsigned kEmptyMax = 32;
+// Each takes 10 us, and 27 bytes of what may be a receive of 256 KiB.
+constexpr unsigned kUpdatesMax = 64;
 constexpr std::byte kHandshakeKeyUpdate{24};
 
 size_t BytesOf(std::span<const iovec> pieces) {
@@ -184,7 +186,7 @@ void Records::TakeHandshake(std::span<const std::byte> content) {
                         content[0] == kHandshakeKeyUpdate && content[1] == std::byte{0} &&
                         content[2] == std::byte{0} && content[3] == std::byte{1} &&
                         content[4] <= std::byte{1};
-    if (!update || ++empty_ > kEmptyMax) {
+    if (!update || ++empty_ > kEmptyMax || ++updates_ > kUpdatesMax) {
         Break(Alert::kUnexpectedMessage);
         return;
     }

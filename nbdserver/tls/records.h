@@ -42,6 +42,10 @@ class Records {
 
     // ---- receiving
 
+    /// What is opened from now on has arrived later than what came before: a client may renew its
+    /// keys as often as it likes, but not hundreds of times at once.
+    void BeginReceive() { updates_ = 0; }
+
     /// The length, with its header, of the record that begins with `bytes`; 0: more bytes are
     /// needed to tell, or it is none (then broken()).
     size_t Measure(std::span<const std::byte> bytes);
@@ -108,8 +112,9 @@ class Records {
     const size_t fragment_max_;
     const uint64_t records_max_;
     Half read_, write_;
-    uint64_t sealed_ = 0;  // with the present key
-    unsigned empty_ = 0;   // records without data, in a row
+    uint64_t sealed_ = 0;   // with the present key
+    unsigned empty_ = 0;    // records without data, in a row
+    unsigned updates_ = 0;  // of the client's keys, since BeginReceive()
     bool update_asked_ = false;
     bool closed_ = false;
     std::optional<Alert> broken_;
