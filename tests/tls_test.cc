@@ -434,5 +434,28 @@ TEST_F(TlsTest, FilesThatCannotBeUsedAreNamed) {
     EXPECT_NE(refused(root_, "", false).find("key values mismatch"), std::string::npos);
 }
 
+TEST_F(TlsTest, AKeyOfAnotherKindThanTheCertificateIsRefused) {
+    EVP_PKEY* key = EVP_RSA_gen(2048);
+    BIO* file = BIO_new_file((root_ / "server-key.pem").c_str(), "w");
+    ASSERT_EQ(PEM_write_bio_PrivateKey(file, key, nullptr, nullptr, 0, nullptr, nullptr), 1);
+    BIO_free(file);
+    EVP_PKEY_free(key);
+    const auto loaded = Credentials::Load({root_, "", false});
+    ASSERT_FALSE(loaded.ok());
+    EXPECT_NE(loaded.error().message.find("server-key.pem: it is not the key of"),
+              std::string::npos);
+}
+
+TEST_F(TlsTest, ARevocationListThatCannotBeReadIsNotTakenForNone) {
+    fs::copy_file(root_ / "server-cert.pem", root_ / "ca-cert.pem");
+    const auto load = [&] { return Credentials::Load({root_, "", true}); };
+    EXPECT_TRUE(load().ok());
+    fs::create_symlink("nowhere", root_ / "ca-crl.pem");
+    const auto loaded = load();
+    ASSERT_FALSE(loaded.ok());
+    EXPECT_NE(loaded.error().message.find("ca-crl.pem: No such file"), std::string::npos)
+        << loaded.error().message;
+}
+
 }  // namespace
 }  // namespace varve::nbdserver::tls

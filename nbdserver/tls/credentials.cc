@@ -94,14 +94,22 @@ Status Credentials::LoadCertificates(const std::string& directory, bool verify_p
     if (SSL_CTX_use_PrivateKey_file(context_, key.c_str(), SSL_FILETYPE_PEM) != 1) {
         return CannotUse(key, Reason());
     }
+    // The library has a place for each kind: a key of another kind is not held against it above.
+    if (SSL_CTX_check_private_key(context_) != 1) {
+        return CannotUse(key, "it is not the key of " + certificate);
+    }
     if (!verify_peer) return Status();
     if (SSL_CTX_load_verify_file(context_, authority.c_str()) != 1) {
         return CannotUse(authority, Reason() + "; --tls-verify-peer needs it");
     }
     SSL_CTX_set_client_CA_list(context_, SSL_load_client_CA_file(authority.c_str()));
     SSL_CTX_set_verify(context_, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, nullptr);
-    std::error_code none;
-    return std::filesystem::exists(revoked, none) ? LoadRevoked(context_, revoked) : Status();
+    // Anything but "there is none" is an error: else a link that leads nowhere would let in who is
+    // revoked.
+    std::error_code unknown;
+    const auto kind = std::filesystem::symlink_status(revoked, unknown).type();
+    if (kind == std::filesystem::file_type::not_found) return Status();
+    return LoadRevoked(context_, revoked);
 }
 
 Status Credentials::LoadUsers(const std::string& path) {
