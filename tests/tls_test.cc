@@ -70,7 +70,9 @@ class TlsTest : public testing::Test {
                 if (handshake_->step() != Handshake::Step::kInput) break;
                 handshake_->Feed(std::string_view(said).substr(i, piece));
             }
-            done = client.Shake(handshake_->TakeOutput()) || done;
+            const std::string answer = handshake_->TakeOutput();
+            if (!answer.empty()) last_answer_ = answer;
+            done = client.Shake(answer) || done;
         }
         if (handshake_->step() != Handshake::Step::kDone || !done) return false;
         EXPECT_EQ(handshake_->TakeLeftover(), "");
@@ -115,6 +117,7 @@ class TlsTest : public testing::Test {
     std::shared_ptr<const Credentials> credentials_;
     std::unique_ptr<Handshake> handshake_;
     std::unique_ptr<Records> records_;
+    std::string last_answer_;  // of the handshake
 };
 
 TEST_F(TlsTest, CiphersAgreeHoweverTheMessageIsCut) {
@@ -303,6 +306,25 @@ TEST_F(TlsTest, ARecordTwiceOrMissingIsSeen) {
     const std::string once = other.Seal("1");
     EXPECT_EQ(OpenAll(once + once), "1");
     EXPECT_EQ(records_->broken(), Alert::kBadRecordMac);
+}
+
+TEST_F(TlsTest, NoncesGoOnFromTheHandshakes) {
+    for (const bool psk : {true, false}) {
+        TlsSetup setup;
+        setup.version = TLS1_2_VERSION;
+        if (psk) setup.key = kKey;
+        if (psk) setup.ciphers = "DHE-PSK-AES128-GCM-SHA256";
+        TlsClient client(setup);
+        ASSERT_TRUE(Shake(client));
+        const auto nonce = LoadBig<uint64_t>(&last_answer_.at(last_answer_.size() - 40));
+        for (uint64_t i = 1; i < 4; ++i) {
+            std::string sealed;
+            records_->SealCopy("some data", sealed);
+            EXPECT_EQ(LoadBig<uint64_t>(&sealed.at(kHeaderBytes)), nonce + i);
+            client.Feed(sealed);
+            EXPECT_EQ(client.Read(), "some data");
+        }
+    }
 }
 
 TEST_F(TlsTest, RenegotiationIsRefused) {

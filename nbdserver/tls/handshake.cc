@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/endian.h"
 #include "nbdserver/tls/callbacks.h"
 
 namespace varve::nbdserver::tls {
@@ -189,7 +190,7 @@ Handshake::Step Handshake::Finish() {
     bool complete = !agreement_.client.empty() && !agreement_.server.empty();
     const bool by_psk = SSL_session_reused(ssl) == 1 ||  // nothing else is ever resumed
                         SSL_CIPHER_get_auth_nid(cipher) == NID_auth_psk;
-    if (agreement_.version == Version::k12) complete = ExpandSecrets();
+    if (agreement_.version == Version::k12) complete = ExpandSecrets() && FindNonce();
     if (!by_psk) identity_.psk_user.clear();
     X509* certificate = SSL_get1_peer_certificate(ssl);
     if (certificate) {
@@ -208,6 +209,17 @@ bool Handshake::ExpandSecrets() {
     SSL_get_server_random(library_->ssl, reinterpret_cast<unsigned char*>(server.data()),
                           server.size());
     return !master_.empty() && ExpandMaster(master_, client, server, agreement_);
+}
+
+/// The library begins with a nonce at random. Its one record, Finished, is the last in the output:
+/// a header, the nonce, 16 bytes and a tag.
+bool Handshake::FindNonce() {
+    constexpr long kRecord = 5 + 8 + 16 + 16;
+    char* data = nullptr;
+    const long length = BIO_get_mem_data(library_->out, &data);
+    if (length < kRecord || data[length - kRecord] != SSL3_RT_HANDSHAKE) return false;
+    agreement_.server_nonce = LoadBig<uint64_t>(data + length - kRecord + 5);
+    return true;
 }
 
 }  // namespace varve::nbdserver::tls

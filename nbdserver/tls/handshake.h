@@ -53,6 +53,7 @@ class Handshake {
     Step Fail(std::string why);
     Step Finish();
     bool ExpandSecrets();
+    bool FindNonce();
 
     const std::shared_ptr<const Credentials> credentials_;
     std::unique_ptr<Library> library_;

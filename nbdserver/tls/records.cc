@@ -48,7 +48,8 @@ Records::Records(const Agreement& agreement, uint64_t records_max)
       key_bytes_(agreement.key_bytes),
       sha384_(agreement.sha384),
       fragment_max_(std::min(agreement.fragment_max, kDataMax)),
-      records_max_(version_ == Version::k13 ? records_max : UINT64_MAX) {
+      records_max_(version_ == Version::k13 ? records_max : UINT64_MAX),
+      nonce_(agreement.server_nonce) {
     read_ = MakeHalf(Gcm::Direction::kDecrypt, agreement.client_keys, agreement.client);
     write_ = MakeHalf(Gcm::Direction::kEncrypt, agreement.server_keys, agreement.server);
     // TLS 1.2: the record before was Finished, with the same keys.
@@ -211,9 +212,10 @@ void Records::SealAs(Type type, std::span<const iovec> pieces, std::byte* head, 
         write_.gcm->Begin(NonceOf(write_).data(), std::span(head, kHeaderBytes));
     } else {
         WriteHeader(head, type_byte, kExplicitNonceBytes + bytes + kTagBytes);
-        StoreBig(head + kHeaderBytes, write_.number);
+        const uint64_t number = nonce_ + write_.number;  // goes on from the handshake's
+        StoreBig(head + kHeaderBytes, number);
         Nonce nonce = write_.iv;
-        StoreBig(&nonce[4], write_.number);
+        StoreBig(&nonce[4], number);
         write_.gcm->Begin(nonce.data(), Also12(write_.number, type_byte, bytes));
     }
     ++write_.number;

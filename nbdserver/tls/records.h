@@ -111,6 +111,7 @@ class Records {
     const bool sha384_;
     const size_t fragment_max_;
     const uint64_t records_max_;
+    const uint64_t nonce_;  // TLS 1.2: before the first record
     Half read_, write_;
     uint64_t sealed_ = 0;   // with the present key
     unsigned empty_ = 0;    // records without data, in a row

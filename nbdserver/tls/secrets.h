@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace varve::nbdserver::tls {
@@ -44,6 +45,7 @@ struct Agreement {
     size_t fragment_max = 16384;             // bytes of data in one record
     Secret client, server;                   // TLS 1.3: traffic secrets
     DirectionKeys client_keys, server_keys;  // TLS 1.2
+    uint64_t server_nonce = 0;               // TLS 1.2: of the server's last record
 };
 
 /// TLS 1.3: the keys of a traffic secret, and the secret that follows it after a key update.
