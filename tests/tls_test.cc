@@ -230,6 +230,20 @@ TEST_F(TlsTest, AUserWhoseKeyWasNotUsedIsNobody) {
     EXPECT_EQ(handshake_->identity().psk_user, "");
 }
 
+TEST_F(TlsTest, WhoSomebodyIsCanBeShown) {
+    const auto shown = [](const std::string& user) {
+        Identity identity;
+        identity.psk_user = user;
+        return Describe(identity);
+    };
+    EXPECT_EQ(Describe(Identity()), "");
+    EXPECT_EQ(shown("m\xc3\xbcller \xf0\x9f\x92\xbe"), "psk:m\xc3\xbcller \xf0\x9f\x92\xbe");
+    EXPECT_EQ(shown("m\xfcller"), "psk:m?ller");                   // Latin 1
+    EXPECT_EQ(shown("a\x1b[1m\x7f\xc2\x9b"), "psk:a?[1m??");       // control characters
+    EXPECT_EQ(shown("a\xed\xa0\x80\xc3").substr(0, 6), "psk:a?");  // no characters
+    EXPECT_EQ(shown("a\xed\xa0\x80\xc3").find('\xed'), std::string::npos);
+}
+
 TEST_F(TlsTest, PaddingIsTakenOff) {
     TlsSetup setup;
     setup.padding = 4096;

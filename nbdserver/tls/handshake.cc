@@ -4,7 +4,6 @@
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 
-#include <cctype>
 #include <cstring>
 #include <utility>
 
@@ -48,6 +47,22 @@ std::vector<std::string> AlternativeNames(const X509* certificate) {
     return names;
 }
 
+/// A file of keys may be in another encoding, and U+0080 to U+009F control terminals, too.
+std::string Legible(std::string_view text) {
+    std::string legible;
+    while (!text.empty()) {
+        unsigned long character = 0;
+        const int bytes = UTF8_getc(reinterpret_cast<const unsigned char*>(text.data()),
+                                    static_cast<int>(text.size()), &character);
+        const bool control = character < 0x20 || (character >= 0x7f && character < 0xa0);
+        const bool shown = bytes > 0 && !control && character <= 0x10ffff;
+        const size_t taken = bytes > 0 ? static_cast<size_t>(bytes) : 1;
+        legible += shown ? text.substr(0, taken) : "?";
+        text.remove_prefix(taken);
+    }
+    return legible;
+}
+
 std::string FromHex(std::string_view hex) {
     long length = 0;
     const std::string text(hex);
@@ -77,10 +92,7 @@ std::string Describe(const Identity& identity) {
     } else if (!identity.names.empty()) {
         text = "certificate:" + identity.names.front();
     }
-    for (char& c : text) {
-        if (std::iscntrl(static_cast<unsigned char>(c))) c = '?';
-    }
-    return text;
+    return Legible(text);
 }
 
 /// What the library keeps until the handshake is done.

@@ -19,8 +19,8 @@ struct Identity {
     std::vector<std::string> names;  // its certificate's alternative names: DNS, URI, e-mail
 };
 
-/// "psk:alice", "certificate:backup"; empty for nobody in particular. For lists and logs: without
-/// control characters.
+/// "psk:alice", "certificate:backup"; empty for nobody in particular. For lists and logs: UTF-8
+/// without control characters.
 std::string Describe(const Identity& identity);
 
 /// One thread at a time, not always the same.
