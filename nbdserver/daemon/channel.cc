@@ -101,7 +101,8 @@ Task<std::string> Channel::StartTls(TlsService& service) {
         const std::string output = handshake.TakeOutput();
         Task<bool> writing = WriteRaw(output);
         const bool written = co_await writing;
-        if (!written) co_return "the client left";
+        // Why it failed matters more than that it did not wait to be told.
+        if (!written && handshake.step() != Step::kFailed) co_return "the client left";
     }
     if (handshake.step() == Step::kFailed) co_return handshake.failure();
     records_ = std::make_unique<tls::Records>(handshake.agreement());
