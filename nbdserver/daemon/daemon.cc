@@ -240,6 +240,7 @@ Task<void> Daemon::CommitNowAndThen(uint64_t interval_ms) {
 }
 
 Task<void> Daemon::Stop() {
+    stopping_ = true;
     Log(LogLevel::kInfo, "stopping");
     ::sd_notify(0, "STOPPING=1");
     pool_->PrepareShutdown();
@@ -284,6 +285,7 @@ Task<void> Daemon::Stop() {
 }
 
 void Daemon::Reload() {
+    if (stopping_) return;
     if (tls_) {
         loops_->Enter();
         Spawn(ReloadTls());

@@ -74,6 +74,7 @@ class Daemon {
     std::unique_ptr<Gate> loops_;
     uint64_t commit_interval_ms_ = 0;
     bool admin_stopped_ = false;
+    bool stopping_ = false;
     bool stopped_ = false;
     Status outcome_;
 

@@ -18,8 +18,10 @@ Result<std::unique_ptr<TlsService>> TlsService::Start(Control& control,
 }
 
 Task<void> TlsService::Reload() {
+    if (std::exchange(reload_waits_, true)) co_return;  // that one reads what is there by then
     Task<void> locking = reloading_.Lock();
     co_await locking;
+    reload_waits_ = false;
     co_await Hop(worker_);
     const Loaded loaded = tls::Credentials::Load(files_);
     co_await Hop(control_);

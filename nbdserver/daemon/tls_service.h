@@ -37,6 +37,7 @@ class TlsService {
     Worker worker_;
     std::shared_ptr<const tls::Credentials> credentials_;
     AsyncMutex reloading_;
+    bool reload_waits_ = false;  // for the one that is under way
 };
 
 }  // namespace varve::nbdserver
