@@ -5,6 +5,7 @@
 #include <openssl/ssl.h>
 #include <openssl/x509_vfy.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
@@ -66,6 +67,8 @@ Result<std::shared_ptr<const Credentials>> Credentials::Load(const CredentialFil
     if (!set) return MakeError(ErrorKind::kFailed, "cannot set TLS up: " + Reason());
     SSL_CTX_set_options(context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION |
                                      SSL_OP_NO_COMPRESSION | SSL_OP_CIPHER_SERVER_PREFERENCE);
+    // 112 bits, as Debian builds the library; as others do, DHE with a PSK has 1024 bits only.
+    SSL_CTX_set_security_level(context, std::max(SSL_CTX_get_security_level(context), 2));
     SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
     // A PSK is a session to the library, and with --tls-verify-peer sessions must have this.
     const unsigned char session_context[] = "varved";
