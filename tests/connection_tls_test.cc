@@ -105,6 +105,7 @@ class Client {
             char piece[65536];
             const ssize_t n = recv(fd_, piece, sizeof piece, 0);
             if (n <= 0) return false;
+            records_.BeginReceive();
             sealed_.append(piece, static_cast<size_t>(n));
         }
         const auto data = records_.Open(Sealed().first(record));
