@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
-#include <fstream>
 
+#include "base/small_file.h"
 #include "nbdserver/tls/callbacks.h"
 
 namespace varve::nbdserver::tls {
@@ -116,16 +116,10 @@ Status Credentials::LoadCertificates(const std::string& directory, bool verify_p
 }
 
 Status Credentials::LoadUsers(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    std::string text(kPskFileBytesMax + 1, '\0');
-    if (file) file.read(text.data(), static_cast<std::streamsize>(text.size()));
-    if (!file && !file.eof()) {
-        return MakeError(ErrorKind::kInvalid, SystemError(errno, "cannot read " + path).message);
-    }
-    text.resize(static_cast<size_t>(file.gcount()));
-    if (text.size() > kPskFileBytesMax) return CannotUse(path, "it is larger than 4 MiB");
-    const Secret wiped(text);
-    Result<PskTable> users = ParsePskFile(text);
+    Result<std::string> text = ReadSmallFile(path, kPskFileBytesMax);
+    if (!text.ok()) return text.error();
+    const Secret wiped(std::move(text.value()));
+    Result<PskTable> users = ParsePskFile(wiped.bytes());
     if (!users.ok()) return CannotUse(path, users.error().message);
     users_ = std::move(users.value());
     return Status();
