@@ -5,15 +5,7 @@
 namespace varve::nbdserver {
 namespace {
 
-constexpr unsigned kUnusedRequestsMax = 4096;
-constexpr unsigned kUnusedBatchesMax = 256;  // of 16 KiB each
-constexpr unsigned kUnusedSealedMax = 64;    // of 24 KiB each
-constexpr size_t kKeptMapMax = 64;           // stretches whose memory an unused request keeps
-
-template <typename T>
-void DeleteList(T* head) {
-    while (head) delete std::exchange(head, head->next);
-}
+constexpr size_t kKeptMapMax = 64;  // stretches whose memory an unused request keeps
 
 }  // namespace
 
@@ -38,9 +30,6 @@ ConnectionHost::Shared::Shared(Reactor& r, ConnectionLimits l, std::shared_ptr<M
 
 ConnectionHost::Shared::~Shared() {
     CheckNothingHeld();
-    DeleteList(unused_requests);
-    DeleteList(unused_batches);
-    DeleteList(unused_sealed);
 }
 
 void ConnectionHost::Shared::CheckNothingHeld() const {
@@ -53,30 +42,7 @@ void ConnectionHost::Shared::ReturnRequest(Request* request) {
     request->pieces = {};
     request->map.clear();
     if (request->map.capacity() > kKeptMapMax) request->map = {};
-    if (unused_request_count >= kUnusedRequestsMax) {
-        delete request;
-        return;
-    }
-    ++unused_request_count;
-    request->next = std::exchange(unused_requests, request);
-}
-
-void ConnectionHost::Shared::ReturnBatch(SendBatch* batch) {
-    if (unused_batch_count >= kUnusedBatchesMax) {
-        delete batch;
-        return;
-    }
-    ++unused_batch_count;
-    batch->next = std::exchange(unused_batches, batch);
-}
-
-void ConnectionHost::Shared::ReturnSealed(SealedBatch* sealed) {
-    if (unused_sealed_count >= kUnusedSealedMax) {
-        delete sealed;
-        return;
-    }
-    ++unused_sealed_count;
-    sealed->next = std::exchange(unused_sealed, sealed);
+    free_requests.Return(request);
 }
 
 ConnectionHost::ConnectionHost(Reactor& reactor, ConnectionLimits limits,

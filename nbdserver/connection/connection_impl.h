@@ -80,6 +80,35 @@ class ReceivedBytes {
     uint64_t told_ = 0;
 };
 
+/// Objects that nobody needs now, kept for the next who does: at most so many, linked by `next`.
+template <typename T, unsigned kMost>
+class FreeList {
+  public:
+    FreeList() = default;
+    FreeList(const FreeList&) = delete;
+    ~FreeList() {
+        while (head_) delete std::exchange(head_, head_->next);
+    }
+
+    T* Take() {
+        if (!head_) return new T;
+        --count_;
+        return std::exchange(head_, head_->next);
+    }
+    void Return(T* object) {
+        if (count_ == kMost) {
+            delete object;
+            return;
+        }
+        ++count_;
+        object->next = std::exchange(head_, object);
+    }
+
+  private:
+    T* head_ = nullptr;
+    unsigned count_ = 0;
+};
+
 /// What one send needs until it is complete.
 struct SendBatch {
     SendBatch* next = nullptr;  // among the unused
@@ -110,26 +139,7 @@ struct ConnectionHost::Shared {
     Shared(Reactor& r, ConnectionLimits l, std::shared_ptr<MemoryPot> p);
     ~Shared();
 
-    Request* TakeRequest() {
-        if (!unused_requests) return new Request;
-        --unused_request_count;
-        return std::exchange(unused_requests, unused_requests->next);
-    }
     void ReturnRequest(Request* request);
-
-    SendBatch* TakeBatch() {
-        if (!unused_batches) return new SendBatch;
-        --unused_batch_count;
-        return std::exchange(unused_batches, unused_batches->next);
-    }
-    void ReturnBatch(SendBatch* batch);
-
-    SealedBatch* TakeSealed() {
-        if (!unused_sealed) return new SealedBatch;
-        --unused_sealed_count;
-        return std::exchange(unused_sealed, unused_sealed->next);
-    }
-    void ReturnSealed(SealedBatch* sealed);
 
     /// When nobody is left.
     void CheckNothingHeld() const;
@@ -157,12 +167,9 @@ struct ConnectionHost::Shared {
     ReceivedBytes received;          // but not begun
     uint64_t bytes = 0;              // held by requests, and received but not begun
     std::atomic<uint64_t> peak = 0;  // of `bytes`, since somebody asked
-    Request* unused_requests = nullptr;
-    unsigned unused_request_count = 0;
-    SendBatch* unused_batches = nullptr;
-    unsigned unused_batch_count = 0;
-    SealedBatch* unused_sealed = nullptr;
-    unsigned unused_sealed_count = 0;
+    FreeList<Request, 4096> free_requests;
+    FreeList<SendBatch, 256> free_batches;  // of 16 KiB each
+    FreeList<SealedBatch, 64> free_sealed;  // of 24 KiB each
     std::vector<Connection*> all;
     uint64_t connections_started = 0;
 

@@ -211,7 +211,7 @@ size_t Connection::TakePayload(std::span<const std::byte> bytes) {
 
 /// Begins the request of `header`. False: there is no room for it now, ask again later.
 bool Connection::Accept(const std::byte* header) {
-    Request* request = shared_.TakeRequest();
+    Request* request = shared_.free_requests.Take();
     if (!Decode(header, *request)) {
         shared_.ReturnRequest(request);
         Drop();

@@ -134,7 +134,7 @@ void Connection::Reply(Request* request) {
 /// Sends what has been queued, unless a send is under way: its end leads here again.
 void Connection::SendReplies() {
     if (send_op_.in_flight() || !replies_) return;
-    batch_ = shared_.TakeBatch();
+    batch_ = shared_.free_batches.Take();
     uint64_t bytes = 0;
     Request** tail = &batch_->requests;
     size_t count = 0;
@@ -199,7 +199,7 @@ void Connection::OnSent(int32_t result) {
     for (Request* request = batch->requests; request;) {
         Release(std::exchange(request, request->next));
     }
-    shared_.ReturnBatch(batch);
+    shared_.free_batches.Return(batch);
 }
 
 /// Gives up what nobody will finish or read any more.

@@ -150,7 +150,7 @@ void Connection::EndTls() {
 
 void Connection::SendSealed() {
     if (!tls_->sealed) {
-        tls_->sealed = shared_.TakeSealed();
+        tls_->sealed = shared_.free_sealed.Take();
         SealBatch();
     }
     SealedBatch& sealed = *tls_->sealed;
@@ -170,7 +170,7 @@ bool Connection::SkipSealed(uint64_t bytes) {
         next = {static_cast<char*>(next.iov_base) + bytes, next.iov_len - bytes};
         if (state_ != State::kDropped) return true;
     }
-    shared_.ReturnSealed(std::exchange(tls_->sealed, nullptr));
+    shared_.free_sealed.Return(std::exchange(tls_->sealed, nullptr));
     return batch_->first < batch_->end;
 }
 
