@@ -250,6 +250,7 @@ class Connection {
     std::span<const std::byte> Parse(std::span<const std::byte> bytes);
     size_t TakeHeader(std::span<const std::byte> bytes);
     size_t TakePayload(std::span<const std::byte> bytes);
+    void CountPayload(size_t bytes);
     bool Accept(const std::byte* header);
     bool TakeMemory(Request& request);
     uint32_t MostToReceive() const;

@@ -203,10 +203,15 @@ size_t Connection::TakeHeader(std::span<const std::byte> bytes) {
 size_t Connection::TakePayload(std::span<const std::byte> bytes) {
     const size_t used = std::min<size_t>(filling_->length - filled_, bytes.size());
     std::memcpy(filling_->payload.data() + filled_, bytes.data(), used);
-    filled_ += static_cast<uint32_t>(used);
-    given_.bytes += used;
-    if (filled_ == filling_->length) Run(std::exchange(filling_, nullptr));
+    CountPayload(used);
     return used;
+}
+
+/// So many bytes more of the payload are in their place.
+void Connection::CountPayload(size_t bytes) {
+    filled_ += static_cast<uint32_t>(bytes);
+    given_.bytes += bytes;
+    if (filled_ == filling_->length) Run(std::exchange(filling_, nullptr));
 }
 
 /// Begins the request of `header`. False: there is no room for it now, ask again later.

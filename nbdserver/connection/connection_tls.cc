@@ -104,12 +104,7 @@ void Connection::OpenRecord(std::span<std::byte> record, size_t behind) {
     if (filling_ && !paused_) direct = filling_->payload.span().subspan(filled_);
     const std::span<std::byte> data = tls_->records->Open(record, direct);
     if (data.empty()) return;
-    if (!direct.empty() && data.data() == direct.data()) {
-        filled_ += static_cast<uint32_t>(data.size());
-        given_.bytes += data.size();
-        if (filled_ == filling_->length) Run(std::exchange(filling_, nullptr));
-        return;
-    }
+    if (!direct.empty() && data.data() == direct.data()) return CountPayload(data.size());
     const std::span<const std::byte> rest = Parse(data);  // all of it, while paused
     if (!rest.empty() && state_ == State::kOpen) Stash(rest, most);
 }
