@@ -2,7 +2,6 @@
 
 #include <poll.h>
 
-#include <span>
 #include <utility>
 
 namespace varve::nbdserver {
@@ -54,14 +53,7 @@ Task<std::string> Channel::Read() {
 
 /// Appends the data of whole records that have arrived. False once no more will come.
 bool Channel::OpenRecords(std::string& data) {
-    std::span<std::byte> rest = std::as_writable_bytes(std::span(sealed_));
-    while (const size_t bytes = records_->Measure(rest)) {
-        if (bytes > rest.size()) break;
-        const std::span<std::byte> opened = records_->Open(rest.first(bytes));
-        data.append(reinterpret_cast<const char*>(opened.data()), opened.size());
-        rest = rest.subspan(bytes);
-    }
-    sealed_.erase(0, sealed_.size() - rest.size());
+    records_->OpenCopy(sealed_, data);
     return !records_->closed() && !records_->broken();
 }
 

@@ -112,6 +112,17 @@ std::span<std::byte> Records::Open(std::span<std::byte> record, std::span<std::b
     return version_ == Version::k13 ? Open13(record, direct) : Open12(record, direct);
 }
 
+void Records::OpenCopy(std::string& sealed, std::string& out) {
+    std::span<std::byte> rest = std::as_writable_bytes(std::span(sealed));
+    while (const size_t bytes = Measure(rest)) {
+        if (bytes > rest.size()) break;
+        const std::span<std::byte> data = Open(rest.first(bytes));
+        out.append(reinterpret_cast<const char*>(data.data()), data.size());
+        rest = rest.subspan(bytes);
+    }
+    sealed.erase(0, sealed.size() - rest.size());
+}
+
 std::span<std::byte> Records::Open12(std::span<std::byte> record, std::span<std::byte> direct) {
     const std::byte type = record[0];
     const std::byte* nonce_part = &record[kHeaderBytes];

@@ -55,6 +55,10 @@ class Records {
     /// see closed() and broken(). What `direct` holds behind the data, up to its end, is undefined.
     std::span<std::byte> Open(std::span<std::byte> record, std::span<std::byte> direct = {});
 
+    /// Opens the whole records that `sealed` begins with, for what is small or rare: takes them
+    /// away, and appends their data to `out`.
+    void OpenCopy(std::string& sealed, std::string& out);
+
     /// The client has said that it sends no more.
     bool closed() const { return closed_; }
     /// The stream makes no sense from here on, and why.

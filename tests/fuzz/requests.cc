@@ -235,13 +235,7 @@ std::string Seal(tls::Records& records, std::string_view data) {
 /// The data that a server has sent in records, as far as they are whole.
 std::string Open(tls::Records& records, std::string sealed) {
     std::string data;
-    std::span<std::byte> rest = std::as_writable_bytes(std::span(sealed));
-    while (const size_t bytes = records.Measure(rest)) {
-        if (bytes > rest.size()) break;
-        const std::span<std::byte> opened = records.Open(rest.first(bytes));
-        data.append(reinterpret_cast<const char*>(opened.data()), opened.size());
-        rest = rest.subspan(bytes);
-    }
+    records.OpenCopy(sealed, data);
     VARVE_CHECK(!records.broken() || records.broken() == tls::Alert::kCloseNotify);
     return data;
 }
