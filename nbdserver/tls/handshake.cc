@@ -63,16 +63,6 @@ std::string Legible(std::string_view text) {
     return legible;
 }
 
-std::string FromHex(std::string_view hex) {
-    long length = 0;
-    const std::string text(hex);
-    unsigned char* bytes = OPENSSL_hexstr2buf(text.c_str(), &length);
-    if (!bytes) return {};
-    std::string out(reinterpret_cast<const char*>(bytes), static_cast<size_t>(length));
-    OPENSSL_clear_free(bytes, static_cast<size_t>(length));
-    return out;
-}
-
 std::string Drain(BIO* bio) {
     char* data = nullptr;
     const long length = BIO_get_mem_data(bio, &data);
@@ -124,7 +114,7 @@ void Handshake::Library::TakeKeyLog(const SSL* ssl, std::string_view line) {
     if (label == "CLIENT_TRAFFIC_SECRET_0") place = &handshake.agreement_.client;
     if (label == "SERVER_TRAFFIC_SECRET_0") place = &handshake.agreement_.server;
     if (label == "CLIENT_RANDOM") place = &handshake.master_;
-    if (place) *place = Secret(FromHex(line.substr(last + 1)));
+    if (place) *place = FromHex(line.substr(last + 1)).value_or(Secret());
 }
 
 const Secret* Handshake::Library::FindKey(SSL* ssl, std::string_view user) {

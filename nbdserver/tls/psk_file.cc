@@ -11,24 +11,9 @@ namespace {
 constexpr size_t kUserBytesMax = 128;
 constexpr size_t kKeyBytesMin = 16, kKeyBytesMax = 64;
 
-int Nibble(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
-    return -1;
-}
-
 std::optional<Secret> ParseKey(std::string_view hex) {
-    if (hex.size() % 2 != 0 || hex.size() < 2 * kKeyBytesMin || hex.size() > 2 * kKeyBytesMax) {
-        return std::nullopt;
-    }
-    std::string key;
-    for (size_t i = 0; i < hex.size(); i += 2) {
-        const int high = Nibble(hex[i]), low = Nibble(hex[i + 1]);
-        if (high < 0 || low < 0) return std::nullopt;
-        key += static_cast<char>(high << 4 | low);
-    }
-    return Secret(std::move(key));
+    if (hex.size() < 2 * kKeyBytesMin || hex.size() > 2 * kKeyBytesMax) return std::nullopt;
+    return FromHex(hex);
 }
 
 Error Wrong(unsigned line, std::string_view what) {

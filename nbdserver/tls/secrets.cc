@@ -6,7 +6,7 @@
 #include <openssl/hmac.h>
 #include <openssl/kdf.h>
 
-#include <string_view>
+#include <utility>
 
 #include "base/check.h"
 #include "base/endian.h"
@@ -38,7 +38,26 @@ Secret Expand(const Secret& secret, std::string_view label, size_t bytes, bool s
     return Secret(std::move(out));
 }
 
+int Nibble(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
+    return -1;
+}
+
 }  // namespace
+
+std::optional<Secret> FromHex(std::string_view hex) {
+    if (hex.size() % 2 != 0) return std::nullopt;
+    std::string bytes;
+    bytes.reserve(hex.size() / 2);  // no copy of a part is left behind
+    for (size_t i = 0; i < hex.size(); i += 2) {
+        const int high = Nibble(hex[i]), low = Nibble(hex[i + 1]);
+        if (high < 0 || low < 0) return std::nullopt;
+        bytes += static_cast<char>(high << 4 | low);
+    }
+    return Secret(std::move(bytes));
+}
 
 void Secret::Wipe() {
     OPENSSL_cleanse(bytes_.data(), bytes_.size());

@@ -5,7 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <string_view>
 
 namespace varve::nbdserver::tls {
 
@@ -31,6 +33,9 @@ class Secret {
     void Wipe();
     std::string bytes_;
 };
+
+/// Of pairs of hexadecimal digits, and nothing else.
+std::optional<Secret> FromHex(std::string_view hex);
 
 struct DirectionKeys {
     Secret key;  // 16 or 32 bytes: of AES-GCM
