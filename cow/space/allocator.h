@@ -107,7 +107,7 @@ class Allocator {
     /// region whose row is damaged gets a new one, which says that all else in it is used: whoever
     /// reads a row of it later must not take these blocks for free.
     Status Claim(const Extent& extent);
-    /// The regions whose rows that were.
+    /// The regions that have got a new row so.
     const std::vector<uint64_t>& renewed() const { return renewed_; }
     /// REQUIRES: leased. Goes into the next Encode.
     Status MarkUsed(const Extent& extent);
