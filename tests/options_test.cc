@@ -12,6 +12,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
+std::vector<std::string> UnixPaths(const Options& options) {
+    std::vector<std::string> paths;
+    for (const UnixAddress& address : options.listen_unix) paths.push_back(address.path);
+    return paths;
+}
+
 class OptionsTest : public testing::Test {
   protected:
     OptionsTest() {
@@ -44,7 +50,7 @@ TEST_F(OptionsTest, DefaultsAreTheContracts) {
     EXPECT_EQ(options.pool, "/p");
     EXPECT_EQ(options.data, "");
     EXPECT_TRUE(options.listen.empty());
-    EXPECT_TRUE(options.unix_paths.empty());
+    EXPECT_TRUE(options.listen_unix.empty());
     EXPECT_EQ(options.admin, "");
     EXPECT_EQ(options.threads, 0U);
     EXPECT_EQ(options.poll_us, 50U);
@@ -70,7 +76,7 @@ TEST_F(OptionsTest, EveryOptionIsRead) {
     EXPECT_EQ(options.listen[0].port, 0);
     EXPECT_EQ(options.listen[1].host, "::1");
     EXPECT_EQ(options.listen[1].port, 10810);
-    EXPECT_EQ(options.unix_paths, (std::vector<std::string>{"/a", "/b"}));
+    EXPECT_EQ(UnixPaths(options), (std::vector<std::string>{"/a", "/b"}));
     EXPECT_EQ(options.admin, "/admin");
     EXPECT_EQ(options.threads, 3U);
     EXPECT_EQ(options.poll_us, 0U);
@@ -135,7 +141,7 @@ TEST_F(OptionsTest, ListenersHaveTheirOwnPolicy) {
     EXPECT_EQ(options.listen[1].policy.tls, TlsMode::kAllow);
     EXPECT_TRUE(options.listen[1].policy.read_only);
     EXPECT_FALSE(options.listen[2].policy.tls);
-    EXPECT_EQ(ParseUnixAddress(options.unix_paths.at(0)).value().path, "/a,b");
+    EXPECT_EQ(options.listen_unix.at(0).path, "/a,b");
     EXPECT_EQ(options.tls.psk, "/keys");
     EXPECT_TRUE(options.tls.verify_peer);
     Bad({"--pool", "/p", "--listen", "a:1,tls=on"},
@@ -164,7 +170,7 @@ TEST_F(OptionsTest, FileSaysTheSame) {
     EXPECT_EQ(options.pool, "/var/lib/varve");
     ASSERT_EQ(options.listen.size(), 2U);
     EXPECT_EQ(options.listen[1].port, 2);
-    EXPECT_EQ(options.unix_paths, std::vector<std::string>{"/run/a#b"});
+    EXPECT_EQ(UnixPaths(options), std::vector<std::string>{"/run/a#b"});
     EXPECT_EQ(options.pool_options.map_cache_bytes, uint64_t{2} << 30);
 }
 
@@ -176,7 +182,7 @@ TEST_F(OptionsTest, CommandLineGoesBeforeTheFile) {
     EXPECT_EQ(options.threads, 4U);
     ASSERT_EQ(options.listen.size(), 1U);
     EXPECT_EQ(options.listen[0].host, "c");
-    EXPECT_EQ(options.unix_paths, std::vector<std::string>{"/u"});
+    EXPECT_EQ(UnixPaths(options), std::vector<std::string>{"/u"});
 }
 
 TEST_F(OptionsTest, ErrorsInTheFileNameFileAndLine) {

@@ -41,16 +41,6 @@ std::string ExportName(const std::string& name) {
     return Option(wire::kOptExportName, name);
 }
 
-std::string Request(uint16_t command, uint64_t offset, uint32_t length) {
-    wire::Request request;
-    request.flags = uint16_t{0};
-    request.type = command;
-    request.cookie = uint64_t{7};
-    request.offset = offset;
-    request.length = length;
-    return {reinterpret_cast<const char*>(&request), sizeof request};
-}
-
 /// A libnbd handle.
 class Nbd {
   public:
@@ -77,7 +67,7 @@ class ServerTest : public testing::Test {
         std::string pattern = (fs::temp_directory_path() / "varve-server-XXXXXX").string();
         root_ = ::mkdtemp(pattern.data());
         options_.pool = root_ / "pool";
-        options_.unix_paths = {root_ / "nbd.sock"};
+        options_.listen_unix = {{root_ / "nbd.sock", {}}};
         options_.listen = {{"127.0.0.1", 0}};
         options_.threads = 2;
         options_.direct = false;
@@ -215,8 +205,8 @@ TEST_F(ServerTest, SnapshotsAreReadOnlyExports) {
 TEST_F(ServerTest, FirstRequestMayComeWithTheLastOption) {
     StartWithDisk();
     OwnedFd fd = ConnectGreeted();
-    SendAll(fd.get(), kHello + ExportName("disk0") + Request(wire::kCmdRead, 0, 512) +
-                          Request(wire::kCmdDisconnect, 0, 0));
+    SendAll(fd.get(), kHello + ExportName("disk0") + RequestHeader(wire::kCmdRead, 0, 512) +
+                          RequestHeader(wire::kCmdDisconnect, 0, 0));
     EXPECT_EQ(Receive(fd.get(), 10 + 16 + 512).size(), 10U + 16 + 512);
     ExpectClosed(fd.get());
 }
@@ -237,7 +227,7 @@ TEST_F(ServerTest, SilentClientIsClosedAtTheDeadline) {
     SendAll(dribbling.get(), kHello + "IHAVE");
     ExpectClosed(silent.get());
     ExpectClosed(dribbling.get());
-    SendAll(attached.get(), Request(wire::kCmdRead, 0, 1));
+    SendAll(attached.get(), RequestHeader(wire::kCmdRead, 0, 1));
     EXPECT_EQ(Receive(attached.get(), 17).size(), 17U);
 }
 
@@ -320,7 +310,7 @@ TEST_F(ServerTest, GarbageHarmsNobody) {
         if (::send(fd.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL) < 0) continue;
         if (round % 3) ::shutdown(fd.get(), SHUT_WR);
     }
-    SendAll(attached.get(), Request(wire::kCmdRead, 0, 1));
+    SendAll(attached.get(), RequestHeader(wire::kCmdRead, 0, 1));
     EXPECT_EQ(Receive(attached.get(), 17).size(), 17U);
     Nbd nbd(Uri("disk0"));
     EXPECT_TRUE(nbd.connected()) << nbd.error();
@@ -329,7 +319,7 @@ TEST_F(ServerTest, GarbageHarmsNobody) {
 TEST_F(ServerTest, ClientsAreListedUnderTheirPresentName) {
     StartWithDisk();
     OwnedFd fd = Attach("");
-    SendAll(fd.get(), Request(wire::kCmdRead, 0, 4096));
+    SendAll(fd.get(), RequestHeader(wire::kCmdRead, 0, 4096));
     EXPECT_EQ(Receive(fd.get(), 16 + 4096).size(), 16U + 4096);
     Call("disk.rename", R"({"name":"disk0","to":"other"})");
     const std::string list = Call("client.list");
@@ -347,7 +337,7 @@ TEST_F(ServerTest, DisconnectClosesTheClientsOfADisk) {
     const std::string answer = Call("client.disconnect", R"({"disk":"disk0"})");
     EXPECT_EQ(answer.find("error"), std::string::npos) << answer;
     ExpectClosed(zero.get());
-    SendAll(one.get(), Request(wire::kCmdRead, 0, 1));
+    SendAll(one.get(), RequestHeader(wire::kCmdRead, 0, 1));
     EXPECT_EQ(Receive(one.get(), 17).size(), 17U);
     EXPECT_EQ(Call("client.list").find("\"disk0\""), std::string::npos);
 }
@@ -366,7 +356,7 @@ TEST_F(ServerTest, ClientsComeAndGoWhileTheyAreListedAndDisconnected) {
         OwnedFd fd = ConnectGreeted();
         SendAll(fd.get(), kHello + ExportName(round % 2 ? "disk0@a" : "disk0"));
         if (Receive(fd.get(), 10).size() < 10) continue;  // disconnected already
-        const std::string read = Request(wire::kCmdRead, 0, 512);
+        const std::string read = RequestHeader(wire::kCmdRead, 0, 512);
         if (::send(fd.get(), read.data(), read.size(), MSG_NOSIGNAL) > 0) Receive(fd.get(), 528);
     }
     done = true;
@@ -424,7 +414,7 @@ TEST_F(ServerTest, ClientThatDoesNotReadIsFencedToo) {
     StartWithDisk();
     OwnedFd stuck = Attach("disk0");
     std::string requests;
-    for (int i = 0; i < 64; ++i) requests += Request(wire::kCmdRead, 0, 1 << 20);
+    for (int i = 0; i < 64; ++i) requests += RequestHeader(wire::kCmdRead, 0, 1 << 20);
     SendAll(stuck.get(), requests);
     Call("snapshot.create", R"({"snapshots":["disk0@a"]})");
     const std::string answer =
@@ -436,7 +426,7 @@ TEST_F(ServerTest, StopsWithStuckAndSilentClients) {
     StartWithDisk();
     OwnedFd stuck = Attach("disk0");
     std::string requests;
-    for (int i = 0; i < 64; ++i) requests += Request(wire::kCmdRead, 0, 1 << 20);
+    for (int i = 0; i < 64; ++i) requests += RequestHeader(wire::kCmdRead, 0, 1 << 20);
     SendAll(stuck.get(), requests);
     OwnedFd idle = Attach("disk0");
     OwnedFd silent = ConnectGreeted();
@@ -465,7 +455,7 @@ TEST_F(ServerTest, RequestsInFlightAreAnsweredWhenStopping) {
     StartWithDisk();
     OwnedFd fd = Attach("disk0");
     std::string requests;
-    for (int i = 0; i < 20; ++i) requests += Request(wire::kCmdRead, 0, 4096);
+    for (int i = 0; i < 20; ++i) requests += RequestHeader(wire::kCmdRead, 0, 4096);
     SendAll(fd.get(), requests);
     Stop();
     for (int i = 0; i < 20; ++i) EXPECT_EQ(Receive(fd.get(), 16 + 4096).size(), 16U + 4096);
@@ -486,7 +476,7 @@ TEST_F(ServerTest, ShortOfDescriptorsItGoesOn) {
     none.rlim_cur = static_cast<rlim_t>(OwnedFd(::dup(0)).get());  // the lowest that is free
     ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &none), 0);
     EXPECT_EQ(::connect(waiting.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
-    SendAll(attached.get(), Request(wire::kCmdRead, 0, 1));
+    SendAll(attached.get(), RequestHeader(wire::kCmdRead, 0, 1));
     EXPECT_EQ(Receive(attached.get(), 17).size(), 17U);
     ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
     EXPECT_EQ(Receive(waiting.get(), 18).size(), 18U);
@@ -496,7 +486,7 @@ TEST_F(ServerTest, OccupiedPortIsRefusedAndHarmsNothing) {
     StartWithDisk();
     Options second = options_;
     second.pool = root_ / "second";
-    second.unix_paths.clear();
+    second.listen_unix.clear();
     second.listen[0].port = Port();
     const Result<std::unique_ptr<Daemon>> refused = Daemon::Start(second);
     ASSERT_FALSE(refused.ok());
@@ -504,7 +494,7 @@ TEST_F(ServerTest, OccupiedPortIsRefusedAndHarmsNothing) {
     EXPECT_NE(refused.error().message.find("127.0.0.1:" + std::to_string(Port())),
               std::string::npos);
     second.listen = {};
-    second.unix_paths = {root_ / "nbd.sock"};
+    second.listen_unix = {{root_ / "nbd.sock", {}}};
     const Result<std::unique_ptr<Daemon>> also = Daemon::Start(second);
     ASSERT_FALSE(also.ok());
     EXPECT_EQ(also.error().kind, ErrorKind::kBusy);

@@ -53,7 +53,7 @@ Result<std::vector<Listener>> Listen(const Options& options) {
     if (!listeners.ok()) return listeners.error();
     for (Listener& passed : listeners.value()) ApplyPolicy(ListenPolicy(), credentials, passed);
     std::vector<TcpAddress> addresses = options.listen;
-    if (addresses.empty() && options.unix_paths.empty() && listeners.value().empty()) {
+    if (addresses.empty() && options.listen_unix.empty() && listeners.value().empty()) {
         addresses.push_back({"127.0.0.1", kNbdPort});
     }
     for (const TcpAddress& address : addresses) {
@@ -66,12 +66,10 @@ Result<std::vector<Listener>> Listen(const Options& options) {
         for (Listener& one : more.value()) ApplyPolicy(address.policy, credentials, one);
         std::move(more.value().begin(), more.value().end(), std::back_inserter(listeners.value()));
     }
-    for (const std::string& text : options.unix_paths) {
-        const Result<UnixAddress> address = ParseUnixAddress(text);
-        if (!address.ok()) return address.error();
-        Result<Listener> listener = ListenNbdUnix(Absolute(address.value().path));
+    for (const UnixAddress& address : options.listen_unix) {
+        Result<Listener> listener = ListenNbdUnix(Absolute(address.path));
         if (!listener.ok()) return listener.error();
-        ApplyPolicy(address.value().policy, credentials, listener.value());
+        ApplyPolicy(address.policy, credentials, listener.value());
         listeners.value().push_back(std::move(listener.value()));
     }
     return listeners;

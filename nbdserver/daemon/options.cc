@@ -76,12 +76,14 @@ const Setting kSettings[] = {
      [](Options& o) { o.listen.clear(); }},
     {"unix", "PATH", Form::kRepeatable,
      [](Options& o, Text t) {
-         const Result<UnixAddress> address = ParseUnixAddress(t);
-         return address.ok() ? SetText(o.unix_paths.emplace_back(), t) : address.status();
+         Result<UnixAddress> address = ParseUnixAddress(t);
+         if (!address.ok()) return address.status();
+         o.listen_unix.push_back(std::move(address.value()));
+         return Status();
      },
      "NBD over a unix socket; repeatable; PATH,tls=off|allow|require,read-only as above\n"
      "(tls: allow if there are certificates or keys, else off)",
-     [](Options& o) { o.unix_paths.clear(); }},
+     [](Options& o) { o.listen_unix.clear(); }},
     {"tls-certificates", "DIR", Form::kOnce,
      [](Options& o, Text t) { return SetText(o.tls.certificates, t); },
      "TLS with server-cert.pem and server-key.pem of DIR; SIGHUP reads them again"},
@@ -350,9 +352,7 @@ Status CheckTls(const Options& options) {
     };
     bool any = false;
     for (const TcpAddress& address : options.listen) any = any || wanted(address.policy);
-    for (const std::string& path : options.unix_paths) {
-        any = any || wanted(ParseUnixAddress(path).value().policy);
-    }
+    for (const UnixAddress& address : options.listen_unix) any = any || wanted(address.policy);
     if (!any) return Status();
     return MakeError(ErrorKind::kInvalid, "tls= needs --tls-certificates DIR or --tls-psk FILE");
 }

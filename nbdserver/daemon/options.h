@@ -21,8 +21,8 @@ inline constexpr uint16_t kNbdPort = 10809;  // IANA
 struct Options {
     std::string pool;
     std::string data;
-    std::vector<TcpAddress> listen;       // as given
-    std::vector<std::string> unix_paths;  // as ParseUnixAddress() takes them
+    std::vector<TcpAddress> listen;  // as given
+    std::vector<UnixAddress> listen_unix;
     tls::CredentialFiles tls;
     std::string admin;     // empty: POOL/admin.sock
     unsigned threads = 0;  // 0: one per CPU

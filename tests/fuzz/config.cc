@@ -55,12 +55,15 @@ std::string Summary(const Options& o) {
     text += fmt::format("|{}|{}|{}|{}", o.bytes_in_flight_max, o.admin_connections_max,
                         o.connection.stall_ms_max, o.poll_us);
     text += fmt::format("|{}|{}|{}", o.tls.certificates, o.tls.psk, o.tls.verify_peer);
+    const auto policy = [](const ListenPolicy& p) {
+        return fmt::format("{} {}", p.tls ? static_cast<int>(*p.tls) : -1, p.read_only);
+    };
     for (const TcpAddress& address : o.listen) {
-        const int tls = address.policy.tls ? static_cast<int>(*address.policy.tls) : -1;
-        text +=
-            fmt::format("|{} {} {} {}", address.host, address.port, tls, address.policy.read_only);
+        text += fmt::format("|{} {} {}", address.host, address.port, policy(address.policy));
     }
-    for (const std::string& path : o.unix_paths) text += "|" + path;
+    for (const UnixAddress& address : o.listen_unix) {
+        text += fmt::format("|{} {}", address.path, policy(address.policy));
+    }
     return text;
 }
 
