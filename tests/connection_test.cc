@@ -24,6 +24,7 @@
 #include "nbdserver/wire/wire.h"
 #include "tests/fake_volume.h"
 #include "tests/polling.h"
+#include "tests/raw_nbd.h"
 #include "tests/run_on.h"
 
 namespace varve::nbdserver {
@@ -43,34 +44,14 @@ struct Answer {
 };
 
 /// The client's end of a connection, byte by byte.
-class Client {
+class Client : public ClientEnd {
   public:
-    explicit Client(int fd, bool structured) : fd_(fd), structured_(structured) {
-        const timeval limit{60, 0};  // a lost reply fails the test instead of hanging it
-        setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-    }
-    ~Client() { Close(); }
-    void Close() {
-        if (fd_ >= 0) close(std::exchange(fd_, -1));
-    }
-    void HalfClose() { shutdown(fd_, SHUT_WR); }
-    int fd() const { return fd_; }
-
-    static std::string Header(uint16_t type, uint64_t offset, uint32_t length, uint64_t cookie,
-                              uint16_t flags = 0) {
-        wire::Request request;
-        request.flags = flags;
-        request.type = type;
-        request.cookie = cookie;
-        request.offset = offset;
-        request.length = length;
-        return std::string(reinterpret_cast<const char*>(&request), sizeof request);
-    }
+    explicit Client(int fd, bool structured) : ClientEnd(fd), structured_(structured) {}
 
     void SendBytes(const std::string& bytes) {
         size_t at = 0;
         while (at < bytes.size()) {
-            const ssize_t n = send(fd_, bytes.data() + at, bytes.size() - at, MSG_NOSIGNAL);
+            const ssize_t n = send(fd(), bytes.data() + at, bytes.size() - at, MSG_NOSIGNAL);
             if (n <= 0) return;  // the server hung up: the reading side will tell
             at += static_cast<size_t>(n);
         }
@@ -81,7 +62,7 @@ class Client {
                const std::string& payload = "") {
         const uint64_t cookie = ++cookie_;
         expected_[cookie] = {type, offset, length};
-        SendBytes(Header(type, offset, length, cookie, flags) + payload);
+        SendBytes(RequestHeader(type, offset, length, cookie, flags) + payload);
         const Answer answer = Next();
         EXPECT_EQ(answer.cookie, cookie);
         return answer;
@@ -89,7 +70,7 @@ class Client {
     std::string Prepare(uint16_t type, uint64_t offset, uint32_t length, uint64_t cookie,
                         uint16_t flags = 0) {
         expected_[cookie] = {type, offset, length};
-        return Header(type, offset, length, cookie, flags);
+        return RequestHeader(type, offset, length, cookie, flags);
     }
 
     /// The next whole answer, whichever request it belongs to.
@@ -125,7 +106,7 @@ class Client {
         std::string out(bytes, 0);
         size_t at = 0;
         while (at < bytes) {
-            const ssize_t n = recv(fd_, out.data() + at, bytes - at, 0);
+            const ssize_t n = recv(fd(), out.data() + at, bytes - at, 0);
             if (n <= 0) {
                 EXPECT_TRUE(n == 0 || errno == ECONNRESET) << std::strerror(errno);
                 out.resize(at);
@@ -182,7 +163,6 @@ class Client {
         return last;
     }
 
-    int fd_;
     const bool structured_;
     uint64_t cookie_ = 1000;
     std::map<uint64_t, Expected> expected_;
@@ -634,8 +614,8 @@ TEST_F(ConnectionTest, AClientThatIsBehindWithReadingIsServed) {
 
 TEST_F(ConnectionTest, RequestsThatCameWithTheLastOptionAreServedFirst) {
     TransmissionOptions options;
-    std::string early = Client::Header(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 9);
-    early += Client::Header(wire::kCmdRead, 0, 4096, 2).substr(0, 10);
+    std::string early = RequestHeader(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 9);
+    early += RequestHeader(wire::kCmdRead, 0, 4096, 2).substr(0, 10);
     const std::byte* bytes = reinterpret_cast<const std::byte*>(early.data());
     options.received.assign(bytes, bytes + early.size());
     Client& client = Connect(std::move(options));
@@ -651,7 +631,7 @@ TEST_F(ConnectionTest, ARefusedPayloadIsConsumedUpToABound) {
     EXPECT_EQ(client.Ask(wire::kCmdWrite, 0, length, 0, std::string(length, 'x')).error,
               wire::kErrorInvalid);
     EXPECT_EQ(client.Ask(wire::kCmdFlush, 0, 0).error, 0u);
-    client.SendBytes(Client::Header(wire::kCmdWrite, 0, 0xffffffff, 1));
+    client.SendBytes(RequestHeader(wire::kCmdWrite, 0, 0xffffffff, 1));
     EXPECT_TRUE(client.AtEnd());
     WaitUntilEnded(0);
 }
@@ -659,7 +639,7 @@ TEST_F(ConnectionTest, ARefusedPayloadIsConsumedUpToABound) {
 TEST_F(ConnectionTest, ABadMagicNumberEndsThisConnectionOnly) {
     Client& good = Connect();
     Client& bad = Connect();
-    std::string request = Client::Header(wire::kCmdRead, 0, 4096, 1);
+    std::string request = RequestHeader(wire::kCmdRead, 0, 4096, 1);
     request[0] = 0;
     bad.SendBytes(request);
     EXPECT_TRUE(bad.AtEnd());
@@ -679,8 +659,8 @@ TEST_F(ConnectionTest, NoiseHurtsNobody) {
         std::string noise = Pattern(random() % 3000, random());
         for (size_t at = 0; at + 28 < noise.size() && random() % 8; at += 28) {
             const std::string header =
-                Client::Header(random() % 10, random(), random() % 2 ? 0 : random() % 100'000,
-                               random(), random() % 4 ? 0 : random() % 64);
+                RequestHeader(random() % 10, random(), random() % 2 ? 0 : random() % 100'000,
+                              random(), random() % 4 ? 0 : random() % 64);
             noise.replace(at, 28, header);
         }
         noisy.SendBytes(noise);
@@ -699,8 +679,8 @@ TEST_F(ConnectionTest, DisconnectFinishesWhatIsOutstanding) {
     On([&] { volume_->hold = true; });
     std::string stream;
     for (uint64_t i = 1; i <= 10; ++i) stream += client.Prepare(wire::kCmdRead, 0, 4096, i);
-    stream += Client::Header(wire::kCmdDisconnect, 0, 0, 11);
-    stream += Client::Header(wire::kCmdRead, 0, 4096, 12);  // not allowed, not served
+    stream += RequestHeader(wire::kCmdDisconnect, 0, 0, 11);
+    stream += RequestHeader(wire::kCmdRead, 0, 4096, 12);  // not allowed, not served
     client.SendBytes(stream);
     Until([&] { return volume_->running() == 10; });
     EXPECT_FALSE(served_[0].over);
@@ -726,7 +706,7 @@ TEST_F(ConnectionTest, AClientThatClosedItsSendingSideStillGetsItsReplies) {
 TEST_F(ConnectionTest, AWriteCutOffByTheEndOfTheStreamIsNotExecuted) {
     for (const uint32_t length : {4096u, kMiB}) {
         Client& client = Connect();
-        client.SendBytes(Client::Header(wire::kCmdWrite, 0, length, 1) +
+        client.SendBytes(RequestHeader(wire::kCmdWrite, 0, length, 1) +
                          std::string(length - 1, 'x'));
         client.Close();
         WaitUntilEnded(served_.size() - 1);
@@ -740,7 +720,7 @@ TEST_F(ConnectionTest, AVanishedClientsRequestsAreFinishedFirst) {
     On([&] { volume_->hold = true; });
     std::string stream;
     for (uint64_t i = 0; i < 20; ++i) {
-        stream += Client::Header(wire::kCmdWrite, i * 4096, 4096, i) + Pattern(4096, i);
+        stream += RequestHeader(wire::kCmdWrite, i * 4096, 4096, i) + Pattern(4096, i);
     }
     client.SendBytes(stream);
     Until([&] { return volume_->running() == 20; });
@@ -756,9 +736,9 @@ TEST_F(ConnectionTest, WhoComesNextWaitsUntilNothingOfAVanishedClientCanLand) {
         Client& client = Connect();
         const size_t index = served_.size() - 1;
         On([&] { volume_->hold = true; });
-        client.SendBytes(Client::Header(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 1));
+        client.SendBytes(RequestHeader(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 1));
         Until([&] { return volume_->running() == 1; });
-        if (disconnects) client.SendBytes(Client::Header(wire::kCmdDisconnect, 0, 0, 2));
+        if (disconnects) client.SendBytes(RequestHeader(wire::kCmdDisconnect, 0, 0, 2));
         client.Close();
         std::future<bool> nothing_lands = AwaitLeavers();
         Until([&] { return disconnects || volume_->abandoned() == 1; });
@@ -789,7 +769,7 @@ TEST_F(ConnectionTest, WhoComesNextDoesNotWaitForClientsThatAreThere) {
 TEST_F(ConnectionTest, WhoWaitsForLeaversMayGiveUp) {
     Client& client = Connect();
     On([&] { volume_->hold = true; });
-    client.SendBytes(Client::Header(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 1));
+    client.SendBytes(RequestHeader(wire::kCmdWrite, 0, 4096, 1) + Pattern(4096, 1));
     Until([&] { return volume_->running() == 1; });
     client.Close();
     LeaverWait impatient, patient, too_late;
@@ -814,7 +794,7 @@ TEST_F(ConnectionTest, EndsOfManyLeaversCostNoMoreThanTheirNumber) {
     On([&] { volume_->hold = true; });
     for (size_t i = 0; i < kLeavers; ++i) {
         Client& client = Connect();
-        client.SendBytes(Client::Header(wire::kCmdRead, 0, 512, i));
+        client.SendBytes(RequestHeader(wire::kCmdRead, 0, 512, i));
         Until([&] { return volume_->running() == i + 1; });
         client.Close();
     }
@@ -834,7 +814,7 @@ TEST_F(ConnectionTest, OfAReadOnlyVolumeNotEndlesslyManyLeaversHang) {
     On([&] { volume_->hold = volume_->read_only_export = true; });
     const auto leave = [&](size_t already) {
         Client& client = Connect();
-        client.SendBytes(Client::Header(wire::kCmdRead, 0, 512, already));
+        client.SendBytes(RequestHeader(wire::kCmdRead, 0, 512, already));
         Until([&] { return volume_->running() == already + 1; });
         client.Close();
     };
@@ -858,8 +838,8 @@ TEST_F(ConnectionTest, WhatALeaverHasNotFinishedInTimeIsGivenUp) {
     Client& client = Connect();
     On([&] { volume_->hold = true; });
     std::string stream;
-    for (uint64_t i = 0; i < 20; ++i) stream += Client::Header(wire::kCmdTrim, 0, 32 * kMiB, i);
-    stream += Client::Header(wire::kCmdDisconnect, 0, 0, 20);
+    for (uint64_t i = 0; i < 20; ++i) stream += RequestHeader(wire::kCmdTrim, 0, 32 * kMiB, i);
+    stream += RequestHeader(wire::kCmdDisconnect, 0, 0, 20);
     client.SendBytes(stream);
     client.HalfClose();
     Until([&] { return volume_->running() == 2; });
@@ -913,7 +893,7 @@ TEST_F(ConnectionTest, AClientThatBreaksOffIsNoticedWhileNothingIsReceived) {
     while (ioctl(client.fd(), FIONREAD, &there) == 0 && there < 4096) std::this_thread::yield();
     On([&] { volume_->hold = true; });
     std::string stream;
-    for (uint64_t i = 1; i < 10; ++i) stream += Client::Header(wire::kCmdTrim, 0, 4096, i);
+    for (uint64_t i = 1; i < 10; ++i) stream += RequestHeader(wire::kCmdTrim, 0, 4096, i);
     client.SendBytes(stream);
     Until([&] { return volume_->running() == 4 && host_->bytes_received() > 0; });
     client.Close();
@@ -931,9 +911,9 @@ TEST_F(ConnectionTest, EndFinishesRunningRequestsAndDropsTheRest) {
     On([&] { volume_->hold = true; });
     std::string stream;
     for (uint64_t i = 0; i < 5; ++i) {
-        stream += Client::Header(wire::kCmdWrite, i * 4096, 4096, i) + Pattern(4096, i);
+        stream += RequestHeader(wire::kCmdWrite, i * 4096, 4096, i) + Pattern(4096, i);
     }
-    stream += Client::Header(wire::kCmdWrite, 0, kMiB, 9) + std::string(1000, 'x');
+    stream += RequestHeader(wire::kCmdWrite, 0, kMiB, 9) + std::string(1000, 'x');
     client.SendBytes(stream);
     Until([&] { return volume_->running() == 5; });
     On([&] {
@@ -951,7 +931,7 @@ TEST_F(ConnectionTest, EndFinishesRunningRequestsAndDropsTheRest) {
 TEST_F(ConnectionTest, EndFreesAConnectionWhoseClientNeverReads) {
     Client& client = Connect();
     std::string stream;
-    for (uint64_t i = 0; i < 10; ++i) stream += Client::Header(wire::kCmdRead, 0, kMiB, i);
+    for (uint64_t i = 0; i < 10; ++i) stream += RequestHeader(wire::kCmdRead, 0, kMiB, i);
     client.SendBytes(stream);
     Until([&] { return volume_->calls["read"] == 10; });
     On([&] { End(served_[0].connection); });
@@ -1011,7 +991,7 @@ TEST_F(ConnectionTest, ManyClientsThatNeverReadHoldABoundedAmountTogether) {
     Start(limits);
     constexpr int kClients = 100;
     std::string stream;  // without payload, but more requests than one connection may have
-    for (uint64_t i = 0; i < 8000; ++i) stream += Client::Header(wire::kCmdFlush, 0, 0, i);
+    for (uint64_t i = 0; i < 8000; ++i) stream += RequestHeader(wire::kCmdFlush, 0, 0, i);
     On([&] { volume_->hold = true; });
     for (int c = 0; c < kClients; ++c) {
         Client& client = Connect();
@@ -1032,7 +1012,7 @@ TEST_F(ConnectionTest, StuckClientsDoNotStopOthers) {
     for (int stuck = 0; stuck < 3; ++stuck) {
         Client& client = Connect();
         std::string stream;
-        for (uint64_t i = 0; i < 10; ++i) stream += Client::Header(wire::kCmdRead, 0, kMiB, i);
+        for (uint64_t i = 0; i < 10; ++i) stream += RequestHeader(wire::kCmdRead, 0, kMiB, i);
         client.SendBytes(stream);
     }
     Until([&] { return volume_->calls["read"] >= 3; });
@@ -1051,7 +1031,7 @@ TEST_F(ConnectionTest, SmallRequestsDoNotWaitForMemoryThatStuckClientsHold) {
     Start(limits);
     for (int stuck = 0; stuck < 40; ++stuck) {
         std::string stream;
-        for (uint64_t i = 0; i < 10; ++i) stream += Client::Header(wire::kCmdRead, 0, kMiB, i);
+        for (uint64_t i = 0; i < 10; ++i) stream += RequestHeader(wire::kCmdRead, 0, kMiB, i);
         Connect().SendBytes(stream);
     }
     Until([&] { return host_->bytes_in_flight() > 2 * kMiB; });
@@ -1072,7 +1052,7 @@ TEST_F(ConnectionTest, AnnouncedPayloadsThatDoNotComeHoldABoundedAmountAndAreGiv
     constexpr uint64_t kStuck = 4;
     for (uint64_t i = 0; i < kStuck; ++i) {
         Client& client = Connect();
-        client.SendBytes(Client::Header(wire::kCmdWrite, 0, 32 * kMiB, 1));
+        client.SendBytes(RequestHeader(wire::kCmdWrite, 0, 32 * kMiB, 1));
         if (i % 2) client.SendBytes(std::string(50'000, 'x'));
     }
     Client& client = Connect();
@@ -1096,7 +1076,7 @@ TEST_F(ConnectionTest, WhatIsReceivedButNotBegunIsBoundedForAllTogether) {
     Until([&] { return host_->connections() == kClients; });
     On([&] { volume_->hold = true; });
     std::string stream;
-    for (uint64_t i = 0; i < 6000; ++i) stream += Client::Header(wire::kCmdFlush, 0, 0, i);
+    for (uint64_t i = 0; i < 6000; ++i) stream += RequestHeader(wire::kCmdFlush, 0, 0, i);
     for (Client& client : clients_) {
         ASSERT_EQ(fcntl(client.fd(), F_SETFL, fcntl(client.fd(), F_GETFL) | O_NONBLOCK), 0);
         client.SendBytes(stream);
@@ -1154,7 +1134,7 @@ TEST_F(ConnectionTest, ClientsThatSendByteByByteTakeNoThreads) {
     constexpr uint32_t kBytes = 64 << 10;
     const std::string payload = Pattern(kBytes, 4);
     for (size_t i = 0; i < kClients; ++i) {
-        Connect().SendBytes(Client::Header(wire::kCmdWrite, i * kBytes, kBytes, i));
+        Connect().SendBytes(RequestHeader(wire::kCmdWrite, i * kBytes, kBytes, i));
     }
     const size_t before = ThreadsOfThisProcess();
     // More steps than the kernel tries before it gives an operation to a thread: 128.
@@ -1218,7 +1198,7 @@ TEST_F(ConnectionTest, AClientWaitsForMemoryOnAnotherReactorAndWhoStallsThereIsC
     auto pot = std::make_shared<MemoryPot>(32 * kMiB, 2);
     Start(limits, {}, pot);
     Client& hoarder = Connect();
-    hoarder.SendBytes(Client::Header(wire::kCmdRead, 0, 16 * kMiB, 1));
+    hoarder.SendBytes(RequestHeader(wire::kCmdRead, 0, 16 * kMiB, 1));
     int there = 0;
     while (ioctl(hoarder.fd(), FIONREAD, &there) == 0 && there == 0) std::this_thread::yield();
 

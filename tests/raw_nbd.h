@@ -3,8 +3,11 @@
 
 #include <gtest/gtest.h>
 #include <sys/socket.h>
+#include <sys/time.h>
+#include <unistd.h>
 
 #include <string>
+#include <utility>
 
 #include "base/endian.h"
 #include "nbdserver/wire/wire.h"
@@ -31,6 +34,37 @@ inline std::string Receive(int fd, size_t length) {
     bytes.resize(done);
     return bytes;
 }
+
+inline std::string RequestHeader(uint16_t type, uint64_t offset, uint32_t length,
+                                 uint64_t cookie = 7, uint16_t flags = 0) {
+    wire::Request request;
+    request.flags = flags;
+    request.type = type;
+    request.cookie = cookie;
+    request.offset = offset;
+    request.length = length;
+    return {reinterpret_cast<const char*>(&request), sizeof request};
+}
+
+/// The client's end of a connection. A lost reply fails the test instead of hanging it.
+class ClientEnd {
+  public:
+    explicit ClientEnd(int fd) : fd_(fd) {
+        const timeval limit{60, 0};
+        setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    }
+    ClientEnd(const ClientEnd&) = delete;
+    ~ClientEnd() { Close(); }
+
+    int fd() const { return fd_; }
+    void Close() {
+        if (fd_ >= 0) close(std::exchange(fd_, -1));
+    }
+    void HalfClose() { shutdown(fd_, SHUT_WR); }
+
+  private:
+    int fd_;
+};
 
 inline std::string Option(uint32_t option, const std::string& data = "") {
     std::string out;
