@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "base/free_list.h"
+
 namespace varve {
 namespace {
 
@@ -66,6 +68,27 @@ TEST(BufferPool, EachBufferIsItsOwnersAlone) {
             ASSERT_LE(pool.kept_bytes(), kept);
         }
     }
+}
+
+TEST(FreeListTest, KeepsSoManyAndGivesThemAgain) {
+    static int alive = 0;
+    struct Counted {
+        Counted() { ++alive; }
+        ~Counted() { --alive; }
+        Counted* next = nullptr;
+    };
+    {
+        FreeList<Counted, 3> list;
+        std::vector<Counted*> taken;
+        for (int i = 0; i < 10; ++i) taken.push_back(list.Take());
+        EXPECT_EQ(alive, 10);
+        for (Counted* one : taken) list.Return(one);
+        EXPECT_EQ(alive, 3);
+        for (int i = 0; i < 4; ++i) taken[static_cast<size_t>(i)] = list.Take();
+        EXPECT_EQ(alive, 4);
+        for (int i = 0; i < 4; ++i) list.Return(taken[static_cast<size_t>(i)]);
+    }
+    EXPECT_EQ(alive, 0);
 }
 
 #ifndef VARVE_SANITIZED  // a sanitizer's memory is its own

@@ -18,6 +18,7 @@
 #include "base/backoff.h"
 #include "base/buffers.h"
 #include "base/check.h"
+#include "base/free_list.h"
 #include "base/reactor.h"
 #include "base/sync.h"
 #include "base/task.h"
@@ -78,35 +79,6 @@ class ReceivedBytes {
     const uint64_t step_;
     uint64_t bytes_ = 0;
     uint64_t told_ = 0;
-};
-
-/// Objects that nobody needs now, kept for the next who does: at most so many, linked by `next`.
-template <typename T, unsigned kMost>
-class FreeList {
-  public:
-    FreeList() = default;
-    FreeList(const FreeList&) = delete;
-    ~FreeList() {
-        while (head_) delete std::exchange(head_, head_->next);
-    }
-
-    T* Take() {
-        if (!head_) return new T;
-        --count_;
-        return std::exchange(head_, head_->next);
-    }
-    void Return(T* object) {
-        if (count_ == kMost) {
-            delete object;
-            return;
-        }
-        ++count_;
-        object->next = std::exchange(head_, object);
-    }
-
-  private:
-    T* head_ = nullptr;
-    unsigned count_ = 0;
 };
 
 /// What one send needs until it is complete.
