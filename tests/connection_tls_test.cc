@@ -9,6 +9,7 @@
 #include <future>
 #include <map>
 #include <random>
+#include <thread>
 
 #include "nbdserver/connection/connection.h"
 #include "nbdserver/tls/records.h"
@@ -53,7 +54,7 @@ class Client : public ClientEnd {
 
     /// Fewer bytes at the end of the stream.
     std::string Receive(size_t bytes) {
-        while (plain_.size() < bytes && ReceiveRecord()) {
+        while (plain_.size() < bytes && ReceiveMore()) {
         }
         std::string data = plain_.substr(0, bytes);
         plain_.erase(0, data.size());
@@ -82,21 +83,15 @@ class Client : public ClientEnd {
     bool AtEnd() { return Receive(1).empty(); }
 
   private:
-    bool ReceiveRecord() {
-        size_t record = 0;
-        while ((record = records_.Measure(Sealed())) == 0 || record > sealed_.size()) {
-            char piece[65536];
-            const ssize_t n = recv(fd(), piece, sizeof piece, 0);
-            if (n <= 0) return false;
-            records_.BeginReceive();
-            sealed_.append(piece, static_cast<size_t>(n));
-        }
-        const auto data = records_.Open(Sealed().first(record));
-        plain_.append(reinterpret_cast<const char*>(data.data()), data.size());
-        sealed_.erase(0, record);
+    bool ReceiveMore() {
+        char piece[65536];
+        const ssize_t n = recv(fd(), piece, sizeof piece, 0);
+        if (n <= 0) return false;
+        records_.BeginReceive();
+        sealed_.append(piece, static_cast<size_t>(n));
+        records_.OpenCopy(sealed_, plain_);
         return !records_.closed() && !records_.broken();
     }
-    std::span<std::byte> Sealed() { return std::as_writable_bytes(std::span(sealed_)); }
 
     tls::Records records_;
     std::mt19937_64& dice_;
@@ -255,6 +250,35 @@ TEST_P(ConnectionTlsTest, RepliesInRecordsAsShortAsTheClientWants) {
             EXPECT_TRUE(back == data.substr(0, length)) << length;
         }
     }
+}
+
+// Its payload is decrypted into place piece by piece: each is progress.
+TEST_P(ConnectionTlsTest, AClientThatGivesItsPayloadSlowlyIsNotStalled) {
+    constexpr uint32_t kBytes = 4 << 20, kPart = 128 << 10;
+    ConnectionLimits limits;
+    limits.host_bytes_max = 6 << 20;
+    limits.stall_ms_max = 800;
+    Start(limits);
+    Client& slow = Connect();
+    Client& other = Connect();
+    const std::string data = Noise(kBytes);
+    slow.Send(RequestHeader(wire::kCmdWrite, 0, kBytes, 1) + data.substr(0, kPart));
+    while (RunOn(*reactor_, [&] { return host_->bytes_in_flight(); }) < kBytes) {
+        std::this_thread::yield();
+    }
+    other.Send(RequestHeader(wire::kCmdRead, 0, kBytes, 2));  // it waits for memory
+    // Over the least that counts as progress, in the time that a client may stall.
+    for (uint32_t at = kPart; at < kBytes; at += kPart) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+        slow.Send(std::string_view(data).substr(at, kPart));
+    }
+    uint32_t error = 0;
+    EXPECT_EQ(slow.Next(&error), 1U);
+    EXPECT_EQ(error, 0U);
+    EXPECT_TRUE(Content(0, kBytes) == data);
+    std::string back;
+    EXPECT_EQ(other.Next(&error, kBytes, &back), 2U);
+    EXPECT_EQ(back.size(), size_t{kBytes});
 }
 
 /// There is no such thing in TLS 1.2.
