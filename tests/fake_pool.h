@@ -281,6 +281,7 @@ class FakePool : public cow::Pool {
         ++opening_;
         while (holding_exports_ && !*given_up) co_await Hop(home_);
         --opening_;
+        if (holding_exports_) co_return MakeError(ErrorKind::kBusy, "given up");
         co_return NoDisk(name);
     }
     Task<void> CloseExport(uint64_t) override { co_return; }

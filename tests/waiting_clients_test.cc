@@ -140,41 +140,87 @@ TEST_F(WaitingClientsTest, ThatAreGoneWaitNoLonger) {
     EXPECT_EQ(ReplyType(stays.get()), wire::kRepErrUnknown);
 }
 
-TEST(ExportListsTest, AreEncodedOnceForEachStateOfTheCatalog) {
-    Control control;
-    Worker home("home", 1);
-    testing::FakePool pool(home);
-    RunOn(home, [&] { pool.SetExports({"a", "b"}); });
-    std::thread thread([&] { control.Run(); });
-    {
-        ExportLists lists(control, home, pool, 1 << 20);
-        using List = std::shared_ptr<const ListReply>;
-        List first = RunOn(control, lists.Get());
-        List second = RunOn(control, lists.Get());
-        EXPECT_EQ(first, second);
-        EXPECT_EQ(first->exports, 2U);
-        // As many as may exist at a time; one more waits until somebody has taken his.
-        std::vector<List> held = {first};
-        first = second = nullptr;
-        for (size_t i = 1; i < ExportLists::kListsMax; ++i) {
-            RunOn(home, [&] { pool.SetExports({"a"}); });
-            held.push_back(RunOn(control, lists.Get()));
-            EXPECT_EQ(RunOn(control, [&] { return lists.encoded(); }), i + 1);
-        }
-        RunOn(home, [&] { pool.SetExports({}); });
-        std::future<List> next =
-            std::async(std::launch::async, [&] { return RunOn(control, lists.Get()); });
-        while (RunOn(home, [&] { return pool.listed(); }) < ExportLists::kListsMax + 2) {
-            std::this_thread::yield();
-        }
-        RunOn(control, [&] { return true; });
-        EXPECT_EQ(RunOn(control, [&] { return lists.encoded(); }), ExportLists::kListsMax);
-        RunOn(control, [&] { held.erase(held.begin()); });
-        EXPECT_EQ(next.get()->exports, 0U);
-        RunOn(control, [&] { held.clear(); });
+class ExportListsTest : public ::testing::Test {
+  protected:
+    using List = std::shared_ptr<const ListReply>;
+
+    ~ExportListsTest() override {
+        control_.Stop();
+        thread_.join();
     }
-    control.Stop();
-    thread.join();
+    List Get(access::Grants grants = {}) { return RunOn(control_, lists_.Get(std::move(grants))); }
+    uint64_t Encoded() {
+        return RunOn(control_, [&] { return lists_.encoded(); });
+    }
+    void SetExports(const std::vector<std::string>& names) {
+        RunOn(home_, [&] { pool_.SetExports(names); });
+    }
+    uint64_t Listed() {
+        return RunOn(home_, [&] { return pool_.listed(); });
+    }
+
+    static constexpr uint64_t kBytesMax = 200;
+    Control control_;
+    Worker home_{"home", 1};
+    testing::FakePool pool_{home_};
+    ExportLists lists_{control_, home_, pool_, kBytesMax};
+    std::thread thread_{[this] { control_.Run(); }};
+};
+
+TEST_F(ExportListsTest, AreEncodedOnceForEachStateOfTheCatalog) {
+    const std::vector<std::string> large = {"a", std::string(130, 'b')};
+    SetExports(large);
+    List first = Get(), second = Get();
+    EXPECT_EQ(first, second);
+    EXPECT_EQ(first->exports, 2U);
+    // As many as may exist at a time; one more waits until somebody has taken his.
+    std::vector<List> held = {first};
+    first = second = nullptr;
+    for (size_t i = 1; i < ExportLists::kListsMax; ++i) {
+        SetExports(large);
+        held.push_back(Get());
+        EXPECT_EQ(Encoded(), i + 1);
+    }
+    SetExports({});
+    std::future<List> next = std::async(std::launch::async, [&] { return Get(); });
+    while (Listed() < ExportLists::kListsMax + 2) std::this_thread::yield();
+    RunOn(control_, [&] { return true; });
+    EXPECT_EQ(Encoded(), ExportLists::kListsMax);
+    RunOn(control_, [&] { held.erase(held.begin()); });
+    EXPECT_EQ(next.get()->exports, 0U);
+    RunOn(control_, [&] { held.clear(); });
+}
+
+TEST_F(ExportListsTest, SmallOnesDoNotWaitForEachOther) {
+    std::vector<List> held;
+    for (int i = 0; i < 12; ++i) {
+        SetExports({"a"});
+        held.push_back(Get());
+    }
+    EXPECT_EQ(Encoded(), held.size());
+    RunOn(control_, [&] { held.clear(); });
+}
+
+TEST_F(ExportListsTest, NameWhatTheirReadersMayOpen) {
+    SetExports({"a", "a@s", "b"});
+    const auto rules =
+        access::Rules::Parse("psk=alice a read-only\nany *@* read-only\npsk=bob a read-only")
+            .value();
+    const auto grants = [&](const std::string& user) {
+        access::Subject subject;
+        subject.identity.psk_user = user;
+        return access::Grants(rules, subject);
+    };
+    List alice = Get(grants("alice")), again = Get(grants("alice"));
+    EXPECT_EQ(alice, again);  // shared
+    EXPECT_EQ(alice->exports, 2U);
+    EXPECT_EQ(alice->pieces[0].find("b"), std::string::npos);
+    List bob = Get(grants("bob")), nobody = Get(grants("nobody")), all = Get();
+    EXPECT_EQ(bob->exports, 2U);
+    EXPECT_EQ(nobody->exports, 1U);
+    EXPECT_EQ(all->exports, 3U);
+    EXPECT_EQ(Encoded(), 4U);
+    RunOn(control_, [&] { alice = again = bob = nobody = all = nullptr; });
 }
 
 }  // namespace

@@ -18,6 +18,18 @@ namespace {
 /// not one that hangs in the device.
 constexpr int64_t kDisconnectUs = 10'000'000;
 
+constexpr size_t kClientsPerTurn = 64;
+
+/// For the log: "192.0.2.7:51234 (psk:alice)".
+std::string NameOf(const Visitor& visitor) {
+    const std::string identity = tls::Describe(visitor.who.identity);
+    return identity.empty() ? visitor.name : fmt::format("{} ({})", visitor.name, identity);
+}
+
+Error Stopping() {
+    return MakeError(ErrorKind::kFailed, "the server is shutting down");
+}
+
 }  // namespace
 
 class Client {
@@ -36,6 +48,7 @@ class Client {
     // Changed by home only.
     bool given_up = false;  // it does not wait for its export any more
     bool serving = false;
+    bool closing = false;  // the pool may have forgotten the export
     uint64_t requests_seen = 0;
     std::chrono::steady_clock::time_point active;  // when there were more of them, or it came
 
@@ -102,10 +115,12 @@ int64_t UnixMs() {
 }  // namespace
 
 Clients::Clients(Executor& home, Clock& clock, cow::Pool& pool,
-                 std::function<ConnectionHost&(Executor&)> host_of)
+                 std::function<ConnectionHost&(Executor&)> host_of,
+                 std::shared_ptr<const access::Rules> rules)
     : home_(home),
       pool_(pool),
       host_of_(std::move(host_of)),
+      rules_(std::move(rules)),
       changed_(home),
       ticker_(&clock, home) {
     pool_.SetDisconnector([this](const std::vector<uint64_t>& exports) {
@@ -120,11 +135,19 @@ Clients::~Clients() {
     VARVE_CHECK(clients_.empty());
 }
 
-Result<ExportDescription> Clients::Describe(std::string export_name) {
+/// Who may not is told what he would be told if there was no such export: names are not for
+/// everybody.
+Result<ExportDescription> Clients::Describe(std::string export_name, const Visitor& visitor) {
     Result<cow::ExportEntry> found = pool_.DescribeExport(std::move(export_name));
     if (!found.ok()) return found.error();
     cow::ExportEntry& entry = found.value();
-    return ExportDescription{std::move(entry.name), entry.size, entry.read_only};
+    const access::Right right = GrantsOf(visitor).Of(entry.name);
+    if (right == access::Right::kNone) {
+        refusals_.Tell(fmt::format("{} may not open '{}'", NameOf(visitor), entry.name));
+        return MakeError(ErrorKind::kNotFound, "there is nothing that this client may open");
+    }
+    const bool read_only = entry.read_only || visitor.read_only || right == access::Right::kRead;
+    return ExportDescription{std::move(entry.name), entry.size, read_only};
 }
 
 std::shared_ptr<Client> Clients::Make(Visitor visitor) {
@@ -132,28 +155,40 @@ std::shared_ptr<Client> Clients::Make(Visitor visitor) {
 }
 
 Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_name) {
-    const Error stopping = MakeError(ErrorKind::kFailed, "the server is shutting down");
-    if (closing_) co_return stopping;
+    if (closing_) co_return Stopping();
+    if (rules_) {  // before anything of the export's shows, that it is in use for example
+        const Result<ExportDescription> may = Describe(export_name, client->visitor);
+        if (!may.ok()) co_return may.error();
+    }
     Task<Result<cow::Export>> opening = pool_.OpenExport(std::move(export_name), &client->given_up);
     const Result<cow::Export> opened = co_await opening;
     if (!opened.ok()) co_return opened.error();
-    if (closing_) {  // since the check above: Drain() has not seen this one
+    const Status entered = Enter(client, opened.value());
+    if (!entered.ok()) {
         Task<void> closing = pool_.CloseExport(opened.value().id);
         co_await closing;
-        co_return stopping;
+        co_return entered;
     }
-    cow::Volume& volume = *opened.value().volume;
-    client->opened = opened.value();
-    client->description.name = pool_.ExportName(client->opened.id);
-    client->since_ms = UnixMs();
-    client->active = std::chrono::steady_clock::now();
-    client->reactor = &volume.executor();
-    clients_.emplace(client->opened.id, client);  // from now on it can be fenced
+    const cow::Volume& volume = *client->opened.volume;
     co_await Hop(*client->reactor);
     client->description.size = volume.size();
-    client->description.read_only = volume.read_only() || client->visitor.read_only;
     co_await Hop(home_);
     co_return Status();
+}
+
+/// What may have changed while the export was being opened: its name, the rules, Drain(). From now
+/// on the client can be fenced.
+Status Clients::Enter(const std::shared_ptr<Client>& client, const cow::Export& opened) {
+    if (closing_) return Stopping();
+    Result<ExportDescription> may = Describe(pool_.ExportName(opened.id), client->visitor);
+    if (!may.ok()) return may.error();
+    client->opened = opened;
+    client->description = std::move(may.value());
+    client->since_ms = UnixMs();
+    client->active = std::chrono::steady_clock::now();
+    client->reactor = &opened.volume->executor();
+    clients_.emplace(opened.id, client);
+    return Status();
 }
 
 Task<Status> Clients::Attach(std::shared_ptr<Client> client, std::string export_name) {
@@ -180,9 +215,9 @@ void Clients::GiveUp(std::shared_ptr<Client> client) {
 Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {
     client->serving = true;
     options.counters = client->counters;
-    options.read_only = client->visitor.read_only;
+    options.read_only = client->description.read_only;
     Log(LogLevel::kDebug,
-        fmt::format("{} attached to '{}'", client->visitor.address, client->description.name));
+        fmt::format("{} attached to '{}'", client->visitor.name, client->description.name));
     ConnectionHost& host = host_of_(*client->reactor);
     co_await Hop(*client->reactor);
     if (client->ending || client->draining) {
@@ -197,7 +232,7 @@ Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOp
     co_await Hop(home_);
     const uint64_t given_up = client->counters->given_up.load(std::memory_order_relaxed);
     Log(given_up ? LogLevel::kInfo : LogLevel::kDebug,
-        fmt::format("{} left '{}', {} of its requests were given up", client->visitor.address,
+        fmt::format("{} left '{}', {} of its requests were given up", client->visitor.name,
                     client->description.name, given_up));
     Task<void> closing = Close(std::move(client));
     co_await closing;
@@ -209,7 +244,8 @@ Task<void> Clients::Release(std::shared_ptr<Client> client) {
 }
 
 Task<void> Clients::Close(std::shared_ptr<Client> client) {
-    client->serving = false;  // the pool forgets the export before it has closed it
+    client->serving = false;
+    client->closing = true;  // the pool forgets the export before it has closed it
     Task<void> closing = pool_.CloseExport(client->opened.id);
     co_await closing;
     clients_.erase(client->opened.id);
@@ -218,6 +254,30 @@ Task<void> Clients::Close(std::shared_ptr<Client> client) {
 
 void Clients::End(std::shared_ptr<Client> client) {
     Spawn(EndOnReactor(std::move(client)));
+}
+
+/// By the export's present name.
+bool Clients::MayStay(const Client& client) const {
+    const access::Right right = GrantsOf(client.visitor).Of(pool_.ExportName(client.opened.id));
+    return client.description.read_only ? right != access::Right::kNone
+                                        : right == access::Right::kWrite;
+}
+
+/// In turns. Who comes meanwhile comes by the new rules.
+Task<std::vector<uint64_t>> Clients::ChangeRules(std::shared_ptr<const access::Rules> rules) {
+    rules_ = std::move(rules);
+    std::vector<uint64_t> ids, cut_off;
+    for (const auto& [id, client] : clients_) ids.push_back(id);
+    for (size_t i = 0; i < ids.size(); ++i) {
+        if (i % kClientsPerTurn == kClientsPerTurn - 1) co_await Hop(home_);
+        const auto found = clients_.find(ids[i]);
+        if (found == clients_.end() || found->second->closing || MayStay(*found->second)) continue;
+        refusals_.Tell(fmt::format("{} may no longer open '{}', or not write to it: cut off",
+                                   NameOf(found->second->visitor), pool_.ExportName(ids[i])));
+        End(found->second);
+        cut_off.push_back(ids[i]);
+    }
+    co_return cut_off;
 }
 
 void Clients::Observe() {
@@ -236,14 +296,14 @@ Task<std::vector<admin::ClientInfo>> Clients::List() {
         if (!client->serving) continue;
         admin::ClientInfo info;
         info.id = id;
-        info.address = client->visitor.address;
+        info.address = client->visitor.name;
         info.export_name = pool_.ExportName(id);
         info.since_ms = client->since_ms;
         const auto idle = std::chrono::duration_cast<std::chrono::seconds>(now - client->active);
         info.idle_s = static_cast<uint64_t>(idle.count());
         info.read_only = client->description.read_only;
         info.tls = client->visitor.tls;
-        info.identity = client->visitor.identity;
+        info.identity = tls::Describe(client->visitor.who.identity);
         info.requests = client->counters->requests.load(std::memory_order_relaxed);
         info.bytes_read = client->counters->bytes_read.load(std::memory_order_relaxed);
         info.bytes_written = client->counters->bytes_written.load(std::memory_order_relaxed);

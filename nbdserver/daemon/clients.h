@@ -20,7 +20,9 @@
 #include "base/task.h"
 #include "base/ticker.h"
 #include "cow/pool/pool.h"
+#include "nbdserver/access/rules.h"
 #include "nbdserver/connection/connection.h"
+#include "nbdserver/daemon/limited_log.h"
 #include "nbdserver/negotiation/negotiation.h"
 
 namespace varve::nbdserver {
@@ -29,31 +31,42 @@ class Client;
 
 /// What is known of a client before it asks for an export.
 struct Visitor {
-    std::string address;
+    std::string name;  // as Peer has it
     bool tls = false;
-    std::string identity;    // as tls::Describe() gives it
-    bool read_only = false;  // whatever the export is
+    access::Subject who;
+    bool read_only = false;  // whatever the export is, and whatever the rules say
 };
 
 /// Lives on the home executor: all methods are called there, and their tasks are started there.
 class Clients : public admin::ClientDirectory {
   public:
     /// `host_of` gives the connection host of a volume's executor. Tells `pool` how to fence.
+    /// Without `rules` everybody may open everything.
     Clients(Executor& home, Clock& clock, cow::Pool& pool,
-            std::function<ConnectionHost&(Executor&)> host_of);
+            std::function<ConnectionHost&(Executor&)> host_of,
+            std::shared_ptr<const access::Rules> rules = nullptr);
     /// REQUIRES: no client is left. The pool must not fence any more.
     ~Clients() override;
 
-    /// Says what an export is, without attaching to it. Errors as of Pool::DescribeExport.
-    Result<ExportDescription> Describe(std::string export_name);
+    /// Says what an export is to a visitor, without attaching to it. Errors as of
+    /// Pool::DescribeExport, and kNotFound if he may not open it.
+    Result<ExportDescription> Describe(std::string export_name, const Visitor& visitor);
+
+    /// What a visitor may open.
+    access::Grants GrantsOf(const Visitor& visitor) const { return {rules_, visitor.who}; }
+
+    /// From now on these hold, for those that are attached too: who may not open his export any
+    /// more, or not write to it, is cut off. Gives who was.
+    Task<std::vector<uint64_t>> ChangeRules(std::shared_ptr<const access::Rules> rules);
 
     /// A client that will ask for an export. Any thread.
     static std::shared_ptr<Client> Make(Visitor visitor);
 
-    /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport; kFailed after
-    /// Drain(), kBusy after GiveUp(). If it succeeds, the client owes Serve() or Release(), soon
-    /// and without waiting for its peer. Nothing of clients that have left the disk lands after it:
-    /// that is waited for, for as long as the device keeps a request of theirs.
+    /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport, and kNotFound
+    /// if he may not; kFailed after Drain(), kBusy after GiveUp(). If it succeeds, the client owes
+    /// Serve() or Release(), soon and without waiting for its peer. Nothing of clients that have
+    /// left the disk lands after it: that is waited for, for as long as the device keeps a request
+    /// of theirs.
     Task<Status> Attach(std::shared_ptr<Client> client, std::string export_name);
 
     /// Nobody waits for Attach() of this client any more: it ends soon.
@@ -81,12 +94,16 @@ class Clients : public admin::ClientDirectory {
 
   private:
     Task<Status> Open(std::shared_ptr<Client> client, std::string export_name);
+    Status Enter(const std::shared_ptr<Client>& client, const cow::Export& opened);
+    bool MayStay(const Client& client) const;
     void End(std::shared_ptr<Client> client);
     Task<void> Close(std::shared_ptr<Client> client);
 
     Executor& home_;
     cow::Pool& pool_;
     const std::function<ConnectionHost&(Executor&)> host_of_;
+    std::shared_ptr<const access::Rules> rules_;  // null: there are none
+    LimitedLog refusals_{"refusals"};
     std::map<uint64_t, std::shared_ptr<Client>> clients_;  // by the export's id
     WaitList changed_;                                     // a client went
     Ticker ticker_;

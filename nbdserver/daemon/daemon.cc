@@ -156,10 +156,19 @@ Status Daemon::StartServing(const Options& options) {
     command_timer_ = std::make_unique<Timer>(*control_);
     stop_timer_ = std::make_unique<Timer>(*control_);
     stop_watch_ = std::make_unique<Gate>(*control_);
+    reloading_ = std::make_unique<AsyncMutex>(*control_);
     commit_interval_ms_ = options.pool_options.commit_interval_ms;
+    access_ = options.access;
+    std::shared_ptr<const access::Rules> rules;
+    if (!access_.empty()) {
+        Result<std::shared_ptr<const access::Rules>> loaded = access::Rules::Load(access_);
+        if (!loaded.ok()) return loaded.error();
+        rules = std::move(loaded.value());
+    }
     clients_ = std::make_unique<Clients>(
         *home_, *clock_, *pool_,
-        [this](Executor& reactor) -> ConnectionHost& { return plane_->HostOf(reactor); });
+        [this](Executor& reactor) -> ConnectionHost& { return plane_->HostOf(reactor); },
+        std::move(rules));
 
     if (!options.tls.empty()) {
         Result<std::unique_ptr<TlsService>> tls = TlsService::Start(*control_, options.tls);
@@ -284,18 +293,56 @@ Task<void> Daemon::Stop() {
 
 void Daemon::Reload() {
     if (stopping_) return;
-    if (tls_) {
-        loops_->Enter();
-        Spawn(ReloadTls());
-    } else {
+    if (!tls_ && access_.empty()) {
         Log(LogLevel::kInfo, "SIGHUP: no setting can change while the server runs; restart it");
+        return;
     }
+    loops_->Enter();
+    Spawn(ReloadFiles());
 }
 
-Task<void> Daemon::ReloadTls() {
-    Task<void> reloading = tls_->Reload();
-    co_await reloading;
+Task<void> Daemon::ReloadFiles() {
+    if (tls_) {
+        Task<void> reloading = tls_->Reload();
+        co_await reloading;
+    }
+    if (!access_.empty()) {
+        Task<void> reloading = ReloadAccess();
+        co_await reloading;
+    }
     loops_->Leave();
+}
+
+Task<void> Daemon::ReloadAccess() {
+    if (std::exchange(reload_waits_, true)) co_return;  // that one reads what is there by then
+    Task<void> locking = reloading_->Lock();
+    co_await locking;
+    reload_waits_ = false;
+    co_await Hop(*loader_);
+    Result<std::shared_ptr<const access::Rules>> loaded = access::Rules::Load(access_);
+    if (!loaded.ok()) {
+        co_await Hop(*control_);
+        Log(LogLevel::kError, "SIGHUP: access stays as it was: " + loaded.error().message);
+        reloading_->Unlock();
+        co_return;
+    }
+    const size_t rules = loaded.value()->rules().size();
+    co_await Hop(*home_);
+    Task<std::vector<uint64_t>> changing = clients_->ChangeRules(std::move(loaded.value()));
+    std::vector<uint64_t> cut_off = co_await changing;
+    co_await Hop(*control_);
+    reloading_->Unlock();  // what the device keeps keeps no other reload
+    co_await Hop(*home_);
+    const size_t count = cut_off.size();
+    Task<uint64_t> going = clients_->Disconnect(std::move(cut_off));
+    const uint64_t gone = co_await going;
+    co_await Hop(*control_);
+    Log(LogLevel::kInfo, fmt::format("SIGHUP: access is as in {} now: {}; {} cut off", access_,
+                                     FormatCount(rules, "rule"), FormatCount(count, "client")));
+    if (gone < count) {
+        Log(LogLevel::kWarning, fmt::format("{} that may no longer: requests are still under way",
+                                            FormatCount(count - gone, "client")));
+    }
 }
 
 Task<void> Daemon::EndStuckClients() {

@@ -47,7 +47,8 @@ class Daemon {
     Task<void> Stop();
     Task<void> EndStuckClients();
     void Reload();
-    Task<void> ReloadTls();
+    Task<void> ReloadFiles();
+    Task<void> ReloadAccess();
     Task<void> StopInTime();
     Task<void> LeaveBehind(std::string what);
     void ClosePool();
@@ -66,12 +67,15 @@ class Daemon {
     std::unique_ptr<Clients> clients_;
     std::unique_ptr<admin::Service> admin_;
     std::unique_ptr<TlsService> tls_;  // null: there is none
+    std::string access_;               // file; empty: there is none
     std::unique_ptr<Server> server_;
 
     // Of the control thread.
     std::unique_ptr<Timer> commit_timer_, drain_timer_, command_timer_, stop_timer_;
     std::unique_ptr<Gate> stop_watch_;
     std::unique_ptr<Gate> loops_;
+    std::unique_ptr<AsyncMutex> reloading_;  // of access
+    bool reload_waits_ = false;              // for the one that is under way
     uint64_t commit_interval_ms_ = 0;
     bool admin_stopped_ = false;
     bool stopping_ = false;

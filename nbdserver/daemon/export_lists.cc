@@ -3,18 +3,30 @@
 #include <utility>
 
 namespace varve::nbdserver {
+namespace {
 
-Task<std::shared_ptr<const ListReply>> ExportLists::Get() {
+constexpr size_t kWorkPerTurn = 10'000;  // names, or comparisons of names
+
+uint64_t BytesOf(const ListReply& list) {
+    uint64_t bytes = 0;
+    for (const std::string& piece : list.pieces) bytes += piece.size();
+    return bytes;
+}
+
+}  // namespace
+
+Task<std::shared_ptr<const ListReply>> ExportLists::Get(access::Grants grants) {
     for (;;) {
         co_await Hop(home_);
         Task<std::shared_ptr<const Names>> listing = pool_.ListExports();
         std::shared_ptr<const Names> names = co_await listing;
         co_await Hop(control_);
-        if (newest_ && newest_names_.lock() == names) co_return newest_;
+        if (newest_ && newest_names_.lock() == names && newest_grants_ == grants) co_return newest_;
         if (!encoding_) {
             newest_.reset();
-            if (lists_ < kListsMax) {
-                Task<std::shared_ptr<const ListReply>> encoding = Encode(std::move(names));
+            if (bytes_ + bytes_max_ <= kListsMax * bytes_max_) {
+                Task<std::shared_ptr<const ListReply>> encoding =
+                    Encode(std::move(names), std::move(grants));
                 co_return co_await encoding;
             }
         }
@@ -23,28 +35,32 @@ Task<std::shared_ptr<const ListReply>> ExportLists::Get() {
     }
 }
 
-/// In steps of a piece, so that others have their turns.
-Task<std::shared_ptr<const ListReply>> ExportLists::Encode(std::shared_ptr<const Names> names) {
+/// In steps, so that others have their turns.
+Task<std::shared_ptr<const ListReply>> ExportLists::Encode(std::shared_ptr<const Names> names,
+                                                           access::Grants grants) {
     encoding_ = true;
-    ++lists_;
     ++encoded_;
     ListEncoder encoder(bytes_max_);
-    size_t pieces = 0;
+    size_t pieces = 0, work = 0;
     for (const cow::ExportEntry& entry : *names) {
-        if (!encoder.Add(entry.name)) break;
-        if (encoder.pieces() == pieces) continue;
+        work += 1 + grants.patterns();
+        if (grants.Of(entry.name) != access::Right::kNone && !encoder.Add(entry.name)) break;
+        if (encoder.pieces() == pieces && work < kWorkPerTurn) continue;
         pieces = encoder.pieces();
+        work = 0;
         co_await Hop(control_);
     }
     const auto forget = [this](const ListReply* list) {
+        bytes_ -= BytesOf(*list);
         delete list;
-        --lists_;
         changed_.WakeAll();
     };
     std::shared_ptr<const ListReply> list(new ListReply(encoder.Finish()), forget);
+    bytes_ += BytesOf(*list);
     encoding_ = false;
     newest_ = list;
     newest_names_ = names;
+    newest_grants_ = std::move(grants);
     changed_.WakeAll();
     co_await Hop(home_);  // if these are the last to have them: there may be many to be freed
     names.reset();

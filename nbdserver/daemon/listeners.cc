@@ -222,15 +222,17 @@ Result<std::vector<Listener>> TakeSystemdSockets() {
     return listeners;
 }
 
-std::string PeerAddress(int fd) {
+Peer PeerOf(int fd) {
     SocketAddress address{};
     socklen_t length = sizeof address;
-    if (::getpeername(fd, &address.any, &length) != 0) return "?";
-    if (address.any.sa_family != AF_UNIX) return FormatAddress(address);
+    if (::getpeername(fd, &address.any, &length) != 0) return {"?", {}, {}};
+    if (address.any.sa_family != AF_UNIX) {
+        return {FormatAddress(address), access::AddressOf(address.any), {}};
+    }
     ucred peer{};
     length = sizeof peer;
-    if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0) return "unix";
-    return fmt::format("unix:uid={},pid={}", peer.uid, peer.pid);
+    if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0) return {"unix", {}, {}};
+    return {fmt::format("unix:uid={},pid={}", peer.uid, peer.pid), {}, peer.uid};
 }
 
 void PrepareConnection(int fd, uint64_t peer_timeout_s) {

@@ -10,6 +10,7 @@
 
 #include "admin/unix_socket.h"
 #include "base/result.h"
+#include "nbdserver/access/address.h"
 #include "nbdserver/negotiation/negotiation.h"
 
 namespace varve::nbdserver {
@@ -57,8 +58,13 @@ Result<std::vector<Listener>> TakeSystemdSockets();
 /// required.
 void ApplyPolicy(const ListenPolicy& policy, bool credentials, Listener& listener);
 
-/// "127.0.0.1:51234", "[::1]:51234" or "unix:uid=0,pid=12" of the other end of `fd`.
-std::string PeerAddress(int fd);
+/// The other end of a connection, as the system knows it.
+struct Peer {
+    std::string name;  // "127.0.0.1:51234", "[::1]:51234", "unix:uid=0,pid=12"
+    std::optional<access::Address> address;  // without port
+    std::optional<uint32_t> uid;             // who has connected over a unix socket
+};
+Peer PeerOf(int fd);
 
 /// Sets what NBD needs on a connected socket: no delay of small packets, and an end after
 /// `peer_timeout_s` seconds (3 or more) without an answer of the peer's machine: to probes while

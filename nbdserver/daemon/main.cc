@@ -55,6 +55,16 @@ varve::Result<std::unique_ptr<Daemon>> Start(const Options& options) {
     return error;
 }
 
+/// Those that the settings name, and that are read at the start.
+varve::Status CheckFiles(const Options& options) {
+    if (!options.tls.empty()) {
+        const auto credentials = varve::nbdserver::tls::Credentials::Load(options.tls);
+        if (!credentials.ok()) return credentials.error();
+    }
+    if (options.access.empty()) return varve::Status();
+    return varve::nbdserver::access::Rules::Load(options.access).status();
+}
+
 int Serve(const Options& options) {
     IgnoreSignals();
     varve::Result<std::unique_ptr<Daemon>> daemon = Start(options);
@@ -84,6 +94,8 @@ int main(int argc, char** argv) {
         return 0;
     }
     if (options.check_config) {
+        const varve::Status status = CheckFiles(options);
+        if (!status.ok()) return Fail(status.error());
         std::puts("the configuration is valid");
         return 0;
     }

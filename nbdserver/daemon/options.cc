@@ -97,6 +97,10 @@ const Setting kSettings[] = {
      },
      "clients without pre-shared key must show a certificate of DIR/ca-cert.pem's that is\n"
      "not in DIR/ca-crl.pem"},
+    {"access", "FILE", Form::kOnce, [](Options& o, Text t) { return SetText(o.access, t); },
+     "who may open which exports, a rule a line: WHO... EXPORT... read-only|read-write, with\n"
+     "WHO any, address=RANGE, certificate=NAME, psk=USER or uid=NUMBER; others may nothing;\n"
+     "SIGHUP reads it again (default: everybody may open everything)"},
     {"admin", "PATH", Form::kOnce, [](Options& o, Text t) { return SetText(o.admin, t); },
      "admin socket (default DIR/admin.sock)"},
     {"threads", "N", Form::kOnce,
@@ -130,7 +134,7 @@ const Setting kSettings[] = {
          o.check_config = true;
          return Status();
      },
-     "reads the settings and exits"},
+     "reads the settings and the files they name and exits"},
     {"log-format", "text|json", Form::kOnce,
      [](Options& o, Text t) {
          const Result<LogFormat> format = ParseLogFormat(t);

@@ -24,6 +24,7 @@ struct Options {
     std::vector<TcpAddress> listen;  // as given
     std::vector<UnixAddress> listen_unix;
     tls::CredentialFiles tls;
+    std::string access;    // file; empty: everybody may open everything
     std::string admin;     // empty: POOL/admin.sock
     unsigned threads = 0;  // 0: one per CPU
     uint64_t poll_us = 50;

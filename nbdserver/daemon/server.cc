@@ -23,7 +23,6 @@ constexpr uint64_t kPatienceMs = 500;
 constexpr uint64_t kListedOptionMs = 250;
 constexpr uint64_t kLookAgainMs = 20;
 constexpr int kAcceptsPerTurn = 16;
-constexpr uint64_t kFailuresTold = 10;  // in a second; of more only their number
 
 LookupError ToLookupError(const Error& error) {
     switch (error.kind) {
@@ -52,12 +51,23 @@ struct Server::Acceptor {
 /// A client that negotiates.
 struct Server::Handshake {
     Handshake(Control& control, int fd, const NegotiationLimits& limits, const Listener& listener)
-        : channel(control, fd),
+        : peer(PeerOf(fd)),
+          channel(control, fd),
           deadline(control),
           negotiator(limits, listener.tls),
           read_only(listener.read_only) {}
 
-    std::string address;
+    /// As of now: TLS tells more of it.
+    Visitor visitor() const {
+        Visitor v;
+        v.name = peer.name;
+        v.tls = channel.encrypted();
+        v.who = {peer.address, peer.uid, channel.identity()};
+        v.read_only = read_only;
+        return v;
+    }
+
+    const Peer peer;
     Channel channel;
     Timer deadline;
     Negotiator negotiator;
@@ -158,7 +168,6 @@ bool Server::AcceptOne(const Acceptor& acceptor, Errno* shortage) {
     PrepareConnection(fd, limits_.peer_timeout_s);
     auto handshake =
         std::make_shared<Handshake>(control_, fd, limits_.negotiation, acceptor.listener);
-    handshake->address = PeerAddress(fd);
     handshakes_.insert(handshake);
     ++connections_;
     gate_.Enter();
@@ -185,7 +194,7 @@ void Server::MakeRoom() {
 
 void Server::EndLate(Handshake& handshake) {
     if (std::exchange(handshake.leaving, true)) return;
-    Log(LogLevel::kDebug, fmt::format("{} took too long to negotiate", handshake.address));
+    Log(LogLevel::kDebug, fmt::format("{} took too long to negotiate", handshake.peer.name));
     ++leaving_;
     handshake.channel.Cancel();
 }
@@ -307,7 +316,11 @@ Task<void> Server::Converse(std::shared_ptr<Handshake> handshake) {
 }
 
 Task<void> Server::AnswerList(std::shared_ptr<Handshake> handshake) {
-    Task<std::shared_ptr<const ListReply>> getting = lists_.Get();
+    const Visitor visitor = handshake->visitor();
+    co_await Hop(home_);
+    access::Grants grants = clients_.GrantsOf(visitor);
+    co_await Hop(control_);
+    Task<std::shared_ptr<const ListReply>> getting = lists_.Get(std::move(grants));
     handshake->list = co_await getting;
     handshake->negotiator.AnswerList(*handshake->list);
 }
@@ -335,24 +348,8 @@ Task<bool> Server::StartTls(std::shared_ptr<Handshake> handshake) {
         handshake->negotiator.TlsStarted();
         co_return true;
     }
-    TellOfFailure(fmt::format("{}: the TLS handshake failed: {}", handshake->address, failure));
+    failures_.Tell(fmt::format("{}: the TLS handshake failed: {}", handshake->peer.name, failure));
     co_return false;
-}
-
-/// Whoever reaches the port can fail as often as he likes: that shall not fill the log.
-void Server::TellOfFailure(const std::string& line) {
-    const auto now = Stopwatch::Clock::now();
-    if (now - told_since_ >= std::chrono::seconds(1)) {
-        if (untold_ > 0) Log(LogLevel::kInfo, fmt::format("{} more handshakes failed", untold_));
-        told_since_ = now;
-        told_ = untold_ = 0;
-    }
-    if (told_ < kFailuresTold) {
-        ++told_;
-        Log(LogLevel::kInfo, line);
-    } else {
-        ++untold_;
-    }
 }
 
 Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
@@ -363,11 +360,11 @@ Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
         co_return;
     }
     std::string name = negotiator.lookup_name();
+    const Visitor visitor = handshake->visitor();
     co_await Hop(home_);
-    Result<ExportDescription> described = clients_.Describe(std::move(name));
+    const Result<ExportDescription> described = clients_.Describe(std::move(name), visitor);
     co_await Hop(control_);
     if (described.ok()) {
-        if (handshake->read_only) described.value().read_only = true;
         negotiator.AnswerLookup(described.value());
     } else {
         Refuse(negotiator, described.error());
@@ -378,13 +375,8 @@ Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
 Task<void> Server::OpenExport(std::shared_ptr<Handshake> handshake) {
     Negotiator& negotiator = handshake->negotiator;
     std::string name = negotiator.lookup_name();
-    Visitor visitor;
-    visitor.address = handshake->address;
-    visitor.tls = handshake->channel.encrypted();
-    visitor.identity = tls::Describe(handshake->channel.identity());
-    visitor.read_only = handshake->read_only;
     handshake->crowded = false;
-    handshake->asking = Clients::Make(std::move(visitor));
+    handshake->asking = Clients::Make(handshake->visitor());
     handshake->guest.fd = handshake->channel.fd();
     handshake->guest.name = name;
     handshake->guest.end = [this, raw = handshake.get()](WaitingRoom::Reason reason) {
@@ -401,7 +393,7 @@ Task<void> Server::OpenExport(std::shared_ptr<Handshake> handshake) {
     if (status.ok()) {
         negotiator.AnswerLookup(DescriptionOf(*client));
         handshake->client = std::move(client);
-    } else if (handshake->crowded) {
+    } else if (handshake->crowded && status.error().kind == ErrorKind::kBusy) {
         negotiator.AnswerLookup(LookupError::kCrowded);
     } else {
         Refuse(negotiator, status.error());

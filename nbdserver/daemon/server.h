@@ -5,7 +5,6 @@
 //                              '-> [waits for its export: WaitingRoom] -'
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <set>
@@ -19,6 +18,7 @@
 #include "nbdserver/daemon/control.h"
 #include "nbdserver/daemon/control_socket.h"
 #include "nbdserver/daemon/export_lists.h"
+#include "nbdserver/daemon/limited_log.h"
 #include "nbdserver/daemon/listeners.h"
 #include "nbdserver/daemon/tls_service.h"
 #include "nbdserver/daemon/waiting_room.h"
@@ -72,7 +72,6 @@ class Server {
     Task<void> Converse(std::shared_ptr<Handshake> handshake);
     Task<bool> Tell(std::shared_ptr<Handshake> handshake);
     Task<bool> StartTls(std::shared_ptr<Handshake> handshake);
-    void TellOfFailure(const std::string& line);
     Task<void> AnswerList(std::shared_ptr<Handshake> handshake);
     Task<void> AnswerLookup(std::shared_ptr<Handshake> handshake);
     Task<void> OpenExport(std::shared_ptr<Handshake> handshake);
@@ -95,13 +94,12 @@ class Server {
     std::set<std::shared_ptr<Handshake>> handshakes_;
     uint64_t connections_ = 0;
     bool closing_ = false;
-    uint64_t leaving_ = 0;                              // of handshakes_: closed already
-    bool full_ = false;                                 // reported already
-    std::chrono::steady_clock::time_point told_since_;  // of handshakes that failed
-    uint64_t told_ = 0, untold_ = 0;                    // since then
-    WaitList room_;        // a negotiation ended, or may be ended for others
-    Gate gate_;            // accept loops, connections and their deadlines
-    WaitingRoom waiting_;  // of handshakes_: those that wait for their export
+    uint64_t leaving_ = 0;                      // of handshakes_: closed already
+    bool full_ = false;                         // reported already
+    LimitedLog failures_{"handshakes failed"};  // whoever reaches the port can fail
+    WaitList room_;                             // a negotiation ended, or may be ended for others
+    Gate gate_;                                 // accept loops, connections and their deadlines
+    WaitingRoom waiting_;                       // of handshakes_: those that wait for their export
 };
 
 }  // namespace varve::nbdserver
