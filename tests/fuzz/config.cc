@@ -54,7 +54,7 @@ std::string Summary(const Options& o) {
         o.connection.bytes_max);
     text += fmt::format("|{}|{}|{}|{}", o.bytes_in_flight_max, o.admin_connections_max,
                         o.connection.stall_ms_max, o.poll_us);
-    text += fmt::format("|{}|{}|{}", o.tls.certificates, o.tls.psk, o.tls.verify_peer);
+    text += fmt::format("|{}|{}|{}", o.tls.certificates, o.tls.psk, o.tls.verify_peer) + o.access;
     const auto policy = [](const ListenPolicy& p) {
         return fmt::format("{} {}", p.tls ? static_cast<int>(*p.tls) : -1, p.read_only);
     };
