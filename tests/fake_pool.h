@@ -38,6 +38,7 @@ class FakePool : public cow::Pool {
     void HoldExports(bool hold) { holding_exports_ = hold; }
     uint64_t waiting() const { return waiting_; }
     uint64_t opening() const { return opening_; }  // exports
+    uint64_t closed() const { return closed_; }    // likewise
     uint64_t commands() const { return commands_; }
     uint64_t hurries() const { return hurries_; }
     void SetClients(const std::string& disk, uint64_t clients) { disks_[disk].clients = clients; }
@@ -276,16 +277,29 @@ class FakePool : public cow::Pool {
         disk->second.offline = offline;
         co_return Status();
     }
-    Result<cow::ExportEntry> DescribeExport(std::string name) override { return NoDisk(name); }
+    Result<cow::ExportEntry> DescribeExport(std::string name) override {
+        for (const cow::ExportEntry& entry : *exports_list_) {
+            if (entry.name == name) return entry;
+        }
+        return NoDisk(name);
+    }
+    /// What is opened has no volume.
     Task<Result<cow::Export>> OpenExport(std::string name, const bool* given_up) override {
         ++opening_;
         while (holding_exports_ && !*given_up) co_await Hop(home_);
         --opening_;
         if (holding_exports_) co_return MakeError(ErrorKind::kBusy, "given up");
-        co_return NoDisk(name);
+        if (Result<cow::ExportEntry> found = DescribeExport(name); !found.ok()) {
+            co_return found.error();
+        }
+        opened_.push_back(name);
+        co_return cow::Export{nullptr, opened_.size() - 1};
     }
-    Task<void> CloseExport(uint64_t) override { co_return; }
-    std::string ExportName(uint64_t) override { return {}; }
+    Task<void> CloseExport(uint64_t) override {
+        ++closed_;
+        co_return;
+    }
+    std::string ExportName(uint64_t id) override { return opened_.at(id); }
     void SetDisconnector(std::function<void(const std::vector<uint64_t>&)>) override {}
 
   private:
@@ -356,6 +370,8 @@ class FakePool : public cow::Pool {
     bool holding_ = false;
     bool holding_creation_ = false;
     bool holding_exports_ = false;
+    std::vector<std::string> opened_;  // exports
+    uint64_t closed_ = 0;
     std::shared_ptr<const std::vector<cow::ExportEntry>> exports_list_ =
         std::make_shared<std::vector<cow::ExportEntry>>();
     uint64_t listed_ = 0;

@@ -140,6 +140,19 @@ TEST_F(WaitingClientsTest, ThatAreGoneWaitNoLonger) {
     EXPECT_EQ(ReplyType(stays.get()), wire::kRepErrUnknown);
 }
 
+/// Its name or the rules may have changed meanwhile: what held when it asked is not enough.
+TEST_F(WaitingClientsTest, AreAskedForTheirRightsOnceMore) {
+    const auto rules = [](const char* text) { return access::Rules::Parse(text).value(); };
+    RunOn(home_, [&] { pool_.SetExports({"stuck"}); });
+    RunOn(home_, clients_->ChangeRules(rules("any stuck read-write")));
+    const OwnedFd fd = Ask("stuck");
+    UntilOpening(1);
+    RunOn(home_, clients_->ChangeRules(rules("any other read-write")));
+    RunOn(home_, [&] { pool_.HoldExports(false); });
+    EXPECT_EQ(ReplyType(fd.get()), wire::kRepErrUnknown);
+    EXPECT_EQ(RunOn(home_, [&] { return pool_.closed(); }), 1U);
+}
+
 class ExportListsTest : public ::testing::Test {
   protected:
     using List = std::shared_ptr<const ListReply>;

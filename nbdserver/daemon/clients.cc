@@ -315,6 +315,11 @@ Task<std::vector<admin::ClientInfo>> Clients::List() {
 Task<uint64_t> Clients::Disconnect(std::vector<uint64_t> ids) {
     std::erase_if(ids, [this](uint64_t id) { return !clients_.contains(id); });
     for (const uint64_t id : ids) End(clients_.at(id));
+    Task<uint64_t> leaving = Left(std::move(ids));
+    co_return co_await leaving;
+}
+
+Task<uint64_t> Clients::Left(std::vector<uint64_t> ids) {
     uint64_t left = 0;
     std::function<bool(int64_t*)> gone = [&](int64_t*) {  // an export's id is never used again
         left = static_cast<uint64_t>(std::count_if(

@@ -56,8 +56,10 @@ class Clients : public admin::ClientDirectory {
     access::Grants GrantsOf(const Visitor& visitor) const { return {rules_, visitor.who}; }
 
     /// From now on these hold, for those that are attached too: who may not open his export any
-    /// more, or not write to it, is cut off. Gives who was.
+    /// more, or not write to it, is cut off. Gives who was, for Left().
     Task<std::vector<uint64_t>> ChangeRules(std::shared_ptr<const access::Rules> rules);
+    /// Waits, some seconds at most, until these are gone. How many are.
+    Task<uint64_t> Left(std::vector<uint64_t> ids);
 
     /// A client that will ask for an export. Any thread.
     static std::shared_ptr<Client> Make(Visitor visitor);

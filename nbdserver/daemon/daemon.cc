@@ -334,7 +334,7 @@ Task<void> Daemon::ReloadAccess() {
     reloading_->Unlock();  // what the device keeps keeps no other reload
     co_await Hop(*home_);
     const size_t count = cut_off.size();
-    Task<uint64_t> going = clients_->Disconnect(std::move(cut_off));
+    Task<uint64_t> going = clients_->Left(std::move(cut_off));
     const uint64_t gone = co_await going;
     co_await Hop(*control_);
     Log(LogLevel::kInfo, fmt::format("SIGHUP: access is as in {} now: {}; {} cut off", access_,
