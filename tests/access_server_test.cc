@@ -160,7 +160,7 @@ TEST_F(AccessServerTest, TheEmptyNameIsNoWayIn) {
     EXPECT_FALSE(Nbd(Uri("")).connected());
     Reload(who() + "disk0 read-only");
     EXPECT_FALSE(Nbd(Uri("")).connected());  // there are two by now
-    Expect("disk.delete", R"({"name":"marker-1"})");
+    Expect("disk.delete", R"({"name":"marker-1","disconnect":true})");
     Nbd nbd(Uri(""));
     EXPECT_TRUE(nbd.connected()) << nbd.error();
 }
