@@ -233,6 +233,8 @@ TEST_F(ExportListsTest, NameWhatTheirReadersMayOpen) {
     EXPECT_EQ(nobody->exports, 1U);
     EXPECT_EQ(all->exports, 3U);
     EXPECT_EQ(Encoded(), 4U);
+    EXPECT_EQ(Get(grants("alice")), alice);  // for as long as somebody takes it
+    EXPECT_EQ(Encoded(), 4U);
     RunOn(control_, [&] { alice = again = bob = nobody = all = nullptr; });
 }
 

@@ -21,7 +21,8 @@ Task<std::shared_ptr<const ListReply>> ExportLists::Get(access::Grants grants) {
         Task<std::shared_ptr<const Names>> listing = pool_.ListExports();
         std::shared_ptr<const Names> names = co_await listing;
         co_await Hop(control_);
-        if (newest_ && newest_names_.lock() == names && newest_grants_ == grants) co_return newest_;
+        std::shared_ptr<const ListReply> there = Find(names, grants);
+        if (there) co_return there;
         if (!encoding_) {
             newest_.reset();
             if (bytes_ + bytes_max_ <= kListsMax * bytes_max_) {
@@ -33,6 +34,16 @@ Task<std::shared_ptr<const ListReply>> ExportLists::Get(access::Grants grants) {
         names.reset();
         co_await changed_.Wait();
     }
+}
+
+std::shared_ptr<const ListReply> ExportLists::Find(const std::shared_ptr<const Names>& names,
+                                                   const access::Grants& grants) const {
+    for (const Made& made : made_) {
+        if (made.names.lock() == names && made.grants == grants) {
+            if (std::shared_ptr<const ListReply> list = made.list.lock()) return list;
+        }
+    }
+    return nullptr;
 }
 
 /// In steps, so that others have their turns.
@@ -59,8 +70,8 @@ Task<std::shared_ptr<const ListReply>> ExportLists::Encode(std::shared_ptr<const
     bytes_ += BytesOf(*list);
     encoding_ = false;
     newest_ = list;
-    newest_names_ = names;
-    newest_grants_ = std::move(grants);
+    std::erase_if(made_, [](const Made& made) { return made.list.expired(); });
+    made_.push_back({names, std::move(grants), list});
     changed_.WakeAll();
     co_await Hop(home_);  // if these are the last to have them: there may be many to be freed
     names.reset();

@@ -35,6 +35,13 @@ class ExportLists {
 
   private:
     using Names = std::vector<cow::ExportEntry>;
+    struct Made {
+        std::weak_ptr<const Names> names;
+        access::Grants grants;
+        std::weak_ptr<const ListReply> list;
+    };
+    std::shared_ptr<const ListReply> Find(const std::shared_ptr<const Names>& names,
+                                          const access::Grants& grants) const;
     Task<std::shared_ptr<const ListReply>> Encode(std::shared_ptr<const Names> names,
                                                   access::Grants grants);
 
@@ -45,10 +52,9 @@ class ExportLists {
     uint64_t bytes_ = 0;  // of all that exist
     uint64_t encoded_ = 0;
     bool encoding_ = false;
-    WaitList changed_;  // the newest, or how many there are
-    std::weak_ptr<const Names> newest_names_;
-    access::Grants newest_grants_;
-    std::shared_ptr<const ListReply> newest_;  // of those
+    WaitList changed_;                         // the newest, or how many there are
+    std::vector<Made> made_;                   // that exist, and perhaps some that did
+    std::shared_ptr<const ListReply> newest_;  // of those: kept when nobody takes it
 };
 
 }  // namespace varve::nbdserver
