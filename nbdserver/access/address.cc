@@ -46,7 +46,7 @@ std::optional<unsigned> ParsePrefix(std::string_view text, unsigned most) {
     return number;
 }
 
-Error Wrong(std::string message) {
+Error NoRange(std::string message) {
     return MakeError(ErrorKind::kInvalid, std::move(message));
 }
 
@@ -96,7 +96,7 @@ Result<AddressRange> ParseAddressRange(std::string_view text) {
     const std::string_view written = text.substr(0, slash);
     const std::optional<Address> address = ParseAddress(written);
     if (!address) {
-        return Wrong(fmt::format(
+        return NoRange(fmt::format(
             "'{}' is not an address or a range; write 192.0.2.7, 10.0.0.0/8 or fd00::/8", text));
     }
     AddressRange range{*address, 128};
@@ -104,19 +104,19 @@ Result<AddressRange> ParseAddressRange(std::string_view text) {
     const bool dotted = written.find(':') == std::string_view::npos;
     const unsigned most = dotted ? 32 : 128;
     const std::optional<unsigned> prefix = ParsePrefix(text.substr(slash + 1), most);
-    if (!prefix) return Wrong(fmt::format("'{}': a prefix is a number from 0 to {}", text, most));
+    if (!prefix) return NoRange(fmt::format("'{}': a prefix is a number from 0 to {}", text, most));
     range.bits = dotted ? kMappedBits + *prefix : *prefix;
     range.first = Masked(*address, range.bits);
     if (range.first == *address) return range;
     // Of an IPv4-mapped address cut before its last 32 bits nothing useful is left to propose.
     const std::string_view slashed = text.substr(slash);
     const bool same_kind = range.first.is_v4() == address->is_v4();
-    return Wrong(same_kind && (dotted || !address->is_v4())
-                     ? fmt::format("'{}' has bits behind its prefix; write {}{}, or {} alone", text,
-                                   Format(range.first), slashed, written)
-                     : fmt::format("'{}' has bits behind its prefix; write {} alone, or a range "
-                                   "that begins with its first address",
-                                   text, written));
+    return NoRange(same_kind && (dotted || !address->is_v4())
+                       ? fmt::format("'{}' has bits behind its prefix; write {}{}, or {} alone",
+                                     text, Format(range.first), slashed, written)
+                       : fmt::format("'{}' has bits behind its prefix; write {} alone, or a range "
+                                     "that begins with its first address",
+                                     text, written));
 }
 
 }  // namespace varve::nbdserver::access

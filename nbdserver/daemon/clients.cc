@@ -18,7 +18,7 @@ namespace {
 /// not one that hangs in the device.
 constexpr int64_t kDisconnectUs = 10'000'000;
 
-constexpr size_t kClientsPerTurn = 64;
+constexpr size_t kClientsPerTurn = 16;
 
 /// For the log: "192.0.2.7:51234 (psk:alice)".
 std::string NameOf(const Visitor& visitor) {
