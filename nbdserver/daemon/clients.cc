@@ -286,6 +286,7 @@ void Clients::Observe() {
         const uint64_t requests = client->counters->requests.load(std::memory_order_relaxed);
         if (std::exchange(client->requests_seen, requests) != requests) client->active = now;
     }
+    refusals_.TellNumber();
 }
 
 Task<std::vector<admin::ClientInfo>> Clients::List() {

@@ -80,7 +80,8 @@ class Clients : public admin::ClientDirectory {
     /// Closes the export of a client that will not be served.
     Task<void> Release(std::shared_ptr<Client> client);
 
-    /// Notes who has had a request answered since the last call. To be called every second or so.
+    /// Notes who has had a request answered since the last call, and tells how many refusals the
+    /// log has left out. To be called every second or so.
     void Observe();
 
     // ---- admin::ClientDirectory

@@ -241,6 +241,7 @@ Task<void> Daemon::CommitNowAndThen(uint64_t interval_ms) {
         Task<void> committing = pool_->CommitDirty();
         co_await committing;
         co_await Hop(*control_);
+        server_->Observe();
         plane_->ReturnMemory();
     }
     loops_->Leave();

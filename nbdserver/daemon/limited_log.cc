@@ -2,16 +2,17 @@
 
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "base/log.h"
 
 namespace varve::nbdserver {
 
 void LimitedLog::Tell(const std::string& line) {
-    const auto now = std::chrono::steady_clock::now();
-    if (now - since_ >= std::chrono::seconds(1)) {
-        if (untold_ > 0) Log(LogLevel::kInfo, fmt::format("{} more {}", untold_, what_));
-        since_ = now;
-        told_ = untold_ = 0;
+    TellNumber();
+    if (SecondIsOver()) {
+        since_ = std::chrono::steady_clock::now();
+        told_ = 0;
     }
     if (told_ < kToldMax) {
         ++told_;
@@ -19,6 +20,15 @@ void LimitedLog::Tell(const std::string& line) {
     } else {
         ++untold_;
     }
+}
+
+void LimitedLog::TellNumber() {
+    if (untold_ == 0 || !SecondIsOver()) return;
+    Log(LogLevel::kInfo, fmt::format("{} more {}", std::exchange(untold_, 0), what_));
+}
+
+bool LimitedLog::SecondIsOver() const {
+    return std::chrono::steady_clock::now() - since_ >= std::chrono::seconds(1);
 }
 
 }  // namespace varve::nbdserver

@@ -17,8 +17,13 @@ class LimitedLog {
     explicit LimitedLog(std::string what) : what_(std::move(what)) {}
 
     void Tell(const std::string& line);
+    /// Tells how many were left out, if their second is over. To be called now and then: perhaps no
+    /// other line comes.
+    void TellNumber();
 
   private:
+    bool SecondIsOver() const;
+
     const std::string what_;
     std::chrono::steady_clock::time_point since_;
     uint64_t told_ = 0, untold_ = 0;  // since then

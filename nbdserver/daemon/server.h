@@ -55,6 +55,9 @@ class Server {
     /// Waits until nobody is negotiating or attached any more.
     Task<void> Closed();
 
+    /// Tells how many failures the log has left out. To be called every second or so.
+    void Observe() { failures_.TellNumber(); }
+
     uint64_t connections() const { return connections_; }
 
   private:
