@@ -306,6 +306,24 @@ TEST(RulesTest, AllConditionsOfALineMustHold) {
     EXPECT_EQ(Of(rules, User("bob", "10.9.9.9"), "disk0"), Right::kNone);
 }
 
+/// A diff shows the newer snapshot's content, and where the older one had other.
+TEST(RulesTest, ADiffNeedsTheRightToBothOfItsSnapshots) {
+    const auto rules = Good(
+        "psk=both d@new d@old read-write\npsk=new d@new d e@* read-write\npsk=old d@old "
+        "read-write\n"
+        "psk=glob d@n* read-only\npsk=all *@* read-only\nuid=0 * read-write");
+    EXPECT_EQ(Of(rules, User("both"), "d@new~old"), Right::kRead);
+    EXPECT_EQ(Of(rules, User("all"), "d@new~old"), Right::kRead);
+    EXPECT_EQ(Of(rules, User("new"), "d@new~old"), Right::kNone);
+    EXPECT_EQ(Of(rules, User("old"), "d@new~old"), Right::kNone);
+    EXPECT_EQ(Of(rules, User("glob"), "d@new~old"), Right::kNone);  // as d@n* it would fit
+    EXPECT_EQ(Of(rules, User("glob"), "d@new~nearly"), Right::kRead);
+    EXPECT_EQ(Of(rules, Local(0), "d@new~old"), Right::kNone);
+    EXPECT_EQ(Of(rules, User("all"), "d~old"), Right::kNone);
+    EXPECT_EQ(Of(rules, User("all"), "d~old@new"), Right::kNone);
+    EXPECT_EQ(Grants().Of("d@new~old"), Right::kRead);
+}
+
 TEST(RulesTest, EachKindOfIdentity) {
     const auto rules = Good(
         "uid=1000 u read-write\npsk=alice p read-write\npsk=* anykey read-only\n"
@@ -379,11 +397,17 @@ TEST(RulesTest, WhatIsWrongIsSaidWithItsLine) {
                              "any \"\" read-only",
                              "any a,b read-only",
                              "any a\x01 read-only",
-                             "any psk=alice a read-only"}) {
+                             "any psk=alice a read-only",
+                             "address=::/0 uid=0 a read-only",
+                             "certificate=* uid=0 psk=alice a read-only"}) {
         const std::string why = WhyWrong(good + line + "\n" + good);
         EXPECT_EQ(why.substr(0, 8), "line 2: ") << line << ": " << why;
         EXPECT_EQ(why.find('\n'), std::string::npos);
     }
+    EXPECT_EQ(WhyWrong("uid=0 address=::1 a read-only"),
+              "line 1: address= and uid= never hold together, and all on a line must; write a line "
+              "for each");
+    EXPECT_EQ(WhyWrong("uid=0 psk=alice a read-only\naddress=::1 certificate=a a read-only"), "");
     EXPECT_NE(WhyWrong(std::string("any a\0b read-only", 17)), "");
     EXPECT_NE(WhyWrong("any " + std::string(1025, 'a') + " read-only"), "");
 }

@@ -61,6 +61,15 @@ Grants::Grants(std::shared_ptr<const Rules> rules, const Subject& subject)
 }
 
 Right Grants::Of(std::string_view name) const {
+    const size_t tilde = name.find('~'), at = name.find('@');
+    if (tilde == std::string_view::npos) return OfOne(name);
+    if (at == std::string_view::npos || at > tilde) return Right::kNone;
+    std::string older(name.substr(0, at + 1));
+    older += name.substr(tilde + 1);
+    return std::min({Right::kRead, OfOne(name.substr(0, tilde)), OfOne(older)});
+}
+
+Right Grants::OfOne(std::string_view name) const {
     if (!rules_) return Right::kWrite;
     Right right = Right::kNone;
     for (const uint32_t i : fitting_) {

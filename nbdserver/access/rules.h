@@ -73,7 +73,8 @@ class Grants {
     /// `rules` may be null.
     Grants(std::shared_ptr<const Rules> rules, const Subject& subject);
 
-    /// Of an export by its own name, "disk0" or "disk0@monday".
+    /// Of an export by its own name: "disk0", "disk0@monday", or the diff "disk0@tuesday~monday",
+    /// which shows something of both snapshots: of that the right to read, for who may open both.
     Right Of(std::string_view name) const;
     /// What Of() costs: comparisons, at most.
     size_t patterns() const { return patterns_; }
@@ -81,6 +82,8 @@ class Grants {
     bool operator==(const Grants&) const = default;
 
   private:
+    Right OfOne(std::string_view name) const;
+
     std::shared_ptr<const Rules> rules_;
     std::vector<uint32_t> fitting_;  // of them
     size_t patterns_ = 0;

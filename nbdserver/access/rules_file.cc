@@ -100,6 +100,15 @@ Status CheckPattern(std::string_view text) {
         "'{}' is no export; write DISK or DISK@SNAPSHOT, where * and ? stand for others", text));
 }
 
+/// Conditions that never hold together are a mistake: perhaps one or the other was meant.
+Status CheckWho(const Who& who) {
+    const bool places = who.range && who.uid, proofs = who.psk && who.certificate;
+    if (!places && !proofs) return Status();
+    return Wrong(
+        fmt::format("{} never hold together, and all on a line must; write a line for each",
+                    places ? "address= and uid=" : "psk= and certificate="));
+}
+
 Result<Rule> ParseRule(const std::vector<std::string>& words) {
     static const char* const kForm =
         "this is not of the form WHO... EXPORT... read-only|read-write, where WHO is any, "
@@ -116,6 +125,7 @@ Result<Rule> ParseRule(const std::vector<std::string>& words) {
         }
     }
     if (at == 0 || words.size() < at + 2) return Wrong(kForm);
+    if (const Status possible = CheckWho(rule.who); !possible.ok()) return possible.error();
     if (words.back() == "read-write") {
         rule.right = Right::kWrite;
     } else if (words.back() == "read-only") {

@@ -1,6 +1,7 @@
 // Fuzz target: access files. One that is accepted gives what its lines give, each alone, together
-// and in any order, to whoever they are for; ranges and patterns agree with slower ways to decide.
-// An error is one line that names its line. Input: the file.
+// and in any order, to whoever they are for, and of a diff no more than of its snapshots; ranges
+// and patterns agree with slower ways to decide. An error is one line that names its line. Input:
+// the file.
 #include <cctype>
 
 #include "nbdserver/access/rules.h"
@@ -123,6 +124,10 @@ void Judge(std::string_view text) {
                 const Right right = grants.Of(name);
                 VARVE_CHECK(right == others.Of(name));
                 VARVE_CHECK(right == Together(lines, subject, name));
+                if (name.find('@') == std::string::npos) continue;
+                const Right diff = grants.Of(name + "~monday");
+                VARVE_CHECK(diff <= std::min(right, Right::kRead));
+                VARVE_CHECK(diff <= grants.Of(name.substr(0, name.find('@')) + "@monday"));
             }
         }
     }
