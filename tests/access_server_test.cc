@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <fstream>
+#include <random>
 #include <thread>
 
 #include "tests/server_fixture.h"
@@ -107,6 +108,14 @@ bool Writes(nbd_handle* nbd) {
     return nbd_pwrite(nbd, "x", 1, 0, 0) == 0;
 }
 
+/// Whether the list of clients has one of the export with that right.
+bool Shows(const std::string& clients, const std::string& name, bool read_only) {
+    const size_t at = clients.find(fmt::format(R"("export":"{}")", name));
+    if (at == std::string::npos) return false;
+    const std::string one = clients.substr(at, clients.find('}', at) - at);
+    return one.find(fmt::format(R"("read_only":{})", read_only)) != std::string::npos;
+}
+
 TEST_F(AccessServerTest, WhatIsForbiddenLooksLikeWhatThereIsNot) {
     StartWith(who() + "mine read-write");
     // No state of the export shows, either: one is in use, one offline.
@@ -150,6 +159,10 @@ TEST_F(AccessServerTest, ReadOnlyRulesTakeNoWrites) {
     EXPECT_EQ(nbd_zero(mine, 4096, 0, 0), -1);
     EXPECT_EQ(nbd_get_errno(), EPERM);
     EXPECT_TRUE(Reads(mine));
+    const std::string clients = Call("client.list");
+    for (const auto& [name, read_only] : {std::pair("mine", true), std::pair("shared", false)}) {
+        EXPECT_TRUE(Shows(clients, name, read_only)) << name << ": " << clients;
+    }
 }
 
 TEST_F(AccessServerTest, TheEmptyNameIsNoWayIn) {
@@ -186,6 +199,44 @@ TEST_F(AccessServerTest, AReloadCutsOffWhoMayNoLongerAndNobodyElse) {
     EXPECT_FALSE(Writes(again));
     Nbd back(Uri("secret"));
     EXPECT_TRUE(back.connected() && Writes(back));
+}
+
+/// Everything on its way is given up or has landed by then.
+TEST_F(AccessServerTest, NothingLandsOfWhoWasCutOff) {
+    const std::string reader = "address=127.0.0.0/8 shared read-only\n";
+    StartWith(reader + who() + "shared read-write");
+    const auto content = [&] {
+        Nbd nbd(daemon_->uris()[0] + "/shared");
+        std::string bytes(1 << 20, '\0');
+        EXPECT_EQ(nbd_pread(nbd, bytes.data(), bytes.size(), 0, 0), 0) << nbd_get_error();
+        return bytes;
+    };
+    std::vector<std::thread> writers;
+    std::atomic<uint64_t> sent = 0;
+    for (int i = 0; i < 3; ++i) {
+        writers.emplace_back([&, i, fd = Attach("shared")] {
+            std::mt19937_64 random(static_cast<unsigned>(i));
+            for (;;) {  // without a look at the replies
+                std::string write = RequestHeader(wire::kCmdWrite, random() % 255 << 12, 4096);
+                write.append(4096, static_cast<char>(random()));
+                if (::send(fd.get(), write.data(), write.size(), MSG_NOSIGNAL) < 0) break;
+                ++sent;
+                char replies[4096];
+                ::recv(fd.get(), replies, sizeof replies, MSG_DONTWAIT);
+            }
+        });
+    }
+    while (sent < 1000) std::this_thread::yield();
+    Reload(reader);
+    while (Call("client.list").find("\"read_only\":false") != std::string::npos) {
+        std::this_thread::yield();
+    }
+    const std::string then = content();
+    for (std::thread& writer : writers) writer.join();
+    EXPECT_EQ(content(), then);
+    Stop();
+    Start();
+    EXPECT_EQ(content(), then);
 }
 
 TEST_F(AccessServerTest, RightsFollowThePresentName) {
