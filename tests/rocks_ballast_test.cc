@@ -228,12 +228,14 @@ struct Stack {
         full_env = rocksdb::NewCompositeEnv(full);
         env = NewBallastEnv(*full_env, ballast);
         options.env = env.get();
-        // As in the store: else a compaction that is refused ends all work of the background.
-        options.sst_file_manager.reset(rocksdb::NewSstFileManager(env.get()));
         options.create_if_missing = true;
         options.compression = rocksdb::kNoCompression;
     }
     std::unique_ptr<rocksdb::DB> Open() {
+        // As in the store: else a compaction that is refused ends all work of the background. Not
+        // one of an earlier opening, whose thread may look for room for some seconds more: RocksDB
+        // waits for it to end, which it does not, as it takes the new opening for its own.
+        options.sst_file_manager.reset(rocksdb::NewSstFileManager(env.get()));
         rocksdb::DB* db = nullptr;
         const rocksdb::Status status = rocksdb::DB::Open(options, path, &db);
         EXPECT_TRUE(status.ok()) << status.ToString();
