@@ -40,6 +40,11 @@ class FileStore : public cow::BlockStore {
   public:
     FileStore(Executor& executor, int fd) : executor_(executor), fd_(fd) {}
     uint32_t alignment() const override { return 1; }
+    Errno WriteNow(uint64_t offset, std::span<const std::byte> bytes) override {
+        const auto at = static_cast<off_t>(offset);
+        const ssize_t written = ::pwrite(fd_, bytes.data(), bytes.size(), at);
+        return written == static_cast<ssize_t>(bytes.size()) ? 0 : EIO;
+    }
     void Submit(BlockIo& io) override {
         const int n = static_cast<int>(io.vector_count);
         const auto at = static_cast<off_t>(io.offset);

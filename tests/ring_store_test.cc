@@ -35,7 +35,7 @@ class Fixture {
             EXPECT_TRUE(mapping);
         }
         store_ =
-            std::make_unique<RingStore>(*reactor_, fd, traits, mapping, quick_sync_nanoseconds);
+            std::make_unique<RingStore>(*reactor_, fd, fd, traits, mapping, quick_sync_nanoseconds);
     }
     ~Fixture() {
         reactor_->Stop();

@@ -51,6 +51,17 @@ class Decoder {
         return Fail();
     }
 
+    /// The next `size` bytes; they are the input's.
+    std::string_view Take(uint64_t size) {
+        if (size > in_.size()) {
+            Fail();
+            return {};
+        }
+        const std::string_view bytes = in_.substr(0, size);
+        in_.remove_prefix(size);
+        return bytes;
+    }
+
     std::string String() {
         const uint64_t size = Varint();
         if (size > in_.size()) {

@@ -43,10 +43,8 @@ bool DecodeChanges(std::string_view value, std::vector<MapChange>* changes) {
         change.first = first;
         change.count = count;
         change.place = place;
-        const bool sound = count > 0 && first + count <= kChunkBlocks &&
-                           change.chunk.value < kDiskBytesMax / kChunkBytes &&
-                           (place == 0 || ArePlaces(place, count));
-        if (!in.ok() || !sound) return false;
+        const bool fits = place == 0 || ArePlaces(place, count);
+        if (!in.ok() || !fits || !IsSound(change)) return false;
         changes->push_back(change);
     }
     return in.Finished();

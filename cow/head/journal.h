@@ -7,21 +7,11 @@
 #include <string_view>
 #include <vector>
 
+#include "cow/format/map_change.h"
 #include "cow/store/stores.h"
 #include "cow/volume/map_reader.h"
 
 namespace varve::cow {
-
-/// `count` blocks of a chunk, from `first` on, lie side by side from `place` on now, born in the
-/// generation of the journal row. Place 0: they are not mapped any more.
-struct MapChange {
-    ChunkIndex chunk;
-    uint64_t place : 48;
-    uint64_t first : 8;
-    uint64_t count : 8;
-    friend bool operator==(const MapChange&, const MapChange&) = default;
-};
-static_assert(sizeof(MapChange) == 16);
 
 /// A journal row's value. The changes' order is kept: it is the order in which they happened.
 std::string EncodeChanges(std::span<const MapChange> changes);

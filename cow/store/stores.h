@@ -12,6 +12,7 @@
 #include <iterator>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -50,6 +51,12 @@ class BlockStore {
         (void)io;
         return false;
     }
+
+    /// Writes bytes at once, whatever their alignment, through the system's page cache: when this
+    /// returns they outlive the process, and the machine after the next kSync. For the ring, a part
+    /// of the file that Submit() only reads, before anything is written here. Waits for no device,
+    /// unless the page cache is full.
+    virtual Errno WriteNow(uint64_t offset, std::span<const std::byte> bytes) = 0;
 
     /// Offset, length and memory of a transfer must be multiples of this. Bytes, a power of two,
     /// at most 4096; 1 for a store that has no such rule.

@@ -43,7 +43,8 @@ class DataPlane {
   private:
     struct Lane {
         std::unique_ptr<Reactor> reactor;
-        int fd = -1;  // the data file's
+        int fd = -1;         // the data file's
+        int cached_fd = -1;  // the same without O_DIRECT; may be `fd`
         std::unique_ptr<RingStore> store;
         std::unique_ptr<ConnectionHost> host;
     };

@@ -86,10 +86,11 @@ struct RingStore::Transfer : Op, Runnable {
     std::chrono::steady_clock::time_point began;  // of a sync
 };
 
-RingStore::RingStore(Reactor& reactor, int fd, FileTraits traits,
+RingStore::RingStore(Reactor& reactor, int fd, int cached_fd, FileTraits traits,
                      std::shared_ptr<const FileMapping> mapping, int64_t quick_sync_nanoseconds)
     : reactor_(reactor),
       fd_(fd),
+      cached_fd_(cached_fd),
       traits_(traits),
       mapping_(std::move(mapping)),
       quick_sync_nanoseconds_(quick_sync_nanoseconds) {
@@ -139,6 +140,18 @@ void RingStore::Return(Transfer& transfer) {
 bool RingStore::DoNow(cow::BlockIo& io) {
     const bool mapped = io.kind == cow::BlockIo::Kind::kRead && mapping_;
     return mapped && ReadMapped(io.vectors, io.vector_count, io.offset);
+}
+
+Errno RingStore::WriteNow(uint64_t offset, std::span<const std::byte> bytes) {
+    while (!bytes.empty()) {
+        const ssize_t written =
+            pwrite(cached_fd_, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+        if (written < 0 && errno == EINTR) continue;
+        if (written <= 0) return written < 0 ? errno : EIO;
+        offset += static_cast<uint64_t>(written);
+        bytes = bytes.subspan(static_cast<size_t>(written));
+    }
+    return 0;
 }
 
 void RingStore::Submit(cow::BlockIo& io) {

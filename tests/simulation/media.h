@@ -24,6 +24,7 @@ inline constexpr uint64_t kSector = kSectorBytes;
 /// Calls of the engine at its stores.
 enum class Call : uint8_t {
     kSubmit,  // of a transfer
+    kAppend,  // to the ring
     kRead,    // these three complete
     kWrite,
     kSync,
@@ -33,21 +34,22 @@ enum class Call : uint8_t {
 };
 
 inline const char* NameOf(Call call) {
-    static constexpr const char* kNames[] = {"submission", "read",      "write", "sync",
-                                             "commit",     "provision", "lookup"};
+    static constexpr const char* kNames[] = {"submission", "append", "read",      "write",
+                                             "sync",       "commit", "provision", "lookup"};
     return kNames[static_cast<size_t>(call)];
 }
 
 /// What happens at a call.
-enum class Mishap : uint8_t { kNone, kPowerCut, kError };
+enum class Mishap : uint8_t { kNone, kPowerCut, kKill, kError };
 
-/// How a call ends. kDark: there is no power, nothing happens any more.
+/// How a call ends. kDark: there is no power or no process, nothing happens any more.
 enum class Fate : uint8_t { kDone, kError, kDark };
 
 /// Faults that may be injected. Probabilities are for each call.
 struct Faults {
     double read_error = 0;
     double write_error = 0;
+    double append_error = 0;
     double sync_error = 0;
     double commit_error = 0;
     double no_space = 0;
@@ -66,18 +68,30 @@ class Media {
 
     /// A call of the engine's: the power may fail at it, or it may fail.
     Fate Next(Call call) {
-        if (call != Call::kLookup && ++operations_ == cut_at_ && power_) Cut();
+        if (call != Call::kLookup && ++operations_ == cut_at_ && power_) End();
         const Mishap mishap = power_ && probe ? probe(call) : Mishap::kNone;
         if (mishap == Mishap::kPowerCut) Cut();
+        if (mishap == Mishap::kKill) Kill();
         if (!power_) return Fate::kDark;
         const double chance = ChanceToFail(call);
         const bool fails = chance > 0 && scheduler_.Chance(chance);
         return fails || mishap == Mishap::kError ? Fate::kError : Fate::kDone;
     }
 
-    /// The power fails at the `operations`-th operation from now; lookups are none.
-    void CutAfter(uint64_t operations) { cut_at_ = operations_ + operations; }
+    /// The power fails at the `operations`-th operation from now, or the process is killed; lookups
+    /// are none.
+    void CutAfter(uint64_t operations, bool kill = false) {
+        cut_at_ = operations_ + operations;
+        kill_ = kill;
+    }
+    /// What End() does.
+    void EndBy(bool kill) { kill_ = kill; }
+    /// Neither has happened.
     bool power() const { return power_; }
+    /// The process was killed; the machine goes on, and its page cache with it.
+    bool killed() const { return killed_; }
+    /// What was announced by CutAfter().
+    void End() { kill_ ? Kill() : Cut(); }
     uint64_t operations() const { return operations_; }
 
     /// The power fails now: of what was not synced, each sector keeps any of its states.
@@ -89,11 +103,23 @@ class Media {
         }
     }
 
+    /// The process is killed. What is under way at the device ends as it will.
+    void Kill() {
+        // Where a sync failed nobody knows what the page cache is worth.
+        if (failed_syncs_ != failed_syncs_before_) return Cut();
+        power_ = false;
+        killed_ = true;
+    }
+
     void Restore() {
+        if (!std::exchange(killed_, false)) {
+            unsynced_.clear();
+            still_read_.clear();
+        }
+        failed_syncs_before_ = failed_syncs_;
         power_ = true;
+        kill_ = false;
         cut_at_ = 0;
-        unsynced_.clear();
-        still_read_.clear();
     }
 
     // ---- the data file, by sectors; absent sectors hold a previous owner's rubbish
@@ -118,7 +144,12 @@ class Media {
     }
     /// A write that was under way when the power failed: some of its sectors arrived.
     void TearSector(uint64_t sector, Content content) {
-        if (scheduler_.Chance(0.5)) durable_[sector] = content;
+        if (scheduler_.Chance(0.5)) return;
+        if (killed_) {
+            WriteSector(sector, content);
+        } else {
+            durable_[sector] = content;
+        }
     }
     uint64_t write_order() const { return write_order_; }
     /// A sync fails, as on Linux: of what was to be synced, some will never be, whatever later
@@ -205,6 +236,8 @@ class Media {
                 return faults.read_error;
             case Call::kWrite:
                 return faults.write_error;
+            case Call::kAppend:
+                return faults.append_error;
             case Call::kSync:
                 return faults.sync_error;
             case Call::kCommit:
@@ -227,10 +260,12 @@ class Media {
     Scheduler& scheduler_;
     const uint64_t capacity_;
     bool power_ = true;
+    bool killed_ = false;
+    bool kill_ = false;  // what is to happen at cut_at_
     uint64_t operations_ = 0;
     uint64_t cut_at_ = 0;
     uint64_t write_order_ = 0;
-    uint64_t failed_syncs_ = 0;
+    uint64_t failed_syncs_ = 0, failed_syncs_before_ = 0;
     const Content rubbish_ = Content::Of(std::string(kSector, '\xEE').data());
     std::unordered_map<uint64_t, Content> durable_;
     std::map<uint64_t, std::vector<State>> unsynced_;   // the last one is what is read

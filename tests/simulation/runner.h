@@ -130,8 +130,9 @@ class Runner {
         if (!exposed_ || mishap_ != Mishap::kNone) return Mishap::kNone;
         mishap_ = options_.probe(++asked_, call);
         if (mishap_ != Mishap::kNone) {
-            Note("{} at call {}, a {}", mishap_ == Mishap::kError ? "an error" : "a power cut",
-                 asked_, NameOf(call));
+            static constexpr const char* kNames[] = {"nothing", "a power cut", "a kill", "an error"};
+            Note("{} at call {}, a {}", kNames[static_cast<size_t>(mishap_)], asked_,
+                 NameOf(call));
         }
         if (mishap_ == Mishap::kError) faulty_ = true;
         return mishap_;

@@ -46,10 +46,34 @@ class SimBlockStore : public cow::BlockStore {
         return true;
     }
 
+    /// At once, or, if the process or the machine goes meanwhile, in part.
+    Errno WriteNow(uint64_t offset, std::span<const std::byte> bytes) override {
+        const bool was_on = media_.power();
+        const Fate fate = media_.Next(Call::kAppend);
+        if (!was_on) return EIO;
+        while (!bytes.empty()) {
+            const uint64_t sector = offset / kSector;
+            const size_t from = offset % kSector;
+            const size_t count = std::min(bytes.size(), kSector - from);
+            std::string content(media_.ReadSector(sector).bytes());
+            std::memcpy(content.data() + from, bytes.data(), count);
+            Append(fate, sector, Content::Of(content.data()));
+            offset += count;
+            bytes = bytes.subspan(count);
+        }
+        return fate == Fate::kDone ? 0 : EIO;
+    }
+
   private:
     struct Completion : Runnable {
         cow::BlockIo* io;
     };
+    void Append(Fate fate, uint64_t sector, Content content) {
+        if (fate == Fate::kDark) return media_.TearSector(sector, content);
+        if (fate == Fate::kDone || media_.scheduler().Chance(0.5)) {
+            media_.WriteSector(sector, content);
+        }
+    }
     struct Start {  // how things were when a transfer was submitted
         uint64_t order;
         bool was_on;
@@ -145,7 +169,9 @@ class SimSpace : public cow::SpaceStore {
         media_.held.insert(offset);
         return Status();
     }
-    void Discard(uint64_t offset, uint64_t) override { media_.held.erase(offset); }
+    void Discard(uint64_t offset, uint64_t) override {
+        media_.held.erase(offset / cow::kRegionBytes * cow::kRegionBytes);
+    }
     uint64_t Capacity(uint64_t) override { return media_.capacity(); }
 
   private:
