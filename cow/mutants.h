@@ -12,8 +12,8 @@ namespace varve::cow {
 enum class Mutant {
     kNone,
     // What was flushed survives
-    kFlushAnsweredBeforeRound,
-    kFlushJoinsRunningRound,
+    kFlushAnsweredBeforeSync,
+    kFlushJoinsRunningSync,
     kRowsBeforeData,
     kNeverSynced,
     kInPlaceWriteNotSynced,
@@ -45,12 +45,17 @@ enum class Mutant {
     // The journal
     kDeletedUnfolded,
     kOpenedUnfolded,
-    kJournalKept,
     kJournalForgottenEarly,
     kJournalOutOfOrder,
-    kSealNotJournaled,
-    kRegionsNotAnnounced,
-    kJournalUnbounded,
+    kSealNotSynced,
+    kFoldedUnwritten,
+    kRegionsNotKnown,
+    kAnsweredUnwritten,
+    kYoungOverwritten,
+    kReleasedUnsynced,
+    kReaderStopsEarly,
+    kTailUnverified,
+    kNewGenerationLost,
     // Branches
     kWrongVersionAtFork,
     kRestoreKeepsWrites,

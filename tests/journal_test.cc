@@ -2,7 +2,11 @@
 #include "cow/head/journal.h"
 
 #include "cow/format/format.h"
+#include "cow/format/ring_record.h"
+#include "cow/format/runs.h"
+#include "cow/journal/ring.h"
 #include "tests/engine_fixture.h"
+#include "tests/old_journal.h"
 
 namespace varve {
 namespace {
@@ -24,12 +28,12 @@ TEST(JournalRowTest, WhatIsEncodedIsDecodedInOrder) {
                                             ChangeOf(7, 3, 2, (uint64_t{1} << 48) - 2),
                                             ChangeOf((uint64_t{1} << 40) - 1, 10, 1, 12345)};
     std::vector<MapChange> decoded;
-    EXPECT_TRUE(cow::DecodeChanges(cow::EncodeChanges(changes), &decoded));
+    EXPECT_TRUE(cow::DecodeChanges(EncodeChanges(changes), &decoded));
     EXPECT_EQ(changes, decoded);
 }
 
 TEST(JournalRowTest, WhatBreaksARuleIsRefused) {
-    const std::string sound = cow::EncodeChanges(std::vector{ChangeOf(7, 60, 4, 100)});
+    const std::string sound = EncodeChanges(std::vector{ChangeOf(7, 60, 4, 100)});
     std::vector<MapChange> decoded;
     EXPECT_FALSE(cow::DecodeChanges("", &decoded));
     EXPECT_FALSE(cow::DecodeChanges(sound.substr(0, sound.size() - 1), &decoded));
@@ -37,7 +41,7 @@ TEST(JournalRowTest, WhatBreaksARuleIsRefused) {
     for (const MapChange& bad :
          {ChangeOf(7, 61, 4, 100), ChangeOf(7, 0, 0, 100),
           ChangeOf(7, 0, 2, (uint64_t{1} << 48) - 1), ChangeOf(uint64_t{1} << 40, 0, 1, 100)}) {
-        EXPECT_FALSE(cow::DecodeChanges(cow::EncodeChanges(std::vector{bad}), &decoded));
+        EXPECT_FALSE(cow::DecodeChanges(EncodeChanges(std::vector{bad}), &decoded));
     }
     std::string version = sound;
     version[0] = 99;
@@ -52,9 +56,9 @@ class JournalTest : public EngineTest {
         return static_cast<uint64_t>(
             std::distance(rows->lower_bound(lower), rows->lower_bound(cow::PrefixEnd(lower))));
     }
-    /// The power fails; what was not synced is lost or not.
-    void Crash() {
-        media.Cut();
+    /// The process is killed, or the power fails: then what was not synced is lost or not.
+    void Crash(bool kill = false) {
+        kill ? media.Kill() : media.Cut();
         for (const auto& [name, e] : exports) Detach(e);
         exports.clear();
         (void)machine->Stop();
@@ -66,60 +70,155 @@ class JournalTest : public EngineTest {
         (*rows)[key] = value;
         media.SetMetadata(std::move(rows));
     }
+    Errno Trim(const std::string& name, uint64_t offset, uint64_t length) {
+        cow::Volume& volume = Volume(name);
+        return Await(scheduler, volume.executor(), volume.Trim(offset, length));
+    }
+    /// Calls of each kind from now on.
+    std::map<Call, uint64_t>& Count() {
+        counts.clear();
+        media.probe = [this](Call call) {
+            ++counts[call];
+            return Mishap::kNone;
+        };
+        return counts;
+    }
+    void Tick() {
+        bool done = false;
+        Spawn(TickTask(&machine->home(), &machine->pool(), &done));
+        ASSERT_TRUE(scheduler.RunUntil([&] { return done; }));
+    }
+    static Task<void> TickTask(Executor* home, cow::Pool* pool, bool* done) {
+        co_await Hop(*home);
+        co_await pool->CommitDirty();
+        *done = true;
+    }
+    std::map<Call, uint64_t> counts;
 };
 
-TEST_F(JournalTest, AFlushWritesAJournalRowAndNoMapRow) {
+TEST_F(JournalTest, AFirstWriteAndItsFlushAreOneFrameAndOneSync) {
     Ok(pool().CreateDisk("d", 10 * kMiB));
-    EXPECT_EQ(0, Write("d", 0, 3 * kChunkBytes, 'a'));
-    EXPECT_EQ(0u, RowsOf('L'));
+    EXPECT_EQ(0, Write("d", 0, 4096, 'a'));  // it takes a lease
     EXPECT_EQ(0, Flush("d"));
-    EXPECT_EQ(1u, RowsOf('L'));
+    std::map<Call, uint64_t>& calls = Count();
+    EXPECT_EQ(0, Write("d", 4096, 4096, 'b'));
+    EXPECT_EQ(1u, calls[Call::kWrite]);
+    EXPECT_EQ(1u, calls[Call::kAppend]);
+    EXPECT_EQ(0u, calls[Call::kSync]);
+    EXPECT_EQ(0, Flush("d"));
+    EXPECT_EQ(1u, calls[Call::kSync]);
+    EXPECT_EQ(1u, calls[Call::kAppend]);
+    EXPECT_EQ(0u, calls[Call::kCommit]);
+    EXPECT_EQ(0, Flush("d"));  // what the first one covered is told once more
+    EXPECT_EQ(0, Flush("d"));
+    Count();
+    EXPECT_EQ(0, Flush("d"));
+    EXPECT_EQ(0u, calls[Call::kSync]);
+    media.probe = nullptr;
     EXPECT_EQ(0u, RowsOf('M'));
-    CheckClean();
-    EXPECT_EQ(3 * kChunkBytes, Used());  // figures are taken from map rows
+    EXPECT_EQ(8192u, Used());  // figures are taken from map rows
+    EXPECT_EQ(1u, RowsOf('M'));
     EXPECT_EQ(0u, RowsOf('L'));
-    EXPECT_EQ(3u, RowsOf('M'));
+}
+
+TEST_F(JournalTest, AKilledProcessLosesNothingThatWasAnswered) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    Ok(pool().CreateDisk("e", kMiB));
+    for (unsigned round = 0; round < 4; ++round) {
+        const char fill = static_cast<char>('a' + round);
+        EXPECT_EQ(0, Write("d", 0, 3 * kChunkBytes, fill));
+        EXPECT_EQ(0, Write("d", 100, 1000, '.'));
+        EXPECT_EQ(0, Trim("d", kChunkBytes, 8192));
+        EXPECT_EQ(0, Write("e", 0, 4096, fill));
+        if (round == 2) Ok(pool().CreateSnapshots({"d@s"}));
+        if (round == 2) {
+            EXPECT_EQ(0, Write("d", 2 * kChunkBytes, 4096, 'n'));
+        }
+        Crash(true);
+        Start();
+        Expect("d", 0, 100, fill);
+        Expect("d", 100, 1000, '.');
+        Expect("d", 1100, 4096, fill);
+        Expect("d", kChunkBytes, 8192, 0);
+        Expect("d", 2 * kChunkBytes, 4096, round == 2 ? 'n' : fill);
+        Expect("e", 0, 4096, fill);
+        CheckClean();
+    }
+    Expect("d@s", 2 * kChunkBytes, 4096, 'c');
+}
+
+// A block is overwritten in place once a durable frame says that its map change is durable.
+TEST_F(JournalTest, ABlockGoesToAnotherPlaceUntilItsChangeIsSettled) {
+    Ok(pool().CreateDisk("d", kMiB));
+    EXPECT_EQ(0, Write("d", 0, 4096, 'a'));
+    std::map<Call, uint64_t>& calls = Count();
+    EXPECT_EQ(0, Write("d", 0, 4096, 'b'));
+    EXPECT_EQ(1u, calls[Call::kAppend]);
+    EXPECT_EQ(0, Write("d", 10, 5, 'c'));  // a part of it as well
+    EXPECT_EQ(2u, calls[Call::kAppend]);
+    EXPECT_EQ(0, Flush("d"));
+    Count();
+    EXPECT_EQ(0, Write("d", 0, 512, 'd'));
+    EXPECT_EQ(1u, calls[Call::kAppend]);
+    Tick();
+    Tick();
+    Count();
+    EXPECT_EQ(0, Write("d", 512, 512, 'e'));
+    EXPECT_EQ(0u, calls[Call::kAppend]);
+    media.probe = nullptr;
+    Expect("d", 0, 512, 'd');
+    Expect("d", 512, 512, 'e');
+    Expect("d", 1024, 3072, 'b');
+    // What it left behind is free again.
+    EXPECT_EQ(4096u, Used());
+    Tick();
+    EXPECT_GT(8u * 4096, machine->Do(pool().GetStatus()).value().leased);
 }
 
 /// Writes and trims the same few blocks over and over, and flushes now and then.
-Task<void> Rewrite(cow::Volume* volume, uint64_t times, uint64_t each, bool* done) {
+Task<void> Rewrite(cow::Volume* volume, uint64_t times, uint64_t each, bool trim, bool* done) {
     co_await Hop(volume->executor());
     const std::vector<std::byte> block(4096);
     const std::span<const std::byte> bytes(block);
     for (uint64_t i = 0; i < times; ++i) {
         const uint64_t offset = i % 4 * 8192;
         Errno error = co_await volume->Write(offset, bytes);
-        if (error == 0) error = co_await volume->Trim(offset, 4096);
+        if (error == 0 && trim) error = co_await volume->Trim(offset, 4096);
         if (error == 0 && i % each == 0) error = co_await volume->Flush();
         VARVE_CHECK(error == 0);
     }
     *done = true;
 }
 
-// Chunks that change often are few chunks, so it takes more than their number to start a pass.
-TEST_F(JournalTest, ChangesOfAFewChunksAreFoldedToo) {
+// Chunks that change often are few chunks, so it takes more than their number to start a pass: the
+// ring is small here, and goes round some dozen times.
+TEST_F(JournalTest, AFullRingIsFoldedAndGoesRound) {
     Stop();
     cow::PoolOptions options;
-    options.map_cache_bytes = 1 << 20;
+    options.ring_bytes = 0;
     Start(options);
-    const cow::HeadLimits limits = cow::HeadLimits::Of((1 << 20) * 3 / 4, ~uint64_t{0});
-    // What is under way when the bound is reached: one request, and the row of a flush.
-    media.journal_max = limits.journal_hard + 2 * cow::kJournalRowWeight;
     Ok(pool().CreateDisk("d", kMiB));
-    for (const uint64_t each : {1000, 1}) {  // long rows; many rows
-        bool done = false;
-        Spawn(Rewrite(&Volume("d"), 3 * limits.journal_hard, each, &done));
-        ASSERT_TRUE(scheduler.RunUntil([&] { return done; }));
-        EXPECT_EQ("", media.broken);
+    Ok(pool().CreateDisk("quiet", kMiB));  // on the other lane
+    EXPECT_EQ(0, Write("quiet", 0, 4096, 'q'));
+    for (const bool trim : {true, false}) {
+        for (const uint64_t each : {1000, 1}) {
+            bool done = false;
+            Spawn(Rewrite(&Volume("d"), 10'000, each, trim, &done));
+            ASSERT_TRUE(scheduler.RunUntil([&] { return done; }));
+        }
     }
+    Tick();
+    Tick();
+    const cow::PoolStatus status = machine->Do(pool().GetStatus()).value();
+    EXPECT_EQ(5 * 4096u, status.used);
+    EXPECT_GE(3u, media.held.size());  // regions: as few as at the beginning
     // The pool goes on from there after a crash, and folds what is left.
     EXPECT_EQ(0, Write("d", 0, 4096, 'x'));
     EXPECT_EQ(0, Flush("d"));
-    EXPECT_LT(0u, media.journal_weight);
     Crash();
     Start(options);
-    EXPECT_EQ(0u, media.journal_weight);
     Expect("d", 0, 4096, 'x');
+    Expect("quiet", 0, 4096, 'q');
 }
 
 TEST_F(JournalTest, WhatWasFlushedIsFoldedAfterACrash) {
@@ -127,15 +226,11 @@ TEST_F(JournalTest, WhatWasFlushedIsFoldedAfterACrash) {
     EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
     EXPECT_EQ(0, Flush("d"));
     EXPECT_EQ(0, Write("d", 4096, 4096, 'b'));
-    {
-        cow::Volume& volume = Volume("d");
-        EXPECT_EQ(0, Await(scheduler, volume.executor(), volume.Trim(kChunkBytes, kChunkBytes)));
-    }
+    EXPECT_EQ(0, Trim("d", kChunkBytes, kChunkBytes));
     EXPECT_EQ(0, Flush("d"));
-    EXPECT_LE(1u, RowsOf('L'));
+    EXPECT_EQ(0u, RowsOf('M'));
     Crash();
     Start();
-    EXPECT_EQ(0u, RowsOf('L'));
     EXPECT_EQ(3u, RowsOf('M'));
     Expect("d", 0, 4096, 'a');
     Expect("d", 4096, 4096, 'b');
@@ -163,12 +258,11 @@ TEST_F(JournalTest, ACrashDuringRecoveryChangesNothing) {
         EXPECT_EQ(0, Write("d", chunk * kChunkBytes, 4096, static_cast<char>('a' + chunk % 26)));
     }
     EXPECT_EQ(0, Flush("d"));
-    const uint64_t journal = RowsOf('L');
-    EXPECT_LE(1u, journal);
+    EXPECT_EQ(0u, RowsOf('M'));
     Crash();
     unsigned crashes = 0;
     for (;; ++crashes) {
-        media.CutAfter(1 + crashes);
+        media.CutAfter(1 + crashes * 40, crashes % 3 == 0);
         machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{});
         if (machine->Start().ok()) break;
         machine.reset();
@@ -176,20 +270,52 @@ TEST_F(JournalTest, ACrashDuringRecoveryChangesNothing) {
     }
     media.CutAfter(uint64_t{1} << 40);
     EXPECT_LE(2u, crashes);
-    EXPECT_EQ(0u, RowsOf('L'));
+    EXPECT_EQ(700u, RowsOf('M'));
     for (uint64_t chunk = 0; chunk < 700; ++chunk) {
         Expect("d", chunk * kChunkBytes, 4096, static_cast<char>('a' + chunk % 26));
     }
 }
 
-TEST_F(JournalTest, ADamagedJournalIsRefusedAndLeftAlone) {
-    Ok(pool().CreateDisk("d", 10 * kMiB));
-    EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));
-    EXPECT_EQ(0, Flush("d"));
-    Crash();
-    const auto before = media.metadata();
-    const std::string key = before->lower_bound("L")->first, value = before->at(key);
-    SetRow(key, value + "x");
+/// A pool as it was before there was a ring: its last changes are in journal rows.
+class OldJournalTest : public JournalTest {
+  protected:
+    static constexpr uint64_t kPlace = 3000;
+    std::string key, value;
+
+    void SetUp() override {
+        JournalTest::SetUp();
+        Ok(pool().CreateDisk("d", 10 * kMiB));
+        EXPECT_EQ(0, Write("d", 0, kChunkBytes, 'a'));
+        Stop();
+        auto rows = std::make_shared<std::map<std::string, std::string>>(*media.metadata());
+        rows->erase(cow::RingKey());
+        cow::DiskRecord disk;
+        ASSERT_TRUE(cow::Decode(rows->lower_bound("D")->second, &disk));
+        key = cow::JournalKey(disk.branch, disk.generation, 0);
+        value = EncodeChanges(std::vector{ChangeOf(0, 3, 2, kPlace), ChangeOf(0, 4, 1, 0)});
+        media.SetMetadata(std::move(rows));
+        for (uint64_t s = 0; s < 8; ++s) {
+            const std::string old(kSector, 'o');
+            media.WriteSector(kPlace * 8 + s, Content::Of(old.data()));
+        }
+        media.SyncUpTo(media.write_order());
+        SetRow(key, value);
+    }
+};
+
+TEST_F(OldJournalTest, ItIsFoldedAndARingIsMade) {
+    Start();
+    EXPECT_EQ(0u, RowsOf('L'));
+    EXPECT_EQ(1u, RowsOf('G'));
+    Expect("d", 0, 3 * 4096, 'a');
+    Expect("d", 3 * 4096, 4096, 'o');
+    Expect("d", 4 * 4096, 4096, 0);
+    Expect("d", 5 * 4096, 4096, 'a');
+    EXPECT_EQ(63u * 4096, Used());
+    CheckClean();
+}
+
+TEST_F(OldJournalTest, ADamagedOneIsRefusedAndLeftAlone) {
     for (const std::string& damaged : {key, cow::JournalKey(BranchId{1}, Generation{99}, 0)}) {
         SetRow(damaged, damaged == key ? value + "x" : value);
         const auto rows = media.metadata();
@@ -202,28 +328,36 @@ TEST_F(JournalTest, ADamagedJournalIsRefusedAndLeftAlone) {
         machine.reset();
         SetRow(key, value);
     }
-    media.SetMetadata(before);
-    Start();
-    Expect("d", 0, kMiB, 'a');
 }
 
-TEST_F(JournalTest, CheckFindsABlockOfTheJournalThatHasAnotherOwner) {
-    Ok(pool().CreateDisk("d", 10 * kMiB));
-    EXPECT_EQ(0, Write("d", 0, kChunkBytes, 'a'));
-    EXPECT_EQ(kChunkBytes, Used());  // folded
-    EXPECT_EQ(0, Write("d", kChunkBytes, 4096, 'b'));
-    EXPECT_EQ(0, Flush("d"));
-    CheckClean();
-    const auto before = media.metadata();
-    const std::string key = before->lower_bound("L")->first;
-    std::vector<MapChange> changes;
-    ASSERT_TRUE(cow::DecodeChanges(before->at(key), &changes));
-    changes[0].place = changes[0].place - 1;  // the last block of the first chunk
-    SetRow(key, cow::EncodeChanges(changes));
-    const auto report = cow::CheckMetadata(machine->metadata());
+TEST_F(OldJournalTest, CheckFindsABlockThatHasAnotherOwner) {
+    SimMetadata metadata(media);
+    EXPECT_TRUE(cow::CheckMetadata(metadata).value().ok());
+    const auto row = media.metadata()->lower_bound("M");
+    const auto runs = cow::DecodeRuns(row->second, Generation{~cow::KeyNumber(row->first, 2)});
+    ASSERT_TRUE(runs.has_value());
+    SetRow(key, EncodeChanges(std::vector{ChangeOf(1, 0, 1, (*runs)[0].place)}));
+    const auto report = cow::CheckMetadata(metadata);
     ASSERT_EQ(1u, report.value().errors.size());
     EXPECT_NE(std::string::npos, report.value().errors[0].find("another owner"));
-    media.SetMetadata(before);
+}
+
+TEST_F(JournalTest, DurableEntriesThatAreGoneAreDamage) {
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, 4096, 'a'));
+    for (unsigned i = 0; i < 3; ++i) EXPECT_EQ(0, Flush("d"));  // the lane's slot knows of it
+    Crash();
+    cow::RingRecord record;
+    ASSERT_TRUE(cow::Decode(media.metadata()->at(cow::RingKey()), &record));
+    const cow::Ring ring(record, 2);
+    const auto rows = media.metadata();
+    for (size_t i = 0; i < 2; ++i) media.FlipBit(ring.offset(i) / kSector, 50 * 8);
+    machine = std::make_unique<Machine>(scheduler, media, 2, cow::PoolOptions{});
+    const Status s = machine->Start();
+    ASSERT_FALSE(s.ok());
+    EXPECT_EQ(ErrorKind::kDamaged, s.error().kind);
+    EXPECT_EQ(*rows, *media.metadata());
+    machine.reset();
 }
 
 }  // namespace

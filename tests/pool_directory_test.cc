@@ -13,6 +13,7 @@
 
 #include "cow/format/format.h"
 #include "cow/head/journal.h"
+#include "tests/old_journal.h"
 
 namespace varve::cow {
 namespace {

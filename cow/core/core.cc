@@ -17,6 +17,7 @@ void Core::Fail(const std::string& reason) {
         failure_ = reason;
         failed = true;
     }
+    if (on_failure) on_failure();
     if (!opened) return;
     Log(LogLevel::kError,
         "writes are refused from now on: " + reason + "; mend the device and restart the server");

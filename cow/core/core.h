@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <mutex>
 #include <set>
 #include <string>
@@ -30,6 +31,8 @@ struct Core {
     /// nothing is retried. Any thread.
     std::atomic<bool> failed = false;
     void Fail(const std::string& reason);
+    /// Called after the first failure. Set before there can be one.
+    std::function<void()> on_failure;
     std::string failure();
 
     /// Bytes of metadata that each lane's heads may still have to commit for what was answered.

@@ -48,8 +48,8 @@ class FrameWriter {
     size_t bytes() const { return bytes_.size(); }
     /// REQUIRES: IsSound(change); `sums` has one for each block, or none if it unmaps.
     void Add(const MapOwner& owner, const MapChange& change, std::span<const uint32_t> sums);
-    /// The frame, until the next call of anything, and `zeros` bytes behind it. `header`: `bytes` and
-    /// `count` are filled in.
+    /// The frame, until the next call of anything, and `zeros` bytes behind it. `header`: `bytes`
+    /// and `count` are filled in.
     std::string_view Finish(FrameHeader header, size_t zeros = 0);
     /// Begins another.
     void Clear();

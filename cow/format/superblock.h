@@ -14,7 +14,7 @@ namespace varve::cow {
 inline constexpr uint64_t kSuperblockBytes = 4096;
 /// All that matters lies in the first sector, so that a power cut cannot tear it.
 inline constexpr uint64_t kSuperblockSector = 512;
-inline constexpr uint32_t kDataVersion = 2;
+inline constexpr uint32_t kDataVersion = 3;
 
 /// A pool's identity: 16 random bytes, as a version 4 UUID.
 using Uuid = std::array<uint8_t, 16>;

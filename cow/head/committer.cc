@@ -87,7 +87,6 @@ Committer::Committer(Core& core, const Lanes& lanes, Catalog& catalog, Allocator
       allocator_(allocator),
       leases_(leases),
       wake_reclaimer_(std::move(wake_reclaimer)),
-      regions_announced_(catalog.pool().region_count),
       resting_(core.home()),
       idle_(core.home()) {}
 
@@ -119,16 +118,6 @@ Task<void> Committer::Look(std::function<void()> look) {
     }
     Looker looker(*this, look);
     co_await looker;
-}
-
-void Committer::AnnounceRegions() {
-    const PoolRecord& pool = catalog_.pool();
-    if (pool.region_count == regions_announced_) return;
-    regions_announced_ = pool.region_count;
-    if (Mutated(Mutant::kRegionsNotAnnounced)) return;
-    std::string row = Encode(pool);
-    const std::lock_guard lock(mutex_);
-    inbox_.pool_row = std::move(row);
 }
 
 void Committer::Wake() {
@@ -191,7 +180,6 @@ void Committer::Build(Built& built) {
     if (built.batch.empty()) return;
     NoteChanged(built.batch);
     catalog_.PutPool(built.batch);
-    regions_announced_ = catalog_.pool().region_count;
     if (Mutated(Mutant::kBitsAfterRows)) built.status = Write(std::exchange(built.batch, {}));
     allocator_.Encode(built.batch);
 }
@@ -224,10 +212,7 @@ void Committer::HandOver(Built* built, Plain* plain) {
     {
         const std::lock_guard lock(mutex_);
         if (plain) inbox_.plain.push_back(plain);
-        if (built) {
-            inbox_.built = built;
-            inbox_.pool_row.clear();  // the batch has a newer one
-        }
+        if (built) inbox_.built = built;
         if (std::exchange(storing_, true)) return;
     }
     Spawn(Store());
@@ -254,7 +239,6 @@ Task<void> Committer::Store() {
 Committer::Inbox Committer::TakeInbox() {
     Inbox some;
     some.built = std::exchange(inbox_.built, nullptr);
-    some.pool_row = std::exchange(inbox_.pool_row, {});
     for (uint64_t bytes = 0; !inbox_.plain.empty() && bytes < kGroupBytes;) {
         Plain* plain = inbox_.plain.front();
         inbox_.plain.pop_front();
@@ -274,7 +258,6 @@ void Committer::StoreInbox(Inbox inbox) {
         batch.Append(std::move(plain->rows.batch));
         freed.insert(freed.end(), plain->rows.freed.begin(), plain->rows.freed.end());
     }
-    if (!inbox.pool_row.empty()) batch.Put(PoolKey(), std::move(inbox.pool_row));
     const Status status = Write(batch);
     std::vector<Request*> on_lanes;
     if (inbox.built) {

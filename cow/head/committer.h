@@ -85,10 +85,6 @@ class Committer {
     /// the moment of a Look. On home, in a Look. At most all there are.
     std::unordered_set<BranchId> TakeChanged();
 
-    /// Blocks of new regions are about to be handed out: the next commit of any kind tells the
-    /// store how many regions there are. On home.
-    void AnnounceRegions();
-
     /// Waits until what was handed in before is committed and the blocks it freed are free.
     Task<void> Settled();
 
@@ -109,7 +105,6 @@ class Committer {
     struct Inbox {
         Built* built = nullptr;
         std::deque<Plain*> plain;  // at most one of each disk
-        std::string pool_row;      // newer than the one in `built`
         bool empty() const { return !built && plain.empty(); }
     };
 
@@ -137,7 +132,6 @@ class Committer {
     std::deque<Request*> queue_;  // a few of each disk, and of commands
     std::vector<Looker*> lookers_;
     bool running_ = false;
-    uint64_t regions_announced_ = 0;
     Gate resting_;
     WaitList idle_;
     uint64_t released_blocks_ = 0;

@@ -1,10 +1,12 @@
 #include "cow/head/head.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "cow/format/runs.h"
 #include "cow/mutants.h"
+#include "cow/volume/block_sum.h"
 
 namespace varve::cow {
 namespace {
@@ -27,11 +29,6 @@ constexpr uint64_t kRunCost = 4;
 
 alignas(kBlockBytes) std::byte zeros[kChunkBytes];  // never written
 
-uint64_t MaskOf(uint32_t first, uint32_t end) {
-    const uint64_t below_end = end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
-    return below_end & ~((uint64_t{1} << first) - 1);
-}
-
 /// The blocks of its chunk that bytes [offset, offset + length) touch.
 struct BlockRange {
     ChunkIndex chunk;
@@ -48,20 +45,37 @@ struct BlockRange {
     uint64_t bytes() const { return (end - first) * kBlockBytes; }
 };
 
-/// Map changes from which on a round begins by itself: what a snapshot has to commit, and the data
-/// it has to sync, before it is answered. 4 MiB of single blocks.
-constexpr size_t kJournalSoft = 1024;
-/// Map changes from which on writers wait for a round.
-constexpr size_t kJournalHard = 64 << 10;
+/// Appends the checksum of each block of fresh stretches. The chunk begins `at` bytes after
+/// `memory`, which may be before it; the blocks themselves lie behind.
+template <typename Stretches, typename Sums>
+void SumFresh(const Stretches& stretches, uint64_t at, const std::byte* memory, Sums& sums) {
+    for (const auto& stretch : stretches) {
+        for (uint64_t i = 0; stretch.fresh && i < stretch.count; ++i) {
+            sums.push_back(BlockSum(memory + (at + (stretch.first + i) * kBlockBytes)));
+        }
+    }
+}
+
+/// Entries from which on a round begins by itself: they, and the data they speak of, are what a
+/// snapshot has to sync before it is answered. 4 MiB of single blocks.
+constexpr uint64_t kEntriesSoft = 1024;
+/// Entries from which on writers wait for a round. What they map is read by recovery.
+constexpr uint64_t kEntriesHard = 16 << 10;
 /// Changed chunks of a lane from which on they are folded: 1 GiB of disk that is written at random,
 /// some 16 MiB of memory. They bound what recovery has to do.
 constexpr uint64_t kUnfoldedSoftMax = 4096;
 /// Metadata that a lane may come to owe for each of them: the rows, notes and marks of two, 2 KiB
-/// each at most, and 128 changes in journal rows, 12 bytes each.
-constexpr uint64_t kOwedForChunk = 5632;
+/// each at most.
+constexpr uint64_t kOwedForChunk = 4096;
 /// A pass takes 32 rounds, so each folds at most 128 chunks: some 0.2 ms of encoding on the lane
 /// and 1 ms of the home thread, for which a flush or a snapshot may have to wait.
 constexpr uint64_t kRoundsOfPass = 32;
+
+/// What was reserved and is appended, or not needed.
+void GiveBack(LaneJournal& journal, uint64_t bytes) {
+    journal.Return(bytes);
+    if (!journal.room().empty()) journal.room().WakeAll();  // it was more than what it took
+}
 
 }  // namespace
 
@@ -70,9 +84,6 @@ HeadLimits HeadLimits::Of(uint64_t cache_bytes, uint64_t owed) {
     limits.unfolded_soft = std::clamp<uint64_t>(
         std::min(cache_bytes / (16 << 10), owed / kOwedForChunk), 2, kUnfoldedSoftMax);
     limits.unfolded_hard = 2 * limits.unfolded_soft;
-    // As many changes as those chunks have blocks: filling a disk never begins a pass for them.
-    limits.journal_soft = limits.unfolded_soft * kChunkBlocks;
-    limits.journal_hard = 2 * limits.journal_soft;
     limits.fold_together = std::max<uint64_t>(1, limits.unfolded_soft / kRoundsOfPass);
     return limits;
 }
@@ -86,6 +97,7 @@ Head::Head(Core& core, LaneState& lane, HeadHost& host, DiskId disk, Place place
       unheld_(lane.executor),
       refilled_(lane.executor),
       room_sought_(lane.executor),
+      synced_(lane.executor),
       round_done_(lane.executor),
       limits_(HeadLimits::Of(lane.shared.chunks.total(), core.owed_by_lane)) {
     generation_ = place.generation;
@@ -96,13 +108,14 @@ Head::~Head() {
     for (const auto* list : {&dirty_, &folding_, &sealed_, &stranded_}) {
         for (Chunk* chunk : *list) --chunk->pins;
     }
+    for (Chunk* chunk : aging_) --chunk->pins;
     lane_.RemoveUnfolded(unfolded_);
-    lane_.journaled -= journaled_;
     std::erase(lane_.unfolded_heads, this);
+    FoldedBelow(kNoEntry);  // nobody will ask for them
 }
 
 void Head::Rebase(Place place) {
-    VARVE_CHECK(unfolded_ == 0 && rows_.empty() && journal_.empty() && !unsynced_);
+    VARVE_CHECK(unfolded_ == 0 && first_entry_ == kNoEntry && !unsynced_ && aging_.empty());
     VARVE_CHECK(!cut_ && !sealed_open_ && writers_[0] + writers_[1] == 0);
     branch_ = place.line.front().branch;
     generation_ = place.generation;
@@ -125,11 +138,24 @@ Task<Errno> Head::Lock(ChunkIndex index, uint64_t mask, Requester* requester, Ch
 
 // ---- space
 
+/// Blocks from `first` on, and whether they may be overwritten in place.
+Piece Head::OursAt(const Chunk& chunk, uint32_t first, uint32_t end, bool* ours) const {
+    Piece piece = PieceAt(chunk.runs, first, end);
+    *ours = piece.mapped && piece.birth == generation_;
+    if (!*ours || chunk.young == 0 || Mutated(Mutant::kYoungOverwritten)) return piece;
+    const uint64_t young = chunk.young >> first;
+    *ours = (young & 1) == 0;
+    const int alike = *ours ? std::countr_zero(young) : std::countr_one(young);
+    piece.count = std::min(piece.count, static_cast<uint32_t>(alike));
+    return piece;
+}
+
 uint64_t Head::FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) const {
     uint64_t needed = 0;
     while (first < end) {
-        const Piece piece = PieceAt(chunk.runs, first, end);
-        if (!piece.mapped || piece.birth != generation_) needed += piece.count;
+        bool ours = false;
+        const Piece piece = OursAt(chunk, first, end, &ours);
+        if (!ours) needed += piece.count;
         first += piece.count;
     }
     return needed;
@@ -231,9 +257,9 @@ Extent Head::Allocate(uint64_t most) {
 
 void Head::Plan(const Chunk& chunk, uint32_t first, uint32_t end, Stretches& stretches) {
     while (first < end) {
-        const Piece piece = PieceAt(chunk.runs, first, end);
-        const bool ours = piece.birth == generation_ || Mutated(Mutant::kHeldBlockOverwritten);
-        if (piece.mapped && ours) {
+        bool ours = false;
+        const Piece piece = OursAt(chunk, first, end, &ours);
+        if (ours || (piece.mapped && Mutated(Mutant::kHeldBlockOverwritten))) {
             stretches.push_back({first, piece.count, piece.place, false});
             first += piece.count;
             continue;
@@ -259,8 +285,7 @@ std::vector<Extent> Head::TakeLease() {
 
 /// Whether an answer has to wait, or somebody has to be told that there is work.
 bool Head::Laden() const {
-    return hold_ || journal_.changes.size() >= kJournalSoft || ManyUnfolded() ||
-           lane_.journaled > limits_.journal_soft;
+    return hold_ || entries_ >= kEntriesSoft || ManyUnfolded();
 }
 
 /// Whether the lane shall fold.
@@ -273,23 +298,28 @@ bool Head::Overladen() const {
     if (core_.failed) return false;
     const bool many =
         lane_.unfolded > limits_.unfolded_hard || lane_.crowded(2 * lane_.shared.unfolded_soft);
-    const bool chunks = many && unfolded_ > 0;
-    const bool journal = lane_.journaled > limits_.journal_hard && journaled_ > 0;
-    return chunks || (journal && !Mutated(Mutant::kJournalUnbounded)) ||
-           journal_.changes.size() > kJournalHard;
+    return (many && unfolded_ > 0) || entries_ > kEntriesHard;
 }
 
-Task<void> Head::Answerable(Requester* requester) {
+/// What was answered outlives the process: so what the request has changed is written first.
+Task<Errno> Head::Answerable(Errno error, Requester* requester) {
+    const bool pending = lane_.journal.pending() && !Mutated(Mutant::kAnsweredUnwritten);
+    if (pending) co_await lane_.journal.Written();
+    if (Laden()) co_await Relieved(requester);
+    co_return error == 0 && core_.failed ? EIO : error;
+}
+
+Task<void> Head::Relieved(Requester* requester) {
     while (hold_ && !Gone(requester)) {
         WaitFor unheld(unheld_, requester);
         co_await unheld;
     }
-    if (journal_.changes.size() >= kJournalSoft) RequestRound();
-    Relieve();
+    if (entries_ >= kEntriesSoft) RequestRound();
+    if (ManyUnfolded()) FoldLane(lane_);
     while (Overladen() && !Gone(requester)) {
         const uint64_t done = rounds_done_;
         RequestRound();
-        Relieve();
+        if (ManyUnfolded()) FoldLane(lane_);
         // A round that has nothing to commit is over by now.
         if (rounds_done_ != done) continue;
         WaitFor round(round_done_, requester);
@@ -297,16 +327,9 @@ Task<void> Head::Answerable(Requester* requester) {
     }
 }
 
-/// Folds what burdens the lane. A head that fills the journal by itself does not make others work.
-void Head::Relieve() {
-    if (ManyUnfolded()) return FoldLane();
-    if (lane_.journaled <= limits_.journal_soft || Mutated(Mutant::kJournalUnbounded)) return;
-    if (journaled_ <= limits_.journal_soft / 2) return FoldLane();
-    if (!pass_ && !pass_wanted_) RequestFold();
-}
-
-void Head::FoldLane() {
-    const std::vector<Head*> heads = lane_.unfolded_heads;
+void Head::FoldLane(LaneState& lane) {
+    std::vector<Head*> heads = lane.unfolded_heads;
+    heads.insert(heads.end(), lane.journaled_heads.begin(), lane.journaled_heads.end());
     for (Head* head : heads) {
         if (!head->pass_ && !head->pass_wanted_) head->RequestFold();
     }
@@ -323,8 +346,8 @@ Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer, Requ
     } else {
         error = co_await WriteMany(offset, buffer.size(), buffer.data(), requester);
     }
-    if (Laden()) co_await Answerable(requester);
-    co_return error;
+    if (!Laden() && !lane_.journal.pending()) co_return error;
+    co_return co_await Answerable(error, requester);
 }
 
 Task<void> Head::WriteCounted(uint64_t offset, std::span<const std::byte> buffer,
@@ -351,13 +374,44 @@ Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* d
         }
         co_await join;
         if (length == 0 || error != 0) break;
-        if (Laden()) co_await Answerable(requester);
+        if (Laden()) co_await Relieved(requester);
         if (Gone(requester)) co_return ECANCELED;
         if (lane_.turns.Spend(kSegmentsTogether * kSegmentCost)) {
             co_await Turns::Next(lane_.turns);
         }
     }
     co_return error;
+}
+
+/// What a write needs that maps new blocks: room for them in metadata and in the journal, and the
+/// blocks. `*reserved`: of the journal, to be given back.
+Task<Errno> Head::Prepared(Chunk& chunk, uint32_t first, uint32_t end, Requester* requester,
+                           uint64_t* reserved) {
+    Errno error = 0;
+    if (core_.metadata().full()) error = co_await Growable(requester);
+    const uint64_t bytes = LaneJournal::BytesFor(end - first);
+    if (error == 0) error = co_await ReserveJournal(bytes, requester);
+    if (error == 0) {
+        *reserved = bytes;
+        error = co_await EnsureLease(chunk, first, end, requester);
+    }
+    if (error != ENOSPC || chunk.young == 0) co_return error;
+    // A young block needs no other place once it is settled.
+    error = co_await Settle();
+    if (error == 0 && FreshNeeded(chunk, first, end) > 0) error = ENOSPC;
+    co_return error;
+}
+
+/// Waits until there is room in the journal.
+Task<Errno> Head::ReserveJournal(uint64_t bytes, Requester* requester) {
+    while (!lane_.journal.Reserve(bytes)) {
+        if (core_.failed) co_return EIO;
+        if (Gone(requester)) co_return ECANCELED;
+        const Waits::Scope waiting(core_.waits, "room in the journal");
+        WaitFor room(lane_.journal.room(), requester);
+        co_await room;
+    }
+    co_return 0;
 }
 
 Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffer,
@@ -369,14 +423,13 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
         error = co_await Lock(blocks.chunk, blocks.mask, requester, &chunk);
         if (error != 0) co_return error;
     }
-    if (core_.metadata().full() && FreshNeeded(*chunk, blocks.first, blocks.end) > 0) {
-        error = co_await Growable(requester);
-    }
-    if (error == 0 && FreshNeeded(*chunk, blocks.first, blocks.end) > lease_blocks_) {
-        error = co_await EnsureLease(*chunk, blocks.first, blocks.end, requester);
+    uint64_t reserved = 0;
+    if (FreshNeeded(*chunk, blocks.first, blocks.end) > 0) {
+        error = co_await Prepared(*chunk, blocks.first, blocks.end, requester, &reserved);
     }
     if (Gone(requester)) error = ECANCELED;
     if (error != 0) {
+        GiveBack(lane_.journal, reserved);
         Unlock(*chunk, blocks.mask);
         co_return error;
     }
@@ -392,6 +445,8 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
         offset + buffer.size() != blocks.offset() + blocks.bytes() && stretches.back().fresh;
     const auto address = reinterpret_cast<uintptr_t>(buffer.data());
     const bool aligned = ((offset | buffer.size() | address) & (lane_.blocks.alignment() - 1)) == 0;
+    const bool early = Mutated(Mutant::kMappedBeforeWritten);
+    Sums sums;
     if (aligned && !part_of_first && !part_of_last) {
         IoPieces pieces;
         for (const Stretch& stretch : stretches) {
@@ -402,18 +457,22 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
             auto* memory = const_cast<std::byte*>(&buffer[from - offset]);
             AppendPiece(pieces, stretch.place * kBlockBytes + (from - begin), memory, to - from);
         }
-        if (Mutated(Mutant::kMappedBeforeWritten)) MapStretches(*chunk, generation, stretches);
+        SumFresh(stretches, blocks.chunk.value * kChunkBytes - offset, buffer.data(), sums);
+        if (early) MapStretches(*chunk, generation, stretches, sums);
         error = co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
     } else {
-        error = co_await WriteDetour(*chunk, generation, stretches, offset, buffer, requester);
+        error =
+            co_await WriteDetour(*chunk, generation, stretches, offset, buffer, requester, &sums);
+        if (early && error == 0) MapStretches(*chunk, generation, stretches, sums);
     }
     // Even if it failed: what it overwrote in part must not change any more under a snapshot.
     unsynced_ |= stretches.front().fresh || !Mutated(Mutant::kInPlaceWriteNotSynced);
-    if (error == 0 || Mutated(Mutant::kFailedWriteMapped)) {
-        MapStretches(*chunk, generation, stretches);
+    if (error == 0 || (Mutated(Mutant::kFailedWriteMapped) && !sums.empty())) {
+        if (!early) MapStretches(*chunk, generation, stretches, sums);
     } else {
         GiveUp(stretches);
     }
+    GiveBack(lane_.journal, reserved);
     if (--writers_[era] == 0) writers_gone_.WakeAll();
     Unlock(*chunk, blocks.mask);
     co_return error;
@@ -421,7 +480,7 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
 
 Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
                               uint64_t offset, std::span<const std::byte> buffer,
-                              Requester* requester) {
+                              Requester* requester, Sums* sums) {
     const BlockRange blocks(offset, buffer.size());
     const Buffer detour = lane_.detours.Take(blocks.bytes());
     if (!detour) co_return ENOMEM;
@@ -453,6 +512,7 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const S
                     detour.data() + (stretch.first - blocks.first) * kBlockBytes,
                     stretch.count * kBlockBytes);
     }
+    SumFresh(stretches, -(blocks.first * kBlockBytes), detour.data(), *sums);
     co_return co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
 }
 
@@ -492,7 +552,7 @@ Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requeste
             if (error != 0) co_return error;
         }
         if (lane_.turns.Spend(cost)) co_await Turns::Next(lane_.turns);
-        if (Laden()) co_await Answerable(requester);
+        if (Laden()) co_await Relieved(requester);
     }
     co_return 0;
 }
@@ -512,10 +572,13 @@ Task<Errno> Head::UnmapChunk(ChunkIndex index, uint32_t first, uint32_t end, Req
         error = co_await RoomToUnmap(end - first == kChunkBlocks, requester);
     }
     if (Gone(requester)) error = ECANCELED;
+    const uint64_t bytes = LaneJournal::BytesFor(1);
+    if (error == 0 && mapped) error = co_await ReserveJournal(bytes, requester);
     *cost += chunk->runs.size();
     if (error == 0 && mapped) {
         *cost += kSegmentCost + kRunCost * chunk->runs.size();
         UnmapNow(*chunk, first, end);
+        GiveBack(lane_.journal, bytes);
     }
     Unlock(*chunk, mask);
     co_return error;
@@ -529,8 +592,7 @@ Task<Errno> Head::Trim(uint64_t offset, uint64_t length, Requester* requester) {
     const uint64_t end = (offset + length) / kBlockBytes;
     Errno error = 0;
     if (begin < end) error = co_await UnmapBlocks(begin, end, requester);
-    co_await Answerable(requester);
-    co_return error;
+    co_return co_await Answerable(error, requester);
 }
 
 Task<Errno> Head::ClearTail() {
@@ -565,7 +627,7 @@ Task<Errno> Head::UnmapFrom(uint64_t from) {
         const uint64_t begin = std::max(first_block, index * kChunkBlocks);
         const Errno error = co_await UnmapBlocks(begin, (index + 1) * kChunkBlocks, nullptr);
         if (error != 0) co_return error;
-        co_await Answerable(nullptr);
+        if (Laden()) co_await Relieved(nullptr);
         ++index;
         if (index == GroupEnd(chunk).value) index = std::max(index, next_stored);
     }
@@ -593,8 +655,7 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
     Errno error = 0;
     if (allocate) {
         error = co_await WriteMany(offset, length, nullptr, requester);
-        co_await Answerable(requester);
-        co_return error;
+        co_return co_await Answerable(error, requester);
     }
     const uint64_t end = offset + length;
     const uint64_t first_whole = (offset + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
@@ -609,8 +670,7 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
     if (error == 0 && last_whole < end && last_whole >= first_whole) {
         error = co_await ZeroPart(last_whole, end - last_whole, requester);
     }
-    co_await Answerable(requester);
-    co_return error;
+    co_return co_await Answerable(error, requester);
 }
 
 }  // namespace varve::cow

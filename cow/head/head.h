@@ -5,21 +5,22 @@
 //
 // A write: the blocks it touches are locked (a bit each in their chunk); blocks born in the present
 // generation are overwritten in place, all others get new blocks from the lease; when the data
-// write has completed, the map is changed, in memory; then the write is answered. What becomes of
-// it in a crash is decided by the next commit round.
+// write has completed, the map is changed, in memory, and the change appended to the lane's journal
+// (journal/lane_journal.h); when that is written, the write is answered. A block is overwritten in
+// place only when its map change is settled; until then it goes to another place each time, so that
+// what the journal says a place holds is what it holds.
 //
-// A commit round makes durable all that was answered before it began: it syncs the data file, and
-// only then hands the map changes to the committer, as a journal row. Flushes that arrive during a
-// round wait for the next one, together. Map rows are folded later, some chunks in each round: a
-// pass takes all that have changed so far (docs/design/journal.md).
+// A flush syncs the data file, with the journal in it. Map rows are folded later, by rounds: each
+// syncs, and then commits the rows of some chunks. A pass takes all that have changed so far
+// (docs/design/ring.md).
 //
 // A freeze (snapshot) ends the generation in one step without suspension: from then on writes
 // belong to the next generation. Changes that are not folded yet, and writes of the old generation
 // that are still under way, become the sealed state of their chunks; Seal() waits for those writes,
-// syncs, and gives the last journal row of the old generation. No round runs between the freeze and
-// the commit of the seal, so nothing of the new generation can be durable before the snapshot is:
-// after a crash either the snapshot is there, or its generation goes on. The sealed generation is
-// folded before the present one, and before the next freeze.
+// and syncs. No round runs between the freeze and the commit of the snapshot, so no row is of the
+// new generation before the snapshot is there; what the journal has of it belongs to the old one if
+// the snapshot was lost in a crash. The sealed generation is folded before the present one, and
+// before the next freeze.
 //
 // Generations of a chunk's state (chunk_cache.h):
 //   pending   sealed   means
@@ -32,6 +33,7 @@
 #include <deque>
 #include <functional>
 
+#include "cow/format/runs.h"
 #include "cow/head/chunk_lock.h"
 #include "cow/head/journal.h"
 #include "cow/volume/mapped_volume.h"
@@ -51,29 +53,21 @@ struct HeadCommit {
     Generation generation;  // of the rows
     SnapshotId snapshot;    // the one that this generation ended with, if it did
     std::vector<Row> rows;
-    std::string journal_key, journal;   // a new journal row; empty: none
-    std::vector<std::string> obsolete;  // keys of journal rows that are folded with this
     std::vector<Extent> released;  // leased blocks that were given up before any row named them
 
-    bool empty() const {
-        return rows.empty() && released.empty() && journal.empty() && obsolete.empty();
-    }
+    bool empty() const { return rows.empty() && released.empty(); }
 };
 
-/// How much may wait to be folded on a lane. The journal's weight counts map changes, those that
-/// no row holds yet among them; a row weighs kJournalRowWeight more, for its key.
+/// How much may wait to be folded on a lane.
 struct HeadLimits {
     uint64_t unfolded_soft;  // changed chunks from which on a pass begins
     uint64_t unfolded_hard;  // from which on writers wait
-    uint64_t journal_soft;   // the same of the journal's weight
-    uint64_t journal_hard;
     uint64_t fold_together;  // chunks that a round folds at most
 
     /// Of a lane, beside what all lanes share. `cache_bytes`: of the maps of all; `owed`: bytes of
     /// metadata that it may owe.
     static HeadLimits Of(uint64_t cache_bytes, uint64_t owed);
 };
-inline constexpr uint64_t kJournalRowWeight = 8;
 
 /// A request waits so long for deletions to give back space, of data or of metadata: less than the
 /// patience of the kernel's client (30 seconds by default).
@@ -117,7 +111,7 @@ class Head : public MappedVolume {
     /// several disks. REQUIRES: no other cut is under way.
     void Freeze(Generation next, bool hold);
     void Unhold();
-    /// After Freeze: the rest of the old generation's journal, synced. An error has failed the
+    /// After Freeze: all of the old generation is written, and synced. An error has failed the
     /// pool.
     Task<Errno> Seal(HeadCommit* commit);
     /// After the seal was committed, with the snapshot; or not.
@@ -128,6 +122,12 @@ class Head : public MappedVolume {
     Task<void> SealedFolded();
     /// Makes durable, in map rows, all that was answered before. Errors as of Flush().
     Task<Errno> Fold();
+    /// Does what is due: syncs what was answered, gives back blocks. Errors as of Flush().
+    Task<Errno> Commit();
+    /// Waits until what was answered before is settled. Errors as of Flush().
+    Task<Errno> Settle();
+    /// Folds all that the journal of a lane holds. For LaneJournal::Open.
+    static void FoldLane(LaneState& lane);
 
     /// Waits for what the head does by itself: rounds and lease refills.
     Task<void> Quiesce();
@@ -158,16 +158,14 @@ class Head : public MappedVolume {
     };
     using Stretches = boost::container::small_vector<Stretch, 4>;
 
-    struct PendingJournal {  // of one generation; in no journal row yet
-        std::vector<MapChange> changes;
-        std::vector<Extent> released;  // blocks that are free once the changes are durable
-        bool empty() const { return changes.empty() && released.empty(); }
-    };
-    struct JournalRow {
-        Generation generation;
+    /// Checksums of the blocks of fresh stretches, in order.
+    using Sums = boost::container::small_vector<uint32_t, 16>;
+
+    struct Released {  // a block is free once the journal is synced up to there
         uint64_t number;
-        uint64_t weight;
+        Extent extent;
     };
+    static constexpr uint64_t kNoEntry = ~uint64_t{0};
 
     // head.cc: requests
     Task<Errno> WriteSegment(uint64_t offset, std::span<const std::byte> buffer,
@@ -176,9 +174,12 @@ class Head : public MappedVolume {
                           Requester* requester);
     Task<void> WriteCounted(uint64_t offset, std::span<const std::byte> buffer,
                             Requester* requester, Errno* error, Join* join);
+    Task<Errno> Prepared(Chunk& chunk, uint32_t first, uint32_t end, Requester* requester,
+                         uint64_t* reserved);
+    Task<Errno> ReserveJournal(uint64_t bytes, Requester* requester);
     Task<Errno> WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
                             uint64_t offset, std::span<const std::byte> buffer,
-                            Requester* requester);
+                            Requester* requester, Sums* sums);
     Task<Errno> UnmapFrom(uint64_t from);
     Task<Errno> RoomToUnmap(bool whole, Requester* requester);
     Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester);
@@ -186,14 +187,14 @@ class Head : public MappedVolume {
                            uint64_t* cost);
     Task<Errno> ZeroPart(uint64_t offset, uint64_t length, Requester* requester);
     bool Laden() const;
-    Task<void> Answerable(Requester* requester);
+    Task<Errno> Answerable(Errno error, Requester* requester);
+    Task<void> Relieved(Requester* requester);
     bool ManyUnfolded() const;
     bool Overladen() const;
-    void Relieve();
-    void FoldLane();
     Task<Errno> Lock(ChunkIndex index, uint64_t mask, Requester* requester, Chunk** chunk);
 
     // head.cc: space
+    Piece OursAt(const Chunk& chunk, uint32_t first, uint32_t end, bool* ours) const;
     uint64_t FreshNeeded(const Chunk& chunk, uint32_t first, uint32_t end) const;
     Task<Errno> Growable(Requester* requester);
     Task<void> SeekRoom();
@@ -205,13 +206,19 @@ class Head : public MappedVolume {
 
     // head_changes.cc: changes of the map, and cuts
     void Pin(std::vector<Chunk*>& list, Chunk& chunk);
-    void Journal(Generation generation, const MapChange& change);
-    void MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches);
+    void Journal(Generation generation, const MapChange& change, std::span<const uint32_t> sums);
+    void MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches,
+                      const Sums& sums);
+    void MapStretch(Chunk& chunk, Generation generation, const Stretch& stretch, Runs* sealed,
+                    std::span<const uint32_t> sums);
+    void MakeYoung(Chunk& chunk, uint32_t first, uint32_t count);
+    void Age();
     void GiveUp(const Stretches& stretches);
     void UnmapNow(Chunk& chunk, uint32_t first, uint32_t end);
     void Prepare(Chunk& chunk);
     Runs* PrepareSealed(Chunk& chunk, Generation generation);
-    void ReleaseTentative(const Chunk& chunk, const Runs& removed);
+    void ReleaseTentative(const Runs& removed, const Runs& kept);
+    static const Runs& StateBefore(const Chunk& chunk);
 
     // head_rounds.cc: how they become durable
     void RequestRound();
@@ -223,10 +230,11 @@ class Head : public MappedVolume {
     static void SortForFold(std::vector<Chunk*>& chunks);
     void Encode(Chunk& chunk, HeadCommit& commit) const;
     bool NothingToFold() const { return dirty_.empty() && folding_.empty() && sealed_.empty(); }
-    void CountJournaled(int64_t weight);
-    uint64_t TakeJournal(uint64_t folded_below, HeadCommit& commit);
-    void PutJournal(PendingJournal journal, Generation generation, HeadCommit& commit);
+    void FoldedBelow(uint64_t number);
+    void TakeReleased(HeadCommit& commit);
+    bool SyncsUnderWay(uint64_t begun) const;
     Task<Errno> SyncData();
+    Task<void> SyncAlone();
     void Unpin(std::vector<Chunk*>& chunks);
 
     HeadHost& host_;
@@ -266,22 +274,25 @@ class Head : public MappedVolume {
     uint64_t unfolded_ = 0;         // in all of them, and in the round
     std::atomic<bool> changed_ = false;
 
-    PendingJournal journal_;         // of the present generation
-    PendingJournal sealed_journal_;  // of the sealed one, between Freeze and Seal
-    std::deque<JournalRow> rows_;    // that are stored
-    uint64_t journaled_ = 0;         // the weight of all three, and of rows being deleted
-    uint64_t next_row_ = 0;
-    bool pass_ = false;  // under way; its rows are those before:
-    uint64_t pass_rows_ = 0;
+    uint64_t first_entry_ = kNoEntry;  // in the journal, that is not folded
+    uint64_t last_entry_ = 0;          // the number after the last one
+    uint64_t entries_ = 0;             // in the journal, since the last round began
+    std::deque<Released> released_;
+    std::deque<Chunk*> aging_;  // have young blocks
+    bool pass_ = false;         // under way; its entries are those below:
+    uint64_t pass_end_ = 0;
     bool pass_wanted_ = false;
     uint64_t passes_started_ = 0;
     uint64_t passes_done_ = 0;
-    bool sealed_open_ = false;  // the sealed generation is not folded; its rows are before:
-    uint64_t sealed_rows_ = 0;
+    bool sealed_open_ = false;  // the sealed generation is not folded; below are entries of its:
+    uint64_t sealed_end_ = 0;
     SnapshotId sealed_snapshot_;
 
-    bool unsynced_ = false;  // data was written since the last sync began
-    bool cut_ = false;       // between Freeze and FinishCut
+    bool unsynced_ = false;  // data or entries were written since the last sync began
+    uint64_t syncs_begun_ = 0;
+    std::vector<uint64_t> syncs_;  // under way
+    WaitList synced_;
+    bool cut_ = false;  // between Freeze and FinishCut
     bool rounds_running_ = false;
     bool round_active_ = false;
     uint64_t rounds_wanted_ = 0;

@@ -17,10 +17,15 @@ void Head::Pin(std::vector<Chunk*>& list, Chunk& chunk) {
 }
 
 /// REQUIRES: `generation` is the present one or the one that is being sealed.
-void Head::Journal(Generation generation, const MapChange& change) {
-    PendingJournal& journal = generation == generation_ ? journal_ : sealed_journal_;
-    journal.changes.push_back(change);
-    CountJournaled(1);
+void Head::Journal(Generation generation, const MapChange& change, std::span<const uint32_t> sums) {
+    const uint64_t end = lane_.journal.Append({disk_, branch_, generation}, change, sums);
+    if (first_entry_ == kNoEntry) {
+        first_entry_ = end - 1;
+        lane_.journaled_heads.push_back(this);
+    }
+    last_entry_ = end;
+    ++entries_;
+    unsynced_ = changed_ = true;
 }
 
 void Head::Prepare(Chunk& chunk) {
@@ -53,9 +58,12 @@ Runs* Head::PrepareSealed(Chunk& chunk, Generation generation) {
     return &*pending.sealed;
 }
 
-void Head::MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches) {
+/// `sums`: of all blocks of fresh stretches.
+void Head::MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches,
+                        const Sums& sums) {
     Runs* sealed = nullptr;
     bool prepared = false;
+    std::span<const uint32_t> left(sums);
     for (const Stretch& stretch : stretches) {
         if (!stretch.fresh) continue;
         if (!prepared) {
@@ -66,26 +74,65 @@ void Head::MapStretches(Chunk& chunk, Generation generation, const Stretches& st
             }
             prepared = true;
         }
-        Run run;
-        run.place = stretch.place;
-        run.first = stretch.first;
-        run.count = stretch.count;
-        run.birth = generation;
-        if (sealed && !Mutated(Mutant::kLateWriteMissesSeal)) Map(*sealed, run, nullptr);
-        Map(chunk.runs, run, nullptr);
-        MapChange change{.chunk = chunk.index};
-        change.place = stretch.place;
-        change.first = stretch.first;
-        change.count = stretch.count;
-        Journal(generation, change);
+        MapStretch(chunk, generation, stretch, sealed, left.first(stretch.count));
+        left = left.subspan(stretch.count);
     }
     if (prepared) lane_.cache.Recharge(chunk);
+}
+
+/// `sealed`: the state of `generation`, if that is not the chunk's present one.
+void Head::MapStretch(Chunk& chunk, Generation generation, const Stretch& stretch, Runs* sealed,
+                      std::span<const uint32_t> sums) {
+    Run run;
+    run.place = stretch.place;
+    run.first = stretch.first;
+    run.count = stretch.count;
+    run.birth = generation;
+    Runs replaced;
+    if (sealed && !Mutated(Mutant::kLateWriteMissesSeal)) {
+        Map(*sealed, run, &replaced);
+        Map(chunk.runs, run, nullptr);
+    } else {
+        Map(chunk.runs, run, &replaced);
+    }
+    MapChange change{.chunk = chunk.index};
+    change.place = stretch.place;
+    change.first = stretch.first;
+    change.count = stretch.count;
+    Journal(generation, change, sums);
+    MakeYoung(chunk, stretch.first, stretch.count);
+    if (!replaced.empty()) {
+        ReleaseTentative(replaced, sealed ? chunk.pending->base : StateBefore(chunk));
+    }
+}
+
+void Head::MakeYoung(Chunk& chunk, uint32_t first, uint32_t count) {
+    if (chunk.young == 0) {
+        ++chunk.pins;
+        aging_.push_back(&chunk);
+    }
+    chunk.young |= MaskOf(first, first + count);
+    chunk.young_until = lane_.journal.appended();
+}
+
+/// Of chunks that became young first, those whose changes are settled are so no more.
+void Head::Age() {
+    for (size_t most = aging_.size(); most > 0; --most) {
+        Chunk& chunk = *aging_.front();
+        aging_.pop_front();
+        if (chunk.young_until > lane_.journal.settled()) {
+            aging_.push_back(&chunk);
+            continue;
+        }
+        chunk.young = 0;
+        --chunk.pins;
+    }
 }
 
 void Head::GiveUp(const Stretches& stretches) {
     for (const Stretch& stretch : stretches) {
         if (!stretch.fresh) continue;
-        journal_.released.push_back({stretch.place, stretch.count});
+        released_.push_back({lane_.journal.appended(), {stretch.place, stretch.count}});
         changed_ = true;
     }
 }
@@ -94,30 +141,36 @@ void Head::UnmapNow(Chunk& chunk, uint32_t first, uint32_t end) {
     Prepare(chunk);
     Runs removed;
     Unmap(chunk.runs, first, end, &removed);
-    ReleaseTentative(chunk, removed);
     if (!removed.empty() && !Mutated(Mutant::kTrimNotDurable)) {
         MapChange change{.chunk = chunk.index};
         change.place = 0;
         change.first = first;
         change.count = end - first;
-        Journal(generation_, change);
+        Journal(generation_, change, {});
     }
+    ReleaseTentative(removed, StateBefore(chunk));
     lane_.cache.Recharge(chunk);
 }
 
-/// Blocks that were mapped and unmapped again before any row named them: no fold will notice.
-void Head::ReleaseTentative(const Chunk& chunk, const Runs& removed) {
+/// What a row says of the chunk, or will, before anything of its newest generation.
+const Runs& Head::StateBefore(const Chunk& chunk) {
     const Chunk::Pending& pending = *chunk.pending;
-    for (const Run& run : Subtract(removed, pending.sealed ? *pending.sealed : pending.base)) {
-        VARVE_CHECK(run.birth == generation_);
-        journal_.released.push_back({run.place, run.count});
+    return pending.sealed ? *pending.sealed : pending.base;
+}
+
+/// Blocks that were mapped and unmapped again before any row named them: no fold will notice.
+/// `kept`: what a row names.
+void Head::ReleaseTentative(const Runs& removed, const Runs& kept) {
+    for (const Run& run : Subtract(removed, kept)) {
+        VARVE_CHECK(run.birth == generation_ || run.birth == sealed_generation_);
+        released_.push_back({lane_.journal.appended(), {run.place, run.count}});
     }
 }
 
 // ---- cuts
 
 void Head::Freeze(Generation next, bool hold) {
-    VARVE_CHECK(!cut_ && !sealed_open_ && sealed_.empty() && sealed_journal_.empty());
+    VARVE_CHECK(!cut_ && !sealed_open_ && sealed_.empty());
     VARVE_CHECK(next > generation_ && writers_[era_ ^ 1] == 0);
     cut_ = true;
     hold_ = hold;
@@ -127,7 +180,7 @@ void Head::Freeze(Generation next, bool hold) {
     sealed_.swap(dirty_);
     sealed_.insert(sealed_.end(), folding_.begin(), folding_.end());
     folding_.clear();
-    std::swap(sealed_journal_, journal_);
+    sealed_end_ = lane_.journal.appended();
 }
 
 void Head::Unhold() {
@@ -141,8 +194,8 @@ Task<Errno> Head::Seal(HeadCommit* commit) {
     while (writers_[era_ ^ 1] != 0 && drain) co_await writers_gone_.Wait();
     commit->branch = branch_;
     commit->generation = sealed_generation_;
-    PutJournal(std::exchange(sealed_journal_, {}), sealed_generation_, *commit);
-    if (Mutated(Mutant::kSealNotJournaled)) commit->journal.clear();
+    if (Mutated(Mutant::kSealNotSynced)) co_return 0;
+    co_await lane_.journal.Written();
     co_return co_await SyncData();
 }
 
@@ -150,7 +203,6 @@ void Head::FinishCut(SnapshotId snapshot) {
     cut_ = false;
     if (!core_.failed) {
         sealed_open_ = true;
-        sealed_rows_ = next_row_;
         sealed_snapshot_ = snapshot;
         SortForFold(sealed_);
         RequestRound();

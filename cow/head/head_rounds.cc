@@ -1,9 +1,8 @@
 // Head, third part: rounds, which make changes durable, and passes, which fold them into map rows.
-// docs/design/journal.md has the rules.
+// docs/design/ring.md has the rules.
 
 #include <algorithm>
 
-#include "cow/format/format.h"
 #include "cow/format/runs.h"
 #include "cow/head/head.h"
 #include "cow/mutants.h"
@@ -11,11 +10,10 @@
 namespace varve::cow {
 namespace {
 
-/// Journal rows that one commit deletes: a fraction of a millisecond of the home thread.
-constexpr size_t kObsoleteTogether = 256;
+/// Blocks that were given up from which on a flush begins a round, which gives them back.
+constexpr size_t kReleasedSoft = 1024;
 
 }  // namespace
-
 // ---- one round
 
 void Head::Encode(Chunk& chunk, HeadCommit& commit) const {
@@ -41,58 +39,61 @@ void Head::Encode(Chunk& chunk, HeadCommit& commit) const {
     }
 }
 
-void Head::CountJournaled(int64_t weight) {
-    journaled_ += static_cast<uint64_t>(weight);
-    lane_.journaled += static_cast<uint64_t>(weight);
-}
-
-/// Takes the present generation's journal, and drops rows that this commit makes useless, from the
-/// front, at most kObsoleteTogether: those before `folded_below`, or any if nothing is left to fold
-/// afterwards. Returns their weight, which counts until they are gone. REQUIRES: no suspension
-/// since the last chunk of `commit` was encoded.
-uint64_t Head::TakeJournal(uint64_t folded_below, HeadCommit& commit) {
-    PendingJournal journal = std::exchange(journal_, {});
-    const bool nothing_left = NothingToFold();
-    // A row that stays would take back what a newer one says of the same block, if that is missing.
-    const bool all = nothing_left && rows_.size() <= kObsoleteTogether;
-    uint64_t weight = 0;
-    for (size_t most = kObsoleteTogether; most > 0 && !rows_.empty(); --most) {
-        const JournalRow& row = rows_.front();
-        if (!nothing_left && row.number >= folded_below) break;
-        if (!Mutated(Mutant::kJournalKept)) {
-            commit.obsolete.push_back(JournalKey(branch_, row.generation, row.number));
-        }
-        weight += row.weight;
-        rows_.pop_front();
+/// Of its entries in the journal, those below `number` are in map rows.
+void Head::FoldedBelow(uint64_t number) {
+    if (core_.failed || first_entry_ >= number) return;  // it may have none
+    first_entry_ = number;
+    if (number >= last_entry_) {
+        first_entry_ = kNoEntry;
+        std::erase(lane_.journaled_heads, this);
     }
-    if (all) {
-        CountJournaled(-static_cast<int64_t>(journal.changes.size()));
-        journal.changes.clear();
+    uint64_t oldest = lane_.journal.appended();
+    for (const Head* head : lane_.journaled_heads) oldest = std::min(oldest, head->first_entry_);
+    lane_.journal.Folded(oldest);
+}
+
+/// Blocks that were given up, as far as nobody can bring them back any more.
+void Head::TakeReleased(HeadCommit& commit) {
+    const bool all = Mutated(Mutant::kReleasedUnsynced);
+    while (!released_.empty() &&
+           (all || released_.front().number <= lane_.journal.synced())) {
+        commit.released.push_back(released_.front().extent);
+        released_.pop_front();
     }
-    PutJournal(std::move(journal), generation_, commit);
-    return weight;
 }
 
-void Head::PutJournal(PendingJournal journal, Generation generation, HeadCommit& commit) {
-    commit.released = std::move(journal.released);
-    if (journal.changes.empty()) return;
-    commit.journal_key = JournalKey(branch_, generation, next_row_);
-    commit.journal = EncodeChanges(journal.changes);
-    rows_.push_back({generation, next_row_++, journal.changes.size() + kJournalRowWeight});
-    CountJournaled(kJournalRowWeight);
+bool Head::SyncsUnderWay(uint64_t begun) const {
+    return std::any_of(syncs_.begin(), syncs_.end(), [begun](uint64_t s) { return s <= begun; });
 }
 
+/// Makes durable what was answered before: data, and what the journal says of it.
 Task<Errno> Head::SyncData() {
-    if (!unsynced_) co_return 0;
+    if (!unsynced_ && aging_.empty() && !lane_.journal.HoldsFolded()) {
+        // It may be on its way.
+        const uint64_t begun = syncs_begun_;
+        while (SyncsUnderWay(begun)) co_await synced_.Wait();
+        co_return core_.failed ? EIO : 0;
+    }
     unsynced_ = false;  // what completes from now on is for the next sync
-    if (Mutated(Mutant::kNeverSynced)) co_return 0;
     const Waits::Scope waiting(core_.waits, "data sync");
-    const Errno error = co_await Transfer(lane_.blocks, BlockIo::Kind::kSync, 0, nullptr, 0);
+    const uint64_t number = ++syncs_begun_;
+    syncs_.push_back(number);
+    LaneJournal::Covered covered = lane_.journal.BeginSync();
+    Errno error = 0;
+    if (!Mutated(Mutant::kNeverSynced)) {
+        error = co_await Transfer(lane_.blocks, BlockIo::Kind::kSync, 0, nullptr, 0);
+    }
+    std::erase(syncs_, number);
+    synced_.WakeAll();
+    if (Mutated(Mutant::kWritesDuringSyncForgotten)) covered = lane_.journal.BeginSync();
     if (Mutated(Mutant::kWritesDuringSyncForgotten)) unsynced_ = false;
-    if (Mutated(Mutant::kFailedSyncIgnored)) co_return 0;
+    if (Mutated(Mutant::kFailedSyncIgnored)) error = 0;
     if (error != 0) core_.Fail(SystemError(error, "syncing the data file failed").message);
     // Another lane's sync may have failed meanwhile: a device may tell only one of them.
-    co_return error == 0 && core_.failed ? EIO : error;
+    if (core_.failed) co_return EIO;
+    lane_.journal.EndSync(covered);
+    Age();
+    co_return 0;
 }
 
 void Head::Unpin(std::vector<Chunk*>& chunks) {
@@ -121,33 +122,42 @@ Task<void> Head::Round() {
                                           waiting.size(), limits_.fold_together));
     std::vector<Chunk*> chunks(rest, waiting.end());
     waiting.erase(rest, waiting.end());
-    const bool folded = waiting.empty() && (sealed || pass_);
+    const bool last = waiting.empty() && (sealed || pass_);
     const bool early = Mutated(Mutant::kJournalForgottenEarly) && (sealed || pass_);
-    const uint64_t folded_below = !folded && !early ? 0 : sealed ? sealed_rows_ : pass_rows_;
     // Rows in the order of their keys: the store takes them twice as fast.
     for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) Encode(**chunk, commit);
-    const uint64_t obsolete = TakeJournal(folded_below, commit);
-    const bool kept = !rows_.empty() && (NothingToFold() || rows_.front().number < folded_below);
-    const bool last = folded && !kept;
+    // No suspension since then: this is what rows will hold.
+    uint64_t folded = 0;
+    if (last || early) folded = sealed ? sealed_end_ : pass_end_;
+    if (NothingToFold()) folded = lane_.journal.appended();
+    entries_ = 0;
     if (Mutated(Mutant::kReusedBeforeCommit)) ReuseDropped(commit, &lease_, &lease_blocks_);
-    // Data before metadata: what the rows name must be durable before the rows can be.
+    // The journal and data before metadata: what the rows name must be durable before the rows can
+    // be, and so must be what they would be replaced by if the journal ended earlier.
+    if (!Mutated(Mutant::kFoldedUnwritten)) co_await lane_.journal.Written();
     Errno error = 0;
-    if (!Mutated(Mutant::kRowsBeforeData)) error = co_await SyncData();
+    const bool late = Mutated(Mutant::kRowsBeforeData);
+    const bool never = Mutated(Mutant::kReleasedUnsynced) && commit.rows.empty();
+    if (!late && !never) error = co_await SyncData();
+    TakeReleased(commit);
     if (error == 0 && !commit.empty()) {
         if (!round_done_.empty()) lane_.executor.ExpectPost();
         const varve::Status s = co_await host_.CommitHead(disk_, commit, lane_.executor);
         VARVE_CHECK(s.ok() || core_.failed);
     }
-    if (Mutated(Mutant::kRowsBeforeData)) error = co_await SyncData();
-    CountJournaled(-static_cast<int64_t>(obsolete));
+    if (late) error = co_await SyncData();
     Unpin(chunks);
+    FoldedBelow(folded);
     if (last && sealed) {
         sealed_open_ = false;
     } else if (last) {
         pass_ = false;
         passes_done_ = passes_started_;
     }
-    changed_ = unfolded_ > 0 || !journal_.empty() || !rows_.empty();
+    // Somebody may wait for what this freed of the ring.
+    if (lane_.journal.HoldsFolded() && lane_.journal.crowded()) error = co_await SyncData();
+    if (last && lane_.journal.hungry()) FoldLane(lane_);  // what came since the pass began
+    changed_ = unfolded_ > 0 || !released_.empty() || !aging_.empty() || first_entry_ != kNoEntry;
 }
 
 // ---- passes
@@ -162,7 +172,7 @@ void Head::BeginPass() {
     if (!pass_wanted_ || pass_ || sealed_open_) return;
     pass_wanted_ = false;
     pass_ = true;
-    pass_rows_ = next_row_;
+    pass_end_ = lane_.journal.appended();
     ++passes_started_;
     folding_ = std::exchange(dirty_, {});
     SortForFold(folding_);
@@ -203,14 +213,34 @@ void Head::RequestFold() {
 
 Task<Errno> Head::Flush() {
     if (core_.failed) co_return EIO;
-    if (journal_.empty() && !unsynced_ && !round_active_ && !cut_) co_return 0;
-    const bool join = Mutated(Mutant::kFlushJoinsRunningRound) && round_active_;
-    // A round that runs already may have missed some.
-    const uint64_t mine = rounds_started_ + (join ? 0 : 1);
+    if (released_.size() >= kReleasedSoft) RequestRound();
+    if (Mutated(Mutant::kFlushAnsweredBeforeSync)) {
+        Spawn(SyncAlone());
+        co_return 0;
+    }
+    if (Mutated(Mutant::kFlushJoinsRunningSync) && !syncs_.empty()) unsynced_ = false;
+    co_return co_await SyncData();
+}
+
+Task<void> Head::SyncAlone() {
+    const Errno ignored = co_await SyncData();
+    (void)ignored;
+}
+
+/// A round that begins now, and all before it.
+Task<Errno> Head::Commit() {
+    if (core_.failed) co_return EIO;
+    if (!changed_ && !unsynced_ && !round_active_ && !cut_) co_return 0;
+    const uint64_t mine = rounds_started_ + 1;
     RequestRound();
-    if (Mutated(Mutant::kFlushAnsweredBeforeRound)) co_return 0;
     while (rounds_done_ < mine && !core_.failed) co_await round_done_.Wait();
     co_return core_.failed ? EIO : 0;
+}
+
+Task<Errno> Head::Settle() {
+    Errno error = 0;
+    while (!aging_.empty() && error == 0) error = co_await SyncData();
+    co_return core_.failed ? EIO : error;
 }
 
 Task<Errno> Head::Fold() {

@@ -14,24 +14,8 @@ namespace {
 
 /// Neighbours whose rows are read together.
 constexpr uint64_t kIndicesTogether = 16;
-/// A varint for the chunk and one for the place, two bytes for the blocks.
-constexpr size_t kChangeBytesMax = 2 * kVarintBytesMax + 2;
 
 }  // namespace
-
-std::string EncodeChanges(std::span<const MapChange> changes) {
-    std::string value(1 + changes.size() * kChangeBytesMax, '\0');
-    char* out = value.data();
-    *out++ = static_cast<char>(kFormatVersion);
-    for (const MapChange& change : changes) {
-        out = PutVarint(out, change.chunk.value);
-        *out++ = static_cast<char>(change.first);
-        *out++ = static_cast<char>(change.count);
-        out = PutVarint(out, change.place);
-    }
-    value.resize(static_cast<size_t>(out - value.data()));
-    return value;
-}
 
 bool DecodeChanges(std::string_view value, std::vector<MapChange>* changes) {
     Decoder in(value);
@@ -68,14 +52,14 @@ Result<std::vector<JournalPart>> ReadJournal(MetadataView& view) {
         parts.back().keys.emplace_back(key);
     }
     if (Status s = cursor->status(); !s.ok()) return s.error();
-    for (JournalPart& part : parts) {
-        if (Mutated(Mutant::kJournalOutOfOrder)) {
-            std::reverse(part.changes.begin(), part.changes.end());
-        }
-        std::stable_sort(part.changes.begin(), part.changes.end(),
-                         [](const MapChange& a, const MapChange& b) { return a.chunk < b.chunk; });
-    }
+    for (JournalPart& part : parts) SortByChunk(part.changes);
     return parts;
+}
+
+void SortByChunk(std::vector<MapChange>& changes) {
+    if (Mutated(Mutant::kJournalOutOfOrder)) std::reverse(changes.begin(), changes.end());
+    std::stable_sort(changes.begin(), changes.end(),
+                     [](const MapChange& a, const MapChange& b) { return a.chunk < b.chunk; });
 }
 
 Result<std::vector<JournaledChunk>> ApplyJournal(MetadataView& view, const Line& line,

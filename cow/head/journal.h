@@ -1,8 +1,8 @@
-// Journal rows: map changes that are durable, but not in map rows yet. docs/design/journal.md says
-// when they are written and deleted; this is what they hold, and how they are read again.
+// What a journal says that a crash has left: map changes that are in no map row yet, and chunks as
+// they are with them. Not how the ring is read (journal/ring_reader.h): here are the journal rows
+// of pools from before there was one, which nobody writes any more.
 #pragma once
 
-#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,9 +13,8 @@
 
 namespace varve::cow {
 
-/// A journal row's value. The changes' order is kept: it is the order in which they happened.
-std::string EncodeChanges(std::span<const MapChange> changes);
-/// The inverse, appended to `changes`; false if `value` breaks a rule of the format.
+/// The changes of a journal row's value, in the order in which they happened, appended to
+/// `changes`; false if `value` breaks a rule of the format.
 bool DecodeChanges(std::string_view value, std::vector<MapChange>* changes);
 
 /// What the journal says of one generation of a branch.
@@ -28,6 +27,9 @@ struct JournalPart {
 
 /// The whole journal: by branch, older generations first. kDamaged names an unreadable row.
 Result<std::vector<JournalPart>> ReadJournal(MetadataView& view);
+
+/// As JournalPart has them.
+void SortByChunk(std::vector<MapChange>& changes);
 
 /// A chunk as the journal leaves it.
 struct JournaledChunk {

@@ -91,8 +91,6 @@ Status BuildHeadCommit(Core& core, CommitContext& context, DiskId disk, const He
         }
         context.catalog.UpdateDisk(disk, std::move(record), context.batch);
     }
-    if (!commit.journal.empty()) context.batch.Put(commit.journal_key, commit.journal);
-    for (const std::string& key : commit.obsolete) context.batch.Delete(key);
     return Status();
 }
 
@@ -100,10 +98,6 @@ PlainRows TakePlain(HeadCommit& commit) {
     VARVE_CHECK(commit.rows.empty());
     PlainRows rows;
     rows.freed = std::move(commit.released);
-    if (!commit.journal.empty()) {
-        rows.batch.Put(std::move(commit.journal_key), std::move(commit.journal));
-    }
-    for (std::string& key : commit.obsolete) rows.batch.Delete(std::move(key));
     return rows;
 }
 

@@ -1,4 +1,4 @@
-// What a head's commit round does to the store: its journal, rows, touched marks, notes, blocks.
+// What a head's commit round does to the store: its rows, touched marks, notes, blocks.
 // Not when: that is the committer's and the head's matter.
 #pragma once
 

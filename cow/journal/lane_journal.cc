@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "cow/mutants.h"
 
 namespace varve::cow {
 namespace {
@@ -78,8 +79,8 @@ void LaneJournal::NextSegment() {
 
 uint64_t LaneJournal::Append(const MapOwner& owner, const MapChange& change,
                              std::span<const uint32_t> sums) {
-    const bool fits = !segments_.empty() &&
-                      at_ + frame_.bytes() + kEntryBytesMax <= ring_->segment_bytes();
+    const bool fits =
+        !segments_.empty() && at_ + frame_.bytes() + kEntryBytesMax <= ring_->segment_bytes();
     if (!fits) {
         WriteFrame();
         NextSegment();

@@ -69,9 +69,7 @@ class LaneJournal {
     /// sync that begins later.
     void Folded(uint64_t number) { folded_ = std::max(folded_, number); }
     /// There are such.
-    bool HoldsFolded() const {
-        return segments_.size() > 1 && segments_.front().end <= folded_;
-    }
+    bool HoldsFolded() const { return segments_.size() > 1 && segments_.front().end <= folded_; }
     /// Less than half of the ring is free; somebody waits for some of it.
     bool crowded() const { return ring_->crowded(); }
     bool hungry() const { return ring_->hungry(); }

@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstring>
 
+#include "cow/format/ring_record.h"
 #include "cow/format/runs.h"
 #include "cow/head/journal.h"
 #include "cow/pool/checker.h"
@@ -198,12 +199,34 @@ Status Checker::CheckSums() {
     return marks->status();
 }
 
+/// The ring's blocks belong to nobody else. What is in it, whoever opens the pool finds out.
+Status Checker::CheckRing() {
+    const Result<std::optional<std::string>> row = view_.Get(RingKey());
+    if (!row.ok()) return row.error();
+    RingRecord ring;
+    if (row.value() && !Decode(*row.value(), &ring)) Fault("the row about the ring is unreadable");
+    for (const Extent& extent : ring.extents) {
+        for (uint64_t block = extent.place; block < extent.place + extent.count; ++block) {
+            if (block >= blocks_) {
+                Fault(fmt::format("block {} of the ring lies beyond the data file", block));
+                return Status();
+            }
+            const uint64_t owned = live_.word(block / 64) | dying_.word(block / 64);
+            if (owned >> block % 64 & 1) {
+                Fault(fmt::format("block {} of the ring has another owner too", block));
+            }
+        }
+    }
+    return Status();
+}
+
 Result<CheckReport> Checker::Verify() {
     report_.disks = catalog_.disks().size();
     report_.snapshots = catalog_.snapshots().size();
     report_.branches = catalog_.history().branches().size();
     if (Status s = CheckFamilies(); !s.ok()) return s.error();
     if (Status s = CheckJournal(); !s.ok()) return s.error();
+    if (Status s = CheckRing(); !s.ok()) return s.error();
     if (Status s = CheckTouched(); !s.ok()) return s.error();
     if (Status s = CheckRegions(); !s.ok()) return s.error();
     if (Status s = CheckSums(); !s.ok()) return s.error();

@@ -137,6 +137,7 @@ class Checker {
     int64_t CountAt(BranchId id, Generation at) const;
     Status CheckRegions();
     Status CheckSums();
+    Status CheckRing();
 
     MetadataView& view_;
     const Catalog catalog_;

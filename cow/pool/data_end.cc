@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cow/format/format.h"
+#include "cow/format/ring_record.h"
 #include "cow/head/journal.h"
 #include "cow/space/allocator.h"
 
@@ -35,6 +36,14 @@ Result<uint64_t> UsedEnd(MetadataView& view, uint64_t from) {
         end = std::max(end, region * kRegionBytes + *blocks * kBlockBytes);
     }
     if (!regions->status().ok()) return regions->status().error();
+    const Result<std::optional<std::string>> ring = view.Get(RingKey());
+    if (!ring.ok()) return ring.error();
+    RingRecord record;
+    if (ring.value() && Decode(*ring.value(), &record)) {
+        for (const Extent& extent : record.extents) {
+            end = std::max(end, (extent.place + extent.count) * kBlockBytes);
+        }
+    }
     const Result<std::vector<JournalPart>> journal = ReadJournal(view);
     if (!journal.ok()) return journal.error();
     for (const JournalPart& part : journal.value()) {

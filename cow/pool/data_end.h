@@ -13,8 +13,8 @@ namespace varve::cow {
 /// unreadable, which whoever reads all of it reports.
 Result<uint64_t> ProvisionedEnd(MetadataView& view);
 
-/// The byte after the last one that is in use, by the regions' rows and the journal; `from` if that
-/// lies before it. kDamaged names an unreadable row.
+/// The byte after the last one that is in use, by the regions' rows, the ring and journal rows;
+/// `from` if that lies before it. kDamaged names an unreadable row.
 Result<uint64_t> UsedEnd(MetadataView& view, uint64_t from);
 
 }  // namespace varve::cow

@@ -49,6 +49,9 @@ PoolImpl::PoolImpl(Environment environment, PoolOptions options, Catalog catalog
       refreshed_(core_.home()),
       counted_(core_.home()),
       background_(core_.home()) {
+    core_.on_failure = [this] {
+        for (const auto& lane : lanes_) lane->journal.TellOfRoom();
+    };
     core_.owed_by_lane = core_.metadata().Space().owed / core_.environment.lanes.size();
 }
 
@@ -65,7 +68,10 @@ Task<Result<std::unique_ptr<Pool>>> Pool::Open(Environment environment, PoolOpti
     auto pool =
         std::make_unique<PoolImpl>(std::move(environment), options, std::move(catalog.value()));
     const Status s = co_await pool->Recover(recovered);
-    if (!s.ok()) co_return s.error();
+    if (!s.ok()) {
+        co_await pool->Abandon();
+        co_return s.error();
+    }
     pool->Start();
     co_return std::unique_ptr<Pool>(std::move(pool));
 }
@@ -74,6 +80,7 @@ void PoolImpl::Start() {
     core_.opened = true;
     for (const auto& [id, disk] : catalog_.disks()) {
         AddHead(id);
+        disks_.at(id).stored = true;
         if (disk.record.trimming) {
             Disk& shrunk = disks_.at(id);
             shrunk.busy = shrunk.trimming = shrunk.fenced = true;
@@ -107,9 +114,18 @@ Task<Status> PoolImpl::Shutdown() {
         co_await DropHead(id);
     }
     co_await committer_.Idle();
-    co_await leases_.Idle();
+    if (result.ok() && !core_.failed) result = co_await EndRing();
+    co_await Abandon();
     co_await ticker_.Idle();
     co_return result;
+}
+
+/// Waits for what goes on by itself, on home and on the lanes.
+Task<void> PoolImpl::Abandon() {
+    co_await committer_.Idle();
+    co_await leases_.Idle();
+    for (const auto& lane : lanes_) co_await Hop(lane->executor);
+    co_await Hop(core_.home());
 }
 
 Task<Status> PoolImpl::Commit(Change change) {
@@ -137,7 +153,6 @@ Task<Result<std::vector<Extent>>> PoolImpl::LeaseBlocks(DiskId disk, Executor& l
     if (!lease.ok() && lease.error().kind == ErrorKind::kNoSpace && urgent) {
         lease = co_await FindSpace(disk, most);
     }
-    committer_.AnnounceRegions();
     co_await Hop(lane);
     co_return lease;
 }
@@ -216,7 +231,7 @@ Task<void> PoolImpl::CommitOne(DiskId id, bool fold, Join* join) {
     ++disks_.at(id).visitors;
     co_await Hop(head.executor());
     // A failure shows in the pool's state.
-    const Errno ignored = fold ? co_await head.Fold() : co_await head.Flush();
+    const Errno ignored = fold ? co_await head.Fold() : co_await head.Commit();
     (void)ignored;
     co_await Hop(core_.home());
     EndVisit(id);
@@ -256,7 +271,7 @@ int64_t PoolImpl::StandstillUs() {
 Task<void> PoolImpl::CommitDirty() {
     WatchHealth();
     StandstillUs();
-    co_await CommitChanged(lanes_.crowded());
+    co_await CommitChanged(lanes_.crowded() || ring_->crowded());
     co_await ReturnIdleLeases();
     background_.Enter();
     co_await lanes_.Balance();

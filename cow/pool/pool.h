@@ -28,7 +28,9 @@ struct PoolOptions {
     uint64_t flatten_depth = 64;              // branches; a longer line is flattened by itself
     uint64_t reclaim_step_chunks = 128;       // swept between two commits of the reclaimer
     uint64_t reclaim_read_after = 16;    // questions about a branch's rows, until it reads them
-    uint64_t commit_interval_ms = 1000;  // (server) how long a write may wait for its commit
+    uint64_t commit_interval_ms = 1000;  // (server) how long a write may wait for a sync
+    /// Of the journal in the data file, at most; a sixteenth of a small pool.
+    uint64_t ring_bytes = 64 << 20;
 };
 
 struct DiskInfo {

@@ -96,6 +96,7 @@ Task<Status> PoolImpl::CreateDisk(std::string name, uint64_t size) {
     Status s = CheckSize(size, options_);
     if (s.ok()) s = Growable();
     if (!s.ok()) co_return s;
+    DiskId created;
     Change change = [&](CommitContext& context) {
         if (Status fits = CheckNewDisk(name); !fits.ok()) return fits;
         DiskRecord record;
@@ -104,10 +105,19 @@ Task<Status> PoolImpl::CreateDisk(std::string name, uint64_t size) {
         record.branch = context.catalog.AddBranch(BranchId{0}, Generation{0}, context.batch);
         record.generation = Generation{context.catalog.NextId()};
         record.created_ms = core_.environment.now_ms();
-        AddHead(context.catalog.AddDisk(std::move(record), context.batch));
+        created = context.catalog.AddDisk(std::move(record), context.batch);
+        AddHead(created);
         return Status();
     };
-    co_return co_await Commit(std::move(change));
+    s = co_await Commit(std::move(change));
+    if (s.ok()) Stored(created);
+    co_return s;
+}
+
+/// Its creation is durable.
+void PoolImpl::Stored(DiskId id) {
+    const auto disk = disks_.find(id);
+    if (disk != disks_.end()) disk->second.stored = true;
 }
 
 /// `fresh`: all that was answered is in map rows.
@@ -185,6 +195,7 @@ Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
     if (s.ok()) s = Growable();
     if (!s.ok()) co_return s;
     co_await FoldSealed(catalog_.snapshot(id.value()).disk);
+    DiskId created;
     Change change = [&](CommitContext& context) {
         if (Status fits = CheckNewDisk(name); !fits.ok()) return fits;
         const SnapshotRecord& source = context.catalog.snapshot(id.value());
@@ -196,11 +207,14 @@ Task<Status> PoolImpl::CloneSnapshot(std::string snapshot, std::string name) {
         record.generation = Generation{context.catalog.NextId()};
         if (Mutated(Mutant::kCloneKeepsGeneration)) record.generation = source.generation;
         record.created_ms = core_.environment.now_ms();
-        AddHead(context.catalog.AddDisk(std::move(record), context.batch));
+        created = context.catalog.AddDisk(std::move(record), context.batch);
+        AddHead(created);
         FlattenIfDeep(source, context);
         return Status();
     };
-    co_return co_await Commit(std::move(change));
+    s = co_await Commit(std::move(change));
+    if (s.ok()) Stored(created);
+    co_return s;
 }
 
 // ---- depth
@@ -296,7 +310,8 @@ Task<void> PoolImpl::RefreshLine(DiskId id) {
 /// Folds all that the head has answered, and waits for what it does by itself.
 Task<Status> PoolImpl::Settle(Head& head) {
     co_await Hop(head.executor());
-    const Errno error = co_await head.Fold();
+    Errno error = co_await head.Fold();
+    if (error == 0) error = co_await head.Settle();
     co_await head.Quiesce();
     co_await Hop(core_.home());
     if (error == 0) co_return Status();

@@ -66,7 +66,16 @@ Task<Result<Export>> PoolImpl::OpenExport(std::string name, const bool* given_up
     const Error fenced = Fenced(name);
     Export result{nullptr, next_export_++};
     if (name.find('@') == std::string::npos) {
-        const Result<DiskId> id = catalog_.FindDisk(name);
+        Result<DiskId> id = catalog_.FindDisk(name);
+        // What is flushed must not be lost because the disk is.
+        while (id.ok() && !disks_.at(id.value()).stored) {
+            const DiskId waited = id.value();
+            Change nothing = [](CommitContext&) { return Status(); };
+            const Status s = co_await Commit(std::move(nothing));
+            if (!s.ok()) co_return s.error();
+            Stored(waited);
+            id = catalog_.FindDisk(name);
+        }
         if (!id.ok()) co_return id.error();
         Disk& disk = disks_.at(id.value());
         if (disk.fenced) co_return fenced;

@@ -1,6 +1,6 @@
 // PoolImpl: the pool's commands, over the catalog, the committer, the reclaimer and the heads.
 // Split by subject: pool.cc (opening, closing, status, space), health.cc, recovery.cc,
-// pool_disks.cc, pool_snapshots.cc, pool_exports.cc, pool_waiting.cc.
+// pool_ring.cc, pool_disks.cc, pool_snapshots.cc, pool_exports.cc, pool_waiting.cc.
 //
 // Everything here belongs to the home executor; a task that visits a lane comes back. Commands
 // that change something hold their disks (Hold), and only those, until they end; the trimming of a
@@ -26,6 +26,8 @@ class PoolImpl : public Pool, public HeadHost {
     /// Folds the journal that a crash left. Before Start(). `recovered`: see Pool::Open(). Errors:
     /// its own, kDamaged, kIo, kNoSpace; then nothing was logged.
     Task<Status> Recover(const std::function<Status()>& recovered);
+    /// Instead of Start().
+    Task<void> Abandon();
     /// Makes the heads and starts the background work.
     void Start();
 
@@ -80,6 +82,7 @@ class PoolImpl : public Pool, public HeadHost {
         uint64_t visitors = 0;  // tasks that hold the head and are not clients
         bool fenced = false;    // no new clients
         size_t depth = 0;       // of the line that the head was given
+        bool stored = false;    // its creation is known to be durable
         bool busy = false;      // it was made smaller, and is not trimmed yet: commands are refused
         bool trimming = false;  // that is under way: they wait
         uint64_t allocations = 0;       // of the head, when ReturnIdleLeases last looked
@@ -149,8 +152,26 @@ class PoolImpl : public Pool, public HeadHost {
     Task<void> MakeExports();
 
     // recovery.cc
+    struct Candidate;
+    struct Recovered;
+    Task<Status> FoldRows(Recovered* recovered);
+    Task<Status> FoldRing(Recovered* recovered);
+    Task<Result<std::string>> ReadData(uint64_t offset, uint64_t length);
+    Task<Status> ReadRing(std::vector<Candidate>* candidates);
+    Task<Status> Verify(std::vector<Candidate>& candidates);
+    Task<Status> VerifySome(Candidate* begin, Candidate* end);
+    std::vector<JournalPart> PartsOf(const std::vector<Candidate>& candidates);
+    Task<Status> FoldParts(const std::vector<JournalPart>& parts, Recovered* recovered);
     Task<Status> FoldPart(const JournalPart& part, std::vector<std::string>* losses);
+    void Tell(const Recovered& recovered);
     Task<Status> DropRows(const std::vector<std::string>& keys);
+
+    // pool_ring.cc
+    Task<Status> FindRing();
+    Task<Status> BeginRing();
+    Status UseSegments();
+    Task<Status> PutRing(const std::vector<Extent>& leased);
+    Task<Status> EndRing();
 
     // pool.cc
     Task<Status> Commit(Change change);
@@ -173,6 +194,7 @@ class PoolImpl : public Pool, public HeadHost {
 
     // pool_disks.cc
     Head& AddHead(DiskId id);
+    void Stored(DiskId id);
     Head::Place PlaceOf(DiskId id) const;
     size_t DepthOf(DiskId id) const;
     Status Idle(DiskId id) const;
@@ -220,6 +242,9 @@ class PoolImpl : public Pool, public HeadHost {
     Task<void> DropSnapshotVolume(SnapshotId id);
 
     Core core_;
+    RingRecord ring_record_;           // as it is to be stored
+    std::vector<Extent> ring_leased_;  // of it, that are not reserved yet
+    std::unique_ptr<Ring> ring_;
     Lanes lanes_;
     const PoolOptions options_;
     Catalog catalog_;

@@ -130,8 +130,9 @@ void Allocator::LearnPage(uint64_t page, const std::vector<std::optional<RegionS
             SetAside(base + i, DamagedRegion(base + i));
             continue;
         }
-        // It has the superblock, so it is never wholly free.
-        if (base + i == 0 && state == RegionState::kBare) state = RegionState::kRoomy;
+        // It has the superblock, or some of the ring, so it is never wholly free.
+        const bool held = base + i == 0 || reserved_.contains(base + i);
+        if (held && state == RegionState::kBare) state = RegionState::kRoomy;
         states_.Set(base + i, state);
     }
     if (page == unknown_from_) {
@@ -163,9 +164,7 @@ Status Allocator::Learn(uint64_t index, const std::optional<std::string>& row) {
     Bitmaps& open = open_[index];
     open.renewed = row && IsRenewed(*row);
     open.used = *used;
-    open.busy = open.used;
-    if (index == 0) open.busy.set(0);  // the superblock
-    open.free = kRegionBlocks - open.busy.count();
+    SetBusy(index, open);
     if (states_.Get(index) == RegionState::kUnknown) states_.Set(index, RegionState::kBare);
     Settle(index);
     return Status();
@@ -225,9 +224,17 @@ Allocator::Bitmaps& Allocator::Opened(uint64_t index) {
     const auto found = open_.find(index);
     if (found != open_.end()) return found->second;
     Bitmaps& open = open_[index];
-    if (index == 0) open.busy.set(0);
-    open.free = kRegionBlocks - open.busy.count();
+    SetBusy(index, open);
     return open;
+}
+
+/// Of what is not leased or resting.
+void Allocator::SetBusy(uint64_t index, Bitmaps& open) const {
+    open.busy = open.used;
+    if (index == 0) open.busy.set(0);  // the superblock
+    const auto reserved = reserved_.find(index);
+    if (reserved != reserved_.end()) open.busy |= reserved->second;
+    open.free = kRegionBlocks - open.busy.count();
 }
 
 /// After its bitmaps changed, or what they are needed for.
@@ -357,6 +364,33 @@ Status Allocator::ForEachPart(Extent extent, F&& apply) {
     return Status();
 }
 
+void Allocator::AddReserved(Extent extent) {
+    for (; extent.count > 0; ++extent.place, --extent.count) {
+        reserved_[extent.place / kRegionBlocks].set(extent.place % kRegionBlocks);
+    }
+}
+
+void Allocator::Reserve(const Extent& extent) {
+    VARVE_CHECK(open_.empty());
+    AddReserved(extent);
+}
+
+void Allocator::ReserveLeased(const Extent& extent) {
+    AddReserved(extent);
+    const Status s =
+        ForEachPart(extent, [this](uint64_t index, Bitmaps& open, uint64_t first, uint64_t end) {
+            open.pending -= end - first;
+            leased_blocks_ -= end - first;
+            Settle(index);
+            return Status();
+        });
+    VARVE_CHECK(s.ok());  // they are open, as long as blocks of theirs are leased
+}
+
+void Allocator::Cover(uint64_t block) {
+    while (pool_.region_count * kRegionBlocks <= block) AddRegion();
+}
+
 Status Allocator::Claim(const Extent& extent) {
     for (const uint64_t region : RegionsOf({extent})) {
         if (region >= pool_.region_count) break;  // a contradiction, which claiming finds
@@ -395,6 +429,8 @@ void Allocator::Renew(uint64_t index) {
     open.used.set();
     open.busy.set();
     if (index == 0) open.used.reset(0);  // the superblock
+    const auto reserved = reserved_.find(index);
+    if (reserved != reserved_.end()) open.used &= ~reserved->second;
     pool_.used_blocks += open.used.count() - counted;
     open.changed = true;
     changed_.insert(index);

@@ -5,6 +5,7 @@
 //   free     may be leased
 //   leased   handed to a disk, which writes into it before it maps it; known in memory only
 //   used     a committed map row or note names it; a bit in its region's row, in the same commit
+//   reserved the ring's (docs/design/ring.md); in no region's row
 //   resting  forgotten by a commit, but a read may still be under way; known in memory only
 // MarkUsed: leased -> used. MarkFree: used -> resting. Release: leased or resting -> free.
 // After a crash there are only free and used.
@@ -103,6 +104,14 @@ class Allocator {
     std::optional<uint64_t> TakeSurplus();
     void Discarded(uint64_t region);
 
+    // ---- the ring's blocks: never free, and no row's
+    /// Those that it has had before. Before anything else is done with their regions.
+    void Reserve(const Extent& extent);
+    /// leased -> reserved.
+    void ReserveLeased(const Extent& extent);
+    /// The data file holds this block, though the store may not know its region yet.
+    void Cover(uint64_t block);
+
     /// free -> leased, for blocks that were written before a crash. kDamaged if one is not free. A
     /// region whose row is damaged gets a new one, which says that all else in it is used: whoever
     /// reads a row of it later must not take these blocks for free.
@@ -151,6 +160,8 @@ class Allocator {
     Status Know(uint64_t index);
     Bitmaps& Opened(uint64_t index);
     void Settle(uint64_t index);
+    void SetBusy(uint64_t index, Bitmaps& open) const;
+    void AddReserved(Extent extent);
     void KeepOpen(Bitmaps& open);
     void Close(uint64_t index);
     /// Calls apply(region, its bitmaps, first bit, end bit) for the part of `extent` in each.
@@ -174,7 +185,8 @@ class Allocator {
     std::unordered_map<uint64_t, Bitmaps> open_;
     std::list<uint64_t> idle_;  // open without need; used last: last
     std::unordered_map<uint64_t, uint64_t> held_;
-    std::map<uint64_t, Error> aside_;         // regions whose rows cannot be read, and why
+    std::map<uint64_t, Error> aside_;  // regions whose rows cannot be read, and why
+    std::unordered_map<uint64_t, Bits> reserved_;
     std::vector<uint64_t> renewed_;           // by Claim
     std::optional<Unread> unread_;            // once one was renewed
     uint64_t unknown_from_ = 0, unknown_to_;  // pages

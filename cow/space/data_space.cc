@@ -86,6 +86,15 @@ Status DataSpace::Provision(uint64_t offset, uint64_t length) {
     return SystemError(error, fmt::format("cannot extend {}", path_));
 }
 
+Status DataSpace::Extend(uint64_t end) {
+    if (device_bytes_ != 0) return Status();
+    struct stat about;
+    if (::fstat(fd_, &about) != 0) return SystemError(errno, fmt::format("cannot stat {}", path_));
+    if (static_cast<uint64_t>(about.st_size) >= end) return Status();
+    if (::ftruncate(fd_, static_cast<off_t>(end)) == 0) return Status();
+    return SystemError(errno, fmt::format("cannot extend {}", path_));
+}
+
 void DataSpace::Discard(uint64_t offset, uint64_t length) {
     if (device_bytes_ == 0) {
         const int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;

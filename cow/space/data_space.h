@@ -23,6 +23,7 @@ class DataSpace : public SpaceStore {
                                   uint64_t reserve_max = 256 << 20, uint64_t reserve_min = 0);
 
     Status Provision(uint64_t offset, uint64_t length) override;
+    Status Extend(uint64_t end) override;
     void Discard(uint64_t offset, uint64_t length) override;
     uint64_t Capacity(uint64_t provisioned) override;
 

@@ -182,8 +182,17 @@ Task<void> Leases::ReadPage(PageReader& reader) {
 Task<Status> Leases::Grow() {
     const Result<uint64_t> region = allocator_.NextRegion();
     if (!region.ok()) co_return region.error();
+    SpaceStore& space = *core_.environment.space;
+    const uint64_t offset = region.value() * kRegionBytes;
     co_await Hop(core_.loader());
-    Status s = core_.environment.space->Provision(region.value() * kRegionBytes, kRegionBytes);
+    Status s = space.Provision(offset, kRegionBytes);
+    if (!s.ok() && s.error().kind == ErrorKind::kNoSpace) {
+        // The file may have it already, of a growth that a crash met: then it gives that back
+        // first.
+        const uint64_t kept = offset == 0 ? kBlockBytes : 0;  // the superblock
+        space.Discard(offset + kept, kRegionBytes - kept);
+        s = space.Provision(offset, kRegionBytes);
+    }
     co_await Hop(core_.home());
     if (s.ok()) allocator_.AddRegion();
     co_return s;

@@ -94,6 +94,12 @@ class SpaceStore {
     /// Makes bytes [offset, offset + length) writable without running out of space later; they
     /// need not read as zeros. kNoSpace if there is none; then nothing changed.
     virtual Status Provision(uint64_t offset, uint64_t length) = 0;
+    /// A crash may have made the store shorter than it was provisioned: makes it `end` bytes long
+    /// at least, without space behind what is new.
+    virtual Status Extend(uint64_t end) {
+        (void)end;
+        return Status();
+    }
     /// Gives bytes back; their content is gone. A hint, errors are ignored.
     virtual void Discard(uint64_t offset, uint64_t length) = 0;
     /// How many bytes the store could hold in all, now. `provisioned`: what it was made to hold; it

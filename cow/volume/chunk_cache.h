@@ -31,6 +31,8 @@ struct Chunk {
     Runs runs;                 // the state now
     std::optional<RowAt> row;  // where the last encoded state is stored; none: no row, zeros
     std::unique_ptr<Pending> pending;
+    uint64_t young = 0;        // blocks, a bit each, that may not be overwritten in place yet: see
+    uint64_t young_until = 0;  // LaneJournal::settled(), which must get there
     uint64_t locked = 0;       // blocks that a request is changing, a bit each
     LockWait* line = nullptr;  // the first that waits for some of them
     uint32_t pins = 0;

@@ -8,7 +8,8 @@ namespace varve::cow {
 Lanes::Lanes(Core& core, uint64_t cache_bytes)
     : core_(core), memory_(cache_bytes, core.environment.lanes.size()) {
     for (const Lane& lane : core.environment.lanes) {
-        lanes_.push_back(std::make_unique<LaneState>(lane, memory_));
+        const auto index = static_cast<uint32_t>(lanes_.size());
+        lanes_.push_back(std::make_unique<LaneState>(core, lane, index, memory_));
         core.pacer.Watch(lanes_.back()->load);
     }
     disks_.resize(lanes_.size());

@@ -11,6 +11,7 @@
 #include "base/buffers.h"
 #include "base/sync.h"
 #include "cow/core/core.h"
+#include "cow/journal/lane_journal.h"
 #include "cow/volume/checksums.h"
 #include "cow/volume/chunk_cache.h"
 #include "cow/volume/turns.h"
@@ -75,13 +76,14 @@ struct SharedMemory {
 
 /// A lane with the engine's state on it. Belongs to the lane's executor.
 struct LaneState {
-    LaneState(const Lane& lane, SharedMemory& memory)
+    LaneState(Core& core, const Lane& lane, uint32_t index, SharedMemory& memory)
         : executor(*lane.executor),
           blocks(*lane.blocks),
           epochs(executor),
           turns(executor),
           cache(memory.chunks),
           sums(memory.sums),
+          journal(core, lane, index),
           shared(memory) {}
 
     Executor& executor;
@@ -91,6 +93,9 @@ struct LaneState {
     ChunkCache cache;
     SumsCache sums;
     LoadMeter load;
+    LaneJournal journal;
+    /// The heads that have entries in it which are not folded.
+    std::vector<Head*> journaled_heads;
     SharedMemory& shared;
     /// For what is not aligned; who asks for a transfer is charged for its detour.
     BufferPool detours{1 << 20};
@@ -113,8 +118,6 @@ struct LaneState {
         return unfolded > most / shared.lanes &&
                shared.unfolded.load(std::memory_order_relaxed) > most;
     }
-    /// The weight of its heads' journals (head.h).
-    uint64_t journaled = 0;
 };
 
 /// The lanes of a pool: they stay while it is open. Where disks live belongs to home.
@@ -129,6 +132,7 @@ class Lanes {
     void Remove(DiskId disk);
     /// Where the disk and its snapshots live. REQUIRES: it has a lane.
     LaneState& Of(DiskId disk) const { return *lanes_[places_.at(disk)]; }
+    size_t size() const { return lanes_.size(); }
     auto begin() const { return lanes_.begin(); }
     auto end() const { return lanes_.end(); }
 

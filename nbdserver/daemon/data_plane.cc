@@ -62,8 +62,8 @@ Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, Fi
         const bool direct = (::fcntl(fd, F_GETFL) & O_DIRECT) != 0;
         lane.cached_fd = direct ? OpenAgain(fd, O_DIRECT) : lane.fd;
         if (lane.cached_fd < 0) return SystemError(errno, "cannot open the data file again");
-        lane.store = std::make_unique<RingStore>(*lane.reactor, lane.fd, lane.cached_fd, traits,
-                                                 mapping);
+        lane.store =
+            std::make_unique<RingStore>(*lane.reactor, lane.fd, lane.cached_fd, traits, mapping);
         lane.host = std::make_unique<ConnectionHost>(*lane.reactor, each, pot);
     }
     return plane;

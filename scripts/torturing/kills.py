@@ -1,4 +1,5 @@
-"""kill -9, SIGSTOP and SIGTERM at any moment. Not a power cut: the kernel lives on."""
+"""kill -9, SIGSTOP and SIGTERM at any moment. Not a power cut: the kernel lives on, and with it
+what was answered."""
 
 import os
 import signal
@@ -12,7 +13,7 @@ from pool_model import Blocks, World, Wrong
 
 def run_scenario(bench):
     server = bench.server(os.path.join(bench.work, "pool"))
-    candidates, legal = [World()], Blocks.after_crash
+    candidates, legal = [World()], Blocks.after_kill
     while bench.more():
         if bench.source.random() < 0.25:
             kill_while_starting(bench, server)
@@ -37,7 +38,7 @@ def run_scenario(bench):
         server.process = None
         candidates = load.candidates()
         # What a server that was asked to end had answered, it has committed.
-        legal = Blocks.now if what == "terminate" else Blocks.after_crash
+        legal = Blocks.now if what == "terminate" else Blocks.after_kill
         if bench.source.random() < 0.2:
             bench.verify_offline(server)
             bench.count("offline checks")

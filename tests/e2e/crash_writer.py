@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Writes to a disk until the server dies, and afterwards checks that nothing promised is missing.
+"""Writes to a disk until the server is killed, and afterwards checks that nothing is missing.
 
-`write` keeps, for each block, what it may hold after a crash: the last content that was flushed
-(by FLUSH on any connection, or by FUA) and everything sent to it since. It ends when the server
-does, and saves that to a file. `check` reads the disk and compares; what it found becomes the
-state from which the next `write` goes on.
+`write` keeps, for each block, what it may hold then: the last content that was answered, and
+everything sent to it since. It ends when the server does, and saves that to a file. `check` reads
+the disk and compares; what it found becomes the state from which the next `write` goes on.
 """
 
 import argparse
@@ -96,14 +95,13 @@ def check(options):
     for block in range(options.blocks):
         at = data[block * BLOCK : (block + 1) * BLOCK]
         number = struct.unpack_from("<Q", at)[0]
-        allowed = state.after_crash(block)
-        unflushed += len(allowed) > 1
+        allowed = state.after_kill(block)
+        unflushed += len(state.after_crash(block)) > 1
         if at != content(number):
             print(f"block {block} holds parts of several writes, one of them {number}")
             wrong += 1
         elif number not in allowed:
-            print(f"block {block} holds {number}; flushed was {allowed[0]}, "
-                  f"sent later {allowed[1:]}")
+            print(f"block {block} holds {number}; legal are {allowed}")
             wrong += 1
         state.settled[block] = number
     state.sent = {}

@@ -64,7 +64,13 @@ class Blocks:
             return [self.settled[block]] + [number for number, _ in self.sent[block]]
         return [number for number, _ in self.sent[block][at:]]
 
+    def after_kill(self, block):
+        """The process was killed, the machine goes on: what was answered last, or sent since. What
+        was answered and not heard is among the latter."""
+        return self.now(block)
+
     def after_crash(self, block):
+        """The power failed: what was flushed last, or sent since."""
         return [self.settled[block]] + [number for number, _ in self.sent.get(block, [])]
 
     def found(self, numbers):
@@ -152,9 +158,9 @@ class World:
     # ---- comparison with a server
 
     def verify(self, server, admin, legal, failed=False, torn=None):
-        """Everything: names, sizes and contents. `legal`: Blocks.now or Blocks.after_crash. What is
-        found becomes what is expected. `failed`: the pool has failed, so that it may refuse to open
-        snapshots. `torn`: a list, if the power failed: each sector of a disk is legal by itself; the
+        """Everything: names, sizes and contents. `legal`: Blocks.now, Blocks.after_kill or
+        Blocks.after_crash. What is found becomes what is expected. `failed`: the pool has failed,
+        so that it may refuse to open snapshots. `torn`: a list, if the power failed: each sector of a disk is legal by itself; the
         blocks that hold several contents are appended. Raises Wrong. Returns how many blocks were
         compared."""
         self.verify_names(admin)

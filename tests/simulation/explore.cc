@@ -17,6 +17,9 @@ struct Progress {
     Mishap mishap = Mishap::kNone;
 };
 
+/// A kill at each so-many-th call: less can go wrong than in a power cut.
+constexpr size_t kKillsEach = 3;
+
 /// Whether the power can fail at a call in a way of its own.
 bool CanBeCut(Call call) {
     return call != Call::kLookup && call != Call::kProvision;
@@ -46,6 +49,7 @@ class Explorer {
             if (options_.power_cuts && CanBeCut(calls[i])) {
                 ++progress_.power_cuts;
                 found = Meet(Mishap::kPowerCut);
+                if (i % kKillsEach == 0 && found.empty()) found = Meet(Mishap::kKill);
             }
             if (options_.errors && CanFail(calls[i]) && found.empty()) {
                 ++progress_.errors;

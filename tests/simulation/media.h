@@ -151,6 +151,14 @@ class Media {
             durable_[sector] = content;
         }
     }
+    /// All that is durable, to be put back later.
+    using Data = std::unordered_map<uint64_t, Content>;
+    const Data& data() const { return durable_; }
+    void SetData(const Data& data) {
+        durable_ = data;
+        unsynced_.clear();
+        still_read_.clear();
+    }
     uint64_t write_order() const { return write_order_; }
     /// A sync fails, as on Linux: of what was to be synced, some will never be, whatever later
     /// syncs say. The next sync of every other open file fails too.
@@ -196,8 +204,7 @@ class Media {
     // ---- bounds of the metadata, and what it has now
     uint64_t metadata_capacity = 0;      // bytes of rows; 0: no bound
     uint64_t metadata_spare = 96 << 10;  // of these, what is not for new blocks
-    uint64_t journal_max = 0;            // weight of journal rows (head.h); 0: no bound
-    uint64_t metadata_bytes = 0, journal_weight = 0;
+    uint64_t metadata_bytes = 0;
     std::string broken;          // the first bound that was
     uint64_t largest_batch = 0;  // bytes
 
@@ -267,7 +274,7 @@ class Media {
     uint64_t write_order_ = 0;
     uint64_t failed_syncs_ = 0, failed_syncs_before_ = 0;
     const Content rubbish_ = Content::Of(std::string(kSector, '\xEE').data());
-    std::unordered_map<uint64_t, Content> durable_;
+    Data durable_;
     std::map<uint64_t, std::vector<State>> unsynced_;   // the last one is what is read
     std::unordered_map<uint64_t, Content> still_read_;  // for now, although its sync failed
     std::shared_ptr<const std::map<std::string, std::string>> metadata_;

@@ -130,9 +130,9 @@ class Runner {
         if (!exposed_ || mishap_ != Mishap::kNone) return Mishap::kNone;
         mishap_ = options_.probe(++asked_, call);
         if (mishap_ != Mishap::kNone) {
-            static constexpr const char* kNames[] = {"nothing", "a power cut", "a kill", "an error"};
-            Note("{} at call {}, a {}", kNames[static_cast<size_t>(mishap_)], asked_,
-                 NameOf(call));
+            static constexpr const char* kNames[] = {"nothing", "a power cut", "a kill",
+                                                     "an error"};
+            Note("{} at call {}, a {}", kNames[static_cast<size_t>(mishap_)], asked_, NameOf(call));
         }
         if (mishap_ == Mishap::kError) faulty_ = true;
         return mishap_;
@@ -181,17 +181,20 @@ class Runner {
 
     /// What was promised just now holds from now on: a good moment for the power to fail.
     void Answered() {
-        if (cut_at_answer_ > 0 && --cut_at_answer_ == 0) media_.Cut();
+        if (cut_at_answer_ > 0 && --cut_at_answer_ == 0) media_.End();
     }
 
     void DrawCut(uint64_t operations, uint64_t answers) {
+        const bool kill = dice_.Chance(0.4);
+        const char* what = kill ? "the process is killed" : "the power fails";
         if (dice_.Chance(0.5)) {
             const uint64_t after = 1 + dice_.Draw(operations);
-            Note("the power fails after {} operations", after);
-            media_.CutAfter(after);
+            Note("{} after {} operations", what, after);
+            media_.CutAfter(after, kill);
         } else {
             cut_at_answer_ = 1 + dice_.Draw(answers);
-            Note("the power fails after {} answers", cut_at_answer_);
+            Note("{} after {} answers", what, cut_at_answer_);
+            media_.EndBy(kill);
         }
     }
 
@@ -210,6 +213,7 @@ class Runner {
 
     void Bound();
     bool Open();
+    uint64_t RingBlocks();
     void FillUp(uint64_t free_blocks);
     void Reopen();
     void Restart();
@@ -341,6 +345,7 @@ class Runner {
     bool faulty_ = false;         // there was an error since the start, or one may be drawn now
     bool failed_ = false;         // the pool refuses writes: only a restart helps
     bool reopen_ = false;         // at once
+    bool any_cut_ = false;        // since the pool was open last, the power failed; else kills only
     uint64_t cut_at_answer_ = 0;  // the power fails when so many more were given; 0: no
 
     // What a command that the crash met may have done or not.

@@ -35,7 +35,9 @@ void Runner::SettleAll(bool crashed) {
 void Runner::SettleDisk(const std::string& name, Disk& disk, bool crashed) {
     const std::optional<std::string> data = ReadAll(name);
     if (!data) return;
-    Image image = crashed ? disk.model.Remains() : disk.model.Cut(time_, time_);
+    // A killed process loses nothing that was answered.
+    const bool lost = crashed && any_cut_;
+    Image image = lost ? disk.model.Remains() : disk.model.Cut(time_, time_);
     int64_t bad = Compare(image, *data);
     const bool other = name == uncertain_name_ && uncertain_image_.has_value();
     if (bad >= 0 && other) {  // a restore or shrink that the crash met

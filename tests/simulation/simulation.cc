@@ -23,6 +23,8 @@ SimulationResult Runner::Run() {
         pool_options_.reclaim_read_after = 1;  // as if there were many branches
     }
     if (world.Chance(0.5)) pool_options_.flatten_depth = 1 + world.Draw(3);
+    // Its least, or a little more: it goes round.
+    pool_options_.ring_bytes = world.Draw(3) << 18;
     Bound();
     Restart();
     if (tight_ && !limited_ && !options_.small && world.Chance(0.25)) FillUp(32 + world.Draw(400));
@@ -40,19 +42,12 @@ SimulationResult Runner::Run() {
     return result_;
 }
 
-/// What metadata has room for, and how long the journal may become.
+/// What metadata has room for.
 void Runner::Bound() {
     Dice dice = Dice::Of(options_.seed, kMetadata);
     (void)dice.Chance(0.25);
     if (limited_)
         media_.metadata_capacity = media_.metadata_spare + (4 << 10) + dice.Draw(24 << 10);
-    const uint64_t owed = limited_ ? media_.metadata_spare : cow::MetadataSpace::kPlenty;
-    const uint64_t cache = pool_options_.map_cache_bytes;
-    const cow::HeadLimits limits = cow::HeadLimits::Of(cache - cache / 4, owed / lanes_);
-    // What requests under way, and flushes of other disks, add to a full one.
-    const uint64_t clients = scale_.disks * scale_.clients;
-    const uint64_t added = rude_ ? 4 + cow::kJournalRowWeight : scale_.sizes[3] / cow::kBlockBytes;
-    media_.journal_max = lanes_ * limits.journal_hard + clients * 2 * added;
 }
 
 void Runner::Round() {
@@ -73,10 +68,19 @@ void Runner::Round() {
     if (Fine()) VerifyAll();
 }
 
+uint64_t Runner::RingBlocks() {
+    cow::RingRecord ring;
+    VARVE_CHECK(cow::Decode(media_.metadata()->at(cow::RingKey()), &ring));
+    uint64_t blocks = 0;
+    for (const cow::Extent& extent : ring.extents) blocks += extent.count;
+    return blocks;
+}
+
 /// Leaves few blocks free, for all disks together: another disk, which nobody touches, has the
 /// rest.
 void Runner::FillUp(uint64_t free_blocks) {
-    const uint64_t bytes = (cow::kRegionBlocks - 1 - free_blocks) * cow::kBlockBytes;
+    const uint64_t ring = RingBlocks();
+    const uint64_t bytes = (cow::kRegionBlocks - 1 - ring - free_blocks) * cow::kBlockBytes;
     Do(machine_->Do(pool().CreateDisk(kBallast, bytes)));
     const auto opened = machine_->Do(pool().OpenExport(kBallast));
     if (!opened.ok()) return Violation(opened.error().message);
@@ -97,16 +101,18 @@ bool Runner::Open() {
     return s.ok();
 }
 
-/// Off and on again, until nothing has met the recovery itself.
+/// Off and on again, until nothing has met the recovery itself. A pool that was closed is as good
+/// as killed.
 void Runner::Restart() {
     for (bool whole = false; Fine() && !whole;) {
         if (media_.power()) media_.Cut();
+        any_cut_ |= !media_.killed();
         media_.Restore();
         media_.faults = Faults{};
         if (machine_) past_.push_back(std::move(machine_));
         faulty_ = scrubbing_ = false;
         held_.clear();
-        if (dice_.Chance(0.2)) media_.CutAfter(1 + dice_.Draw(40));
+        if (dice_.Chance(0.2)) media_.CutAfter(1 + dice_.Draw(40), dice_.Chance(0.5));
         const bool before = Struck();
         {
             const Exposed exposed(*this);
@@ -133,6 +139,8 @@ void Runner::Reopen() {
     const bool crashed = !media_.power() || failed || Struck() != before;
     if (!stopped.ok() && !crashed) Violation("does not close: " + stopped.error().message);
     if (crashed) ++result_.crashes;
+    // A device that failed may have lost what the page cache showed.
+    any_cut_ = failed;
     if (hurt_) Mend();
     if (!crashed && fragile_ && dice_.Chance(0.5)) Hurt();
     Restart();

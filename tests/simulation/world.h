@@ -6,8 +6,8 @@
 #include <map>
 #include <string>
 
+#include "cow/format/ring_record.h"
 #include "cow/head/head.h"
-#include "cow/head/journal.h"
 #include "cow/pool/pool.h"
 #include "tests/simulation/media.h"
 
@@ -210,10 +210,7 @@ class SimMetadata : public cow::MetadataStore {
         }
         media_.SetMetadata(std::move(rows));
         const bool fits = !limited() || media_.metadata_bytes <= media_.metadata_capacity;
-        const bool short_journal =
-            media_.journal_max == 0 || media_.journal_weight <= media_.journal_max;
         if (media_.broken.empty() && !fits) media_.broken = "a commit found no room";
-        if (media_.broken.empty() && !short_journal) media_.broken = "the journal is too long";
         if (indeterminate) return failed;
         return Status();
     }
@@ -238,10 +235,6 @@ class SimMetadata : public cow::MetadataStore {
             there ? to += count : to -= count;
         };
         add(media_.metadata_bytes, key.size() + value.size());
-        if (key[0] != 'L') return;
-        std::vector<cow::MapChange> changes;
-        VARVE_CHECK(cow::DecodeChanges(value, &changes));
-        add(media_.journal_weight, changes.size() + cow::kJournalRowWeight);
     }
 
     class RowsCursor : public cow::Cursor {
