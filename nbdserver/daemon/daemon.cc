@@ -358,8 +358,7 @@ Task<void> Daemon::EndStuckClients() {
     loops_->Leave();
 }
 
-/// Whatever is not through by then, the next start takes up: folding, deletions, negotiations. Not
-/// without what was answered, which may take as long as the device does.
+/// Whatever is not through by then, the next start takes up: folding, deletions, negotiations.
 Task<void> Daemon::StopInTime() {
     Task<bool> waiting = stop_timer_->Wait(kStopMsMax);
     const bool expired = co_await waiting;
@@ -370,12 +369,11 @@ Task<void> Daemon::StopInTime() {
     stop_watch_->Leave();
 }
 
-/// Cut off as by a crash, which every command and all background work is made for.
+/// Cut off as by a crash, which every command and all background work is made for. What was
+/// answered is in the journal, which outlives the process: nobody waits for a device that hangs.
 Task<void> Daemon::LeaveBehind(std::string what) {
     admin_->LeaveBehind();
     co_await Hop(*home_);
-    Task<void> committing = pool_->CommitDirty();
-    co_await committing;
     Log(LogLevel::kWarning, what + " at the next start");
     FlushLog(kFlushLogMs);
     ::_exit(0);
