@@ -55,8 +55,7 @@ void Head::FoldedBelow(uint64_t number) {
 /// Blocks that were given up, as far as nobody can bring them back any more.
 void Head::TakeReleased(HeadCommit& commit) {
     const bool all = Mutated(Mutant::kReleasedUnsynced);
-    while (!released_.empty() &&
-           (all || released_.front().number <= lane_.journal.synced())) {
+    while (!released_.empty() && (all || released_.front().number <= lane_.journal.synced())) {
         commit.released.push_back(released_.front().extent);
         released_.pop_front();
     }
@@ -134,7 +133,7 @@ Task<void> Head::Round() {
     if (Mutated(Mutant::kReusedBeforeCommit)) ReuseDropped(commit, &lease_, &lease_blocks_);
     // The journal and data before metadata: what the rows name must be durable before the rows can
     // be, and so must be what they would be replaced by if the journal ended earlier.
-    if (!Mutated(Mutant::kFoldedUnwritten)) co_await lane_.journal.Written();
+    co_await lane_.journal.Written();
     Errno error = 0;
     const bool late = Mutated(Mutant::kRowsBeforeData);
     const bool never = Mutated(Mutant::kReleasedUnsynced) && commit.rows.empty();
