@@ -48,6 +48,7 @@ enum class Mutant {
     kJournalForgottenEarly,
     kJournalOutOfOrder,
     kSealNotSynced,
+    kFoldedUnwritten,
     kRegionsNotKnown,
     kAnsweredUnwritten,
     kYoungOverwritten,

@@ -28,13 +28,6 @@ class LoggedStore : public cow::BlockStore {
                 bool lying)
         : scheduler_(scheduler), executor_(executor), log_(log), bytes_(bytes), lying_(lying) {}
     uint32_t alignment() const override { return kSector; }
-    Errno WriteNow(uint64_t offset, std::span<const std::byte> bytes) override {
-        const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-        if (bytes_.size() < offset + text.size()) bytes_.resize(offset + text.size());
-        text.copy(bytes_.data() + offset, text.size());
-        log_.Write(log_.Find(kData), offset, text);
-        return 0;
-    }
     void Submit(cow::BlockIo& io) override {
         cow::BlockIo* op = &io;
         const size_t position = log_.position();

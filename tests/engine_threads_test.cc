@@ -40,17 +40,13 @@ class FileStore : public cow::BlockStore {
   public:
     FileStore(Executor& executor, int fd) : executor_(executor), fd_(fd) {}
     uint32_t alignment() const override { return 1; }
-    Errno WriteNow(uint64_t offset, std::span<const std::byte> bytes) override {
-        const auto at = static_cast<off_t>(offset);
-        const ssize_t written = ::pwrite(fd_, bytes.data(), bytes.size(), at);
-        return written == static_cast<ssize_t>(bytes.size()) ? 0 : EIO;
-    }
     void Submit(BlockIo& io) override {
         const int n = static_cast<int>(io.vector_count);
         const auto at = static_cast<off_t>(io.offset);
         ssize_t result = 0;
         if (io.kind == BlockIo::Kind::kRead) result = ::preadv(fd_, io.vectors, n, at);
-        if (io.kind == BlockIo::Kind::kWrite) result = ::pwritev(fd_, io.vectors, n, at);
+        const bool writes = io.kind == BlockIo::Kind::kWrite || io.kind == BlockIo::Kind::kAppend;
+        if (writes) result = ::pwritev(fd_, io.vectors, n, at);
         io.error = result < 0 ? errno : 0;
         auto* completion = new Completion;
         completion->io = &io;

@@ -35,7 +35,7 @@ class Fixture {
             EXPECT_TRUE(mapping);
         }
         store_ =
-            std::make_unique<RingStore>(*reactor_, fd, fd, traits, mapping, quick_sync_nanoseconds);
+            std::make_unique<RingStore>(*reactor_, fd, traits, mapping, quick_sync_nanoseconds);
     }
     ~Fixture() {
         reactor_->Stop();
@@ -176,6 +176,10 @@ void CheckTransfers(int fd, FileTraits traits) {
     std::memset(read.data(), 0, read.size());
     EXPECT_EQ(fixture.Run(Kind::kRead, 8192, {{read.data(), read.size()}}), 0);
     EXPECT_EQ(std::memcmp(written.data(), read.data(), written.size()), 0);
+
+    EXPECT_EQ(fixture.Run(Kind::kAppend, 4096, {{written.data(), 16384}}), 0);
+    EXPECT_EQ(fixture.Run(Kind::kRead, 4096, {{read.data(), 16384}}), 0);
+    EXPECT_EQ(std::memcmp(written.data(), read.data(), 16384), 0);
 
     // Behind the end there is nothing to be read.
     EXPECT_EQ(fixture.Run(Kind::kRead, (kBlocks + 2) * 4096, {{read.data(), 4096}}), EIO);

@@ -135,17 +135,23 @@ class RingTest : public testing::Test {
         return true;
     }
     void Sync(size_t i = 0) {
-        const auto covered = journal(i).BeginSync();
-        cow::BlockStore& store = lanes[i]->store;
-        EXPECT_EQ(0, Await(scheduler, *executors[i], SyncTask(&store)));
-        journal(i).EndSync(covered);
+        EXPECT_EQ(0, Await(scheduler, *executors[i], SyncTask(lanes[i].get())));
+    }
+    static Task<void> WaitForWritten(cow::LaneJournal* journal, bool* written) {
+        co_await journal->Written(journal->appended());
+        *written = true;
     }
     static Task<void> WaitForRoom(WaitList* room, bool* told) {
         co_await room->Wait();
         *told = true;
     }
-    static Task<Errno> SyncTask(cow::BlockStore* store) {
-        co_return co_await cow::Transfer(*store, cow::BlockIo::Kind::kSync, 0, nullptr, 0);
+    static Task<Errno> SyncTask(OneLane* lane) {
+        co_await lane->journal.Tell();
+        const auto covered = lane->journal.Covers();
+        const Errno error =
+            co_await cow::Transfer(lane->store, cow::BlockIo::Kind::kSync, 0, nullptr, 0);
+        if (error == 0) lane->journal.EndSync(covered);
+        co_return error;
     }
     std::string BytesAt(uint64_t offset, uint64_t length) {
         std::string bytes;
@@ -181,7 +187,7 @@ TEST_F(RingTest, WhatIsAppendedInOneTurnIsOneFrameAndReadInOrder) {
     }
     const uint64_t before = media.operations();
     scheduler.RunAll();
-    EXPECT_EQ(before + 1, media.operations());
+    EXPECT_EQ(before + 2, media.operations());  // its submission, and its end
     EXPECT_FALSE(journal().pending());
     ASSERT_TRUE(Append(ChangeOf(9, 1, 3, 0)));
     std::vector<Seen> seen;
@@ -193,6 +199,55 @@ TEST_F(RingTest, WhatIsAppendedInOneTurnIsOneFrameAndReadInOrder) {
     EXPECT_FALSE(seen[0].durable);
 }
 
+// Frames may share a block, so one is under way at a time. What comes meanwhile is the next one.
+TEST_F(RingTest, WhatComesWhileAFrameIsWrittenIsTheNextOne) {
+    constexpr uint64_t kEntries = 40;
+    const uint64_t bytes = cow::LaneJournal::BytesFor(64);
+    const uint64_t before = media.operations();
+    bool first = false, last = false;
+    for (uint64_t n = 0; n < kEntries; ++n) {  // some segments full
+        const MapChange change = ChangeOf(n, 0, 64, 1000);
+        ASSERT_TRUE(journal().Reserve(bytes));
+        journal().Append(kOwner, change, SumsOf(change));
+        journal().Return(bytes);
+        if (n > 0) continue;
+        Spawn(WaitForWritten(&journal(), &first));
+        scheduler.RunUntil([&] { return media.operations() != before; });
+    }
+    Spawn(WaitForWritten(&journal(), &last));
+    EXPECT_FALSE(first);
+    EXPECT_EQ(0u, journal().written());
+    ASSERT_TRUE(scheduler.RunUntil([&] { return first; }));
+    EXPECT_EQ(1u, journal().written());
+    EXPECT_FALSE(last);
+    scheduler.RunAll();
+    EXPECT_TRUE(last);
+    const uint64_t frames = (media.operations() - before) / 2;
+    EXPECT_EQ(1 + (kEntries + 29) / 30, frames);  // so many fit in a segment
+    std::vector<Seen> seen;
+    ASSERT_TRUE(Read(&seen).ok());
+    EXPECT_EQ(kEntries, seen.size());
+}
+
+// All of it is folded, for its disk is gone; some of it is still on its way to the file.
+TEST_F(RingTest, ASegmentIsNotFreeBeforeItsFramesAreWritten) {
+    const uint64_t bytes = cow::LaneJournal::BytesFor(64);
+    uint64_t n = 0;
+    for (; n < 60; ++n) {
+        const MapChange change = ChangeOf(n, 0, 64, 1000);
+        ASSERT_TRUE(journal().Reserve(bytes));
+        journal().Append(kOwner, change, SumsOf(change));
+        journal().Return(bytes);
+    }
+    journal().Folded(n);
+    EXPECT_TRUE(journal().HoldsFolded());
+    journal().EndSync({journal().written(), n, n});
+    EXPECT_TRUE(journal().HoldsFolded());
+    scheduler.RunAll();
+    Sync();
+    EXPECT_FALSE(journal().HoldsFolded());
+}
+
 // Else the system would read the rest of the block before it takes a part of it.
 TEST_F(RingTest, ABlockIsWrittenWholeWhenItIsBegun) {
     const std::string rubbish = BytesAt(ring.offset(0) + cow::kBlockBytes, kSector);
@@ -202,7 +257,9 @@ TEST_F(RingTest, ABlockIsWrittenWholeWhenItIsBegun) {
         const uint64_t used = bytes.find_last_not_of('\xEE') + 1;
         EXPECT_EQ(0u, used % cow::kBlockBytes);
         blocks = used / cow::kBlockBytes + 1;
-        if (blocks == 2) EXPECT_EQ(rubbish, bytes.substr(cow::kBlockBytes, kSector));
+        if (blocks == 2) {
+            EXPECT_EQ(rubbish, bytes.substr(cow::kBlockBytes, kSector));
+        }
     }
     std::vector<Seen> seen;
     ASSERT_TRUE(Read(&seen).ok());

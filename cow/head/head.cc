@@ -302,9 +302,9 @@ bool Head::Overladen() const {
 }
 
 /// What was answered outlives the process: so what the request has changed is written first.
-Task<Errno> Head::Answerable(Errno error, Requester* requester) {
-    const bool pending = lane_.journal.pending() && !Mutated(Mutant::kAnsweredUnwritten);
-    if (pending) co_await lane_.journal.Written();
+/// `last`: the number after the last entry that says so.
+Task<Errno> Head::Answerable(Errno error, Requester* requester, uint64_t last) {
+    if (!Mutated(Mutant::kAnsweredUnwritten)) co_await lane_.journal.Written(last);
     if (Laden()) co_await Relieved(requester);
     co_return error == 0 && core_.failed ? EIO : error;
 }
@@ -341,24 +341,25 @@ Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer, Requ
     if (buffer.empty()) co_return 0;
     const LoadMeter::Request counted(lane_.load);
     Errno error = 0;
+    uint64_t last = 0;
     if (offset / kChunkBytes == (offset + buffer.size() - 1) / kChunkBytes) {
-        error = co_await WriteSegment(offset, buffer, requester);
+        error = co_await WriteSegment(offset, buffer, requester, &last);
     } else {
-        error = co_await WriteMany(offset, buffer.size(), buffer.data(), requester);
+        error = co_await WriteMany(offset, buffer.size(), buffer.data(), requester, &last);
     }
-    if (!Laden() && !lane_.journal.pending()) co_return error;
-    co_return co_await Answerable(error, requester);
+    if (!Laden() && last <= lane_.journal.written()) co_return error;
+    co_return co_await Answerable(error, requester, last);
 }
 
 Task<void> Head::WriteCounted(uint64_t offset, std::span<const std::byte> buffer,
-                              Requester* requester, Errno* error, Join* join) {
-    const Errno result = co_await WriteSegment(offset, buffer, requester);
+                              Requester* requester, uint64_t* last, Errno* error, Join* join) {
+    const Errno result = co_await WriteSegment(offset, buffer, requester, last);
     if (result != 0) *error = result;
     join->Done();
 }
 
 Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* data,
-                            Requester* requester) {
+                            Requester* requester, uint64_t* last) {
     Errno error = 0;
     while (length > 0 && error == 0) {
         const uint64_t stop = (offset / kChunkBytes + kSegmentsTogether) * kChunkBytes;
@@ -367,7 +368,7 @@ Task<Errno> Head::WriteMany(uint64_t offset, uint64_t length, const std::byte* d
         while (offset < end) {
             const uint64_t part = std::min(end - offset, kChunkBytes - offset % kChunkBytes);
             const std::span<const std::byte> bytes(data ? data : zeros, part);
-            Spawn(WriteCounted(offset, bytes, requester, &error, &join));
+            Spawn(WriteCounted(offset, bytes, requester, last, &error, &join));
             offset += part;
             length -= part;
             if (data) data += part;
@@ -414,8 +415,9 @@ Task<Errno> Head::ReserveJournal(uint64_t bytes, Requester* requester) {
     co_return 0;
 }
 
+/// `*last`: the number after the entry that it adds to the journal, if it does.
 Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffer,
-                               Requester* requester) {
+                               Requester* requester, uint64_t* last) {
     const BlockRange blocks(offset, buffer.size());
     Chunk* chunk = Find(blocks.chunk);
     Errno error = 0;
@@ -472,6 +474,7 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
     } else {
         GiveUp(stretches);
     }
+    if (!sums.empty()) *last = lane_.journal.appended();
     GiveBack(lane_.journal, reserved);
     if (--writers_[era] == 0) writers_gone_.WakeAll();
     Unlock(*chunk, blocks.mask);
@@ -592,7 +595,7 @@ Task<Errno> Head::Trim(uint64_t offset, uint64_t length, Requester* requester) {
     const uint64_t end = (offset + length) / kBlockBytes;
     Errno error = 0;
     if (begin < end) error = co_await UnmapBlocks(begin, end, requester);
-    co_return co_await Answerable(error, requester);
+    co_return co_await Answerable(error, requester, last_entry_);
 }
 
 Task<Errno> Head::ClearTail() {
@@ -600,6 +603,7 @@ Task<Errno> Head::ClearTail() {
     const uint64_t end = (begin + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
     if (begin == end) co_return 0;
     Errno error = co_await ZeroPart(begin, end - begin, nullptr);
+    co_await lane_.journal.Written(last_entry_);
     if (error == 0) error = co_await Flush();
     co_return error;
 }
@@ -643,7 +647,8 @@ Task<Errno> Head::ZeroPart(uint64_t offset, uint64_t length, Requester* requeste
     const Chunk* chunk = Find(blocks.chunk);
     if (chunk && !PieceAt(chunk->runs, blocks.first, blocks.end).mapped) co_return 0;
     const std::span<const std::byte> bytes(zeros, length);
-    co_return co_await WriteSegment(offset, bytes, requester);
+    uint64_t last = 0;  // who asks waits for all that the head has appended
+    co_return co_await WriteSegment(offset, bytes, requester, &last);
 }
 
 Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
@@ -654,8 +659,9 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
     const LoadMeter::Request counted(lane_.load);
     Errno error = 0;
     if (allocate) {
-        error = co_await WriteMany(offset, length, nullptr, requester);
-        co_return co_await Answerable(error, requester);
+        uint64_t last = 0;
+        error = co_await WriteMany(offset, length, nullptr, requester, &last);
+        co_return co_await Answerable(error, requester, last);
     }
     const uint64_t end = offset + length;
     const uint64_t first_whole = (offset + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
@@ -670,7 +676,7 @@ Task<Errno> Head::WriteZeroes(uint64_t offset, uint64_t length, bool allocate,
     if (error == 0 && last_whole < end && last_whole >= first_whole) {
         error = co_await ZeroPart(last_whole, end - last_whole, requester);
     }
-    co_return co_await Answerable(error, requester);
+    co_return co_await Answerable(error, requester, last_entry_);
 }
 
 }  // namespace varve::cow

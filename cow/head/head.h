@@ -169,11 +169,11 @@ class Head : public MappedVolume {
 
     // head.cc: requests
     Task<Errno> WriteSegment(uint64_t offset, std::span<const std::byte> buffer,
-                             Requester* requester);
+                             Requester* requester, uint64_t* last);
     Task<Errno> WriteMany(uint64_t offset, uint64_t length, const std::byte* data,
-                          Requester* requester);
+                          Requester* requester, uint64_t* last);
     Task<void> WriteCounted(uint64_t offset, std::span<const std::byte> buffer,
-                            Requester* requester, Errno* error, Join* join);
+                            Requester* requester, uint64_t* last, Errno* error, Join* join);
     Task<Errno> Prepared(Chunk& chunk, uint32_t first, uint32_t end, Requester* requester,
                          uint64_t* reserved);
     Task<Errno> ReserveJournal(uint64_t bytes, Requester* requester);
@@ -187,7 +187,7 @@ class Head : public MappedVolume {
                            uint64_t* cost);
     Task<Errno> ZeroPart(uint64_t offset, uint64_t length, Requester* requester);
     bool Laden() const;
-    Task<Errno> Answerable(Errno error, Requester* requester);
+    Task<Errno> Answerable(Errno error, Requester* requester, uint64_t last);
     Task<void> Relieved(Requester* requester);
     bool ManyUnfolded() const;
     bool Overladen() const;
@@ -233,6 +233,7 @@ class Head : public MappedVolume {
     void FoldedBelow(uint64_t number);
     void TakeReleased(HeadCommit& commit);
     bool SyncsUnderWay(uint64_t begun) const;
+    bool Synced() const;
     Task<Errno> SyncData();
     Task<void> SyncAlone();
     void Unpin(std::vector<Chunk*>& chunks);
@@ -289,6 +290,7 @@ class Head : public MappedVolume {
     SnapshotId sealed_snapshot_;
 
     bool unsynced_ = false;  // data or entries were written since the last sync began
+    uint64_t covered_ = 0;   // entries below are, by the last sync that began
     uint64_t syncs_begun_ = 0;
     std::vector<uint64_t> syncs_;  // under way
     WaitList synced_;

@@ -1,5 +1,7 @@
 // Head, second part: changes of the map in memory, and the cuts that end a generation.
 
+#include <algorithm>
+
 #include "cow/format/runs.h"
 #include "cow/head/head.h"
 #include "cow/mutants.h"
@@ -161,6 +163,10 @@ const Runs& Head::StateBefore(const Chunk& chunk) {
 /// Blocks that were mapped and unmapped again before any row named them: no fold will notice.
 /// `kept`: what a row names.
 void Head::ReleaseTentative(const Runs& removed, const Runs& kept) {
+    const bool ours = std::any_of(removed.begin(), removed.end(), [this](const Run& run) {
+        return run.birth == generation_ || run.birth == sealed_generation_;
+    });
+    if (!ours) return;  // rows name all of them
     for (const Run& run : Subtract(removed, kept)) {
         VARVE_CHECK(run.birth == generation_ || run.birth == sealed_generation_);
         released_.push_back({lane_.journal.appended(), {run.place, run.count}});
@@ -195,7 +201,7 @@ Task<Errno> Head::Seal(HeadCommit* commit) {
     commit->branch = branch_;
     commit->generation = sealed_generation_;
     if (Mutated(Mutant::kSealNotSynced)) co_return 0;
-    co_await lane_.journal.Written();
+    co_await lane_.journal.Written(last_entry_);
     co_return co_await SyncData();
 }
 

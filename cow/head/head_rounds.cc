@@ -65,9 +65,15 @@ bool Head::SyncsUnderWay(uint64_t begun) const {
     return std::any_of(syncs_.begin(), syncs_.end(), [begun](uint64_t s) { return s <= begun; });
 }
 
+/// Whether the last sync that has begun covers all that is written, or has covered it.
+bool Head::Synced() const {
+    const uint64_t written = std::min(last_entry_, lane_.journal.written());
+    return !unsynced_ && written <= covered_ && aging_.empty() && !lane_.journal.HoldsFolded();
+}
+
 /// Makes durable what was answered before: data, and what the journal says of it.
 Task<Errno> Head::SyncData() {
-    if (!unsynced_ && aging_.empty() && !lane_.journal.HoldsFolded()) {
+    if (Synced()) {
         // It may be on its way.
         const uint64_t begun = syncs_begun_;
         while (SyncsUnderWay(begun)) co_await synced_.Wait();
@@ -77,15 +83,20 @@ Task<Errno> Head::SyncData() {
     const Waits::Scope waiting(core_.waits, "data sync");
     const uint64_t number = ++syncs_begun_;
     syncs_.push_back(number);
-    LaneJournal::Covered covered = lane_.journal.BeginSync();
+    co_await lane_.journal.Tell();
+    LaneJournal::Covered covered = lane_.journal.Covers();
+    covered_ = covered.written;
     Errno error = 0;
     if (!Mutated(Mutant::kNeverSynced)) {
         error = co_await Transfer(lane_.blocks, BlockIo::Kind::kSync, 0, nullptr, 0);
     }
     std::erase(syncs_, number);
     synced_.WakeAll();
-    if (Mutated(Mutant::kWritesDuringSyncForgotten)) covered = lane_.journal.BeginSync();
-    if (Mutated(Mutant::kWritesDuringSyncForgotten)) unsynced_ = false;
+    if (Mutated(Mutant::kWritesDuringSyncForgotten)) {
+        covered = lane_.journal.Covers();
+        covered_ = covered.written;
+        unsynced_ = false;
+    }
     if (Mutated(Mutant::kFailedSyncIgnored)) error = 0;
     if (error != 0) core_.Fail(SystemError(error, "syncing the data file failed").message);
     // Another lane's sync may have failed meanwhile: a device may tell only one of them.
@@ -133,7 +144,7 @@ Task<void> Head::Round() {
     if (Mutated(Mutant::kReusedBeforeCommit)) ReuseDropped(commit, &lease_, &lease_blocks_);
     // The journal and data before metadata: what the rows name must be durable before the rows can
     // be, and so must be what they would be replaced by if the journal ended earlier.
-    co_await lane_.journal.Written();
+    if (!Mutated(Mutant::kFoldedUnwritten)) co_await lane_.journal.Written(last_entry_);
     Errno error = 0;
     const bool late = Mutated(Mutant::kRowsBeforeData);
     const bool never = Mutated(Mutant::kReleasedUnsynced) && commit.rows.empty();
@@ -217,7 +228,10 @@ Task<Errno> Head::Flush() {
         Spawn(SyncAlone());
         co_return 0;
     }
-    if (Mutated(Mutant::kFlushJoinsRunningSync) && !syncs_.empty()) unsynced_ = false;
+    if (Mutated(Mutant::kFlushJoinsRunningSync) && !syncs_.empty()) {
+        unsynced_ = false;
+        covered_ = last_entry_;
+    }
     co_return co_await SyncData();
 }
 

@@ -4,8 +4,9 @@
 // Belongs to its lane. Entries are counted from 0 on; all positions here are such numbers, and mean
 // the entries below.
 //
-//   appended   in memory, in a frame that is written before the present turn's end
-//   written    in the page cache: they outlive the process
+//   appended   in memory
+//   written    in the page cache: they outlive the process. What is appended in a turn, or while
+//              a frame is being written, is the next frame: one is under way at a time
 //   synced     durable, and so is the data that they speak of
 //   settled    known to be synced by a frame that is itself durable: their blocks may be
 //              overwritten in place, for nobody will ask any more what was in them
@@ -19,8 +20,10 @@
 #include <deque>
 #include <functional>
 #include <span>
+#include <string>
 #include <vector>
 
+#include "base/buffers.h"
 #include "base/sync.h"
 #include "cow/core/core.h"
 #include "cow/format/frame.h"
@@ -50,18 +53,23 @@ class LaneJournal {
     uint64_t Append(const MapOwner& owner, const MapChange& change, std::span<const uint32_t> sums);
     /// Whether something is appended and not written.
     bool pending() const { return written_ != appended_; }
-    /// Returns when all that was appended before is written, or the pool has failed.
-    Task<void> Written();
+    /// Returns when what is below `number` is written, or the pool has failed.
+    Task<void> Written(uint64_t number);
+    /// Returns when nothing is under way.
+    Task<void> Idle();
 
     uint64_t appended() const { return appended_; }
+    uint64_t written() const { return written_; }
     uint64_t synced() const { return synced_; }
     uint64_t settled() const { return settled_; }
 
-    /// What a sync covers that begins now. Writes what is known of earlier ones.
+    /// Writes what is known of earlier syncs and folds, if no frame has told.
+    Task<void> Tell();
+    /// What a sync covers that begins now.
     struct Covered {
         uint64_t written, marked, told;
     };
-    Covered BeginSync();
+    Covered Covers() const { return {written_, marked_, told_}; }
     /// It ended without error.
     void EndSync(const Covered& covered);
 
@@ -91,32 +99,43 @@ class LaneJournal {
         uint32_t index;
         uint64_t end;  // of its entries
     };
+    struct Closed {     // a frame that is not written yet
+        Buffer memory;  // whole units of the file, with what they hold already
+        uint64_t offset;
+        uint64_t end;           // of its entries
+        uint64_t marked, told;  // what it says is synced, and is folded
+    };
 
     uint64_t Room() const;
     void NextSegment();
-    void WriteFrame();
-    void WriteSlot();
-    void Write(FrameWriter& frame, uint64_t offset, uint64_t zeros);
-    void WriteAndTell();
+    Closed Close(FrameWriter& frame, std::string_view before, uint64_t offset);
+    void CloseFrame();
+    bool SlotDue() const;
+    Task<void> Write(const Closed& frame);
+    Task<void> WriteFrames();
 
     Core& core_;
     Executor& executor_;
     BlockStore& blocks_;
+    const uint64_t unit_;  // the file is written by multiples of so many bytes
     const uint32_t index_;
     Ring* ring_ = nullptr;
     std::function<void()> fold_all_;
     Call fold_, tell_, write_;
     WaitList room_, wrote_;
 
+    BufferPool memory_{64 << 10};
     FrameWriter frame_, slot_;
+    std::deque<Closed> closed_;
+    bool writing_ = false, writing_slot_ = false;
     std::deque<Segment> segments_;  // that hold what is not folded; the last one is written to
     std::vector<uint32_t> spare_;
-    uint64_t at_ = 0;        // bytes of the last segment that are written
-    uint64_t filled_ = 0;    // and up to here, with zeros
+    uint64_t at_ = 0;        // bytes of the last segment that have frames
+    std::string tail_;       // those of them in the last unit
     uint64_t reserved_ = 0;  // bytes
-    uint64_t appended_ = 0, written_ = 0, synced_ = 0, settled_ = 0;
+    uint64_t appended_ = 0, framed_ = 0, written_ = 0, synced_ = 0, settled_ = 0;
     uint64_t folded_ = 0;
-    uint64_t marked_ = 0, told_ = 0;  // what the last frame says is synced, and is folded
+    uint64_t marked_ = 0, told_ = 0;  // what is written says is synced, and is folded
 };
 
 }  // namespace varve::cow

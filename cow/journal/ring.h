@@ -12,8 +12,8 @@ namespace varve::cow {
 
 class LaneJournal;
 
-/// A sector for each lane, so that a power cut cannot tear it.
-inline constexpr uint64_t kSlotBytes = 512;
+/// A block for each lane, of which a sector is used: so a power cut cannot tear it.
+inline constexpr uint64_t kSlotBytes = kBlockBytes;
 
 /// Any thread. Lanes come here once for each segment.
 class Ring {

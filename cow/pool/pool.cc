@@ -124,7 +124,10 @@ Task<Status> PoolImpl::Shutdown() {
 Task<void> PoolImpl::Abandon() {
     co_await committer_.Idle();
     co_await leases_.Idle();
-    for (const auto& lane : lanes_) co_await Hop(lane->executor);
+    for (const auto& lane : lanes_) {
+        co_await Hop(lane->executor);
+        co_await lane->journal.Idle();
+    }
     co_await Hop(core_.home());
 }
 

@@ -24,7 +24,7 @@ namespace varve::cow {
 /// One transfer. It lives in the frame of the coroutine that awaits it and must not move until it
 /// completes: co_await Transfer(store, ...) below does that.
 struct BlockIo {
-    enum class Kind : uint8_t { kRead, kWrite, kSync };
+    enum class Kind : uint8_t { kRead, kWrite, kAppend, kSync };
 
     Kind kind = Kind::kRead;
     uint64_t offset = 0;             // bytes from the start of the data file
@@ -43,6 +43,8 @@ class BlockStore {
     /// Submit. A transfer is complete or failed: short ones are continued inside.
     /// kWrite: the data may be lost by a power cut until a kSync that was submitted after the
     /// completion has itself completed without error. After a kSync that failed none succeeds.
+    /// Until then it outlives the process only.
+    /// kAppend: a kWrite of the journal, which many may wait for: it leaves at once.
     virtual void Submit(BlockIo& io) = 0;
 
     /// Does `io` at once, if that takes no waiting. true: it is complete, with its result in
@@ -52,14 +54,8 @@ class BlockStore {
         return false;
     }
 
-    /// Writes bytes at once, whatever their alignment, through the system's page cache: when this
-    /// returns they outlive the process, and the machine after the next kSync. For the ring, a part
-    /// of the file that Submit() only reads, before anything is written here. Waits for no device,
-    /// unless the page cache is full.
-    virtual Errno WriteNow(uint64_t offset, std::span<const std::byte> bytes) = 0;
-
-    /// Offset, length and memory of a transfer must be multiples of this. Bytes, a power of two,
-    /// at most 4096; 1 for a store that has no such rule.
+    /// Offset, length and memory of a kRead or kWrite must be multiples of this. Bytes, a power of
+    /// two, at most 4096; 1 for a store that has no such rule.
     virtual uint32_t alignment() const = 0;
 };
 

@@ -22,10 +22,10 @@ constexpr uint64_t kLargeLoadBytes = 64 << 20;
 /// is synced: with one for all, a lane's sync could succeed because another's has just failed.
 /// Each has the lock: should this process be killed, the system keeps the file open, and locked,
 /// until the last transfer on it has ended.
-int OpenAgain(int fd, int without = 0) {
+int OpenAgain(int fd) {
     const int flags = ::fcntl(fd, F_GETFL);
     if (flags < 0) return -1;
-    const int kept = flags & (O_ACCMODE | O_DIRECT) & ~without;
+    const int kept = flags & (O_ACCMODE | O_DIRECT);
     const int again = ::open(fmt::format("/proc/self/fd/{}", fd).c_str(), kept | O_CLOEXEC);
     if (again >= 0 && ::flock(again, LOCK_SH | LOCK_NB) != 0) {
         ::close(again);
@@ -59,11 +59,7 @@ Result<std::unique_ptr<DataPlane>> DataPlane::Start(unsigned threads, int fd, Fi
         lane.reactor = std::move(reactor.value());
         lane.fd = OpenAgain(fd);
         if (lane.fd < 0) return SystemError(errno, "cannot open the data file again");
-        const bool direct = (::fcntl(fd, F_GETFL) & O_DIRECT) != 0;
-        lane.cached_fd = direct ? OpenAgain(fd, O_DIRECT) : lane.fd;
-        if (lane.cached_fd < 0) return SystemError(errno, "cannot open the data file again");
-        lane.store =
-            std::make_unique<RingStore>(*lane.reactor, lane.fd, lane.cached_fd, traits, mapping);
+        lane.store = std::make_unique<RingStore>(*lane.reactor, lane.fd, traits, mapping);
         lane.host = std::make_unique<ConnectionHost>(*lane.reactor, each, pot);
     }
     return plane;
@@ -80,7 +76,6 @@ void DataPlane::Stop() {
 DataPlane::~DataPlane() {
     Stop();
     for (const Lane& lane : lanes_) {
-        if (lane.cached_fd >= 0 && lane.cached_fd != lane.fd) ::close(lane.cached_fd);
         if (lane.fd >= 0) ::close(lane.fd);
     }
 }

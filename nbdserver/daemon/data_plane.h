@@ -43,8 +43,7 @@ class DataPlane {
   private:
     struct Lane {
         std::unique_ptr<Reactor> reactor;
-        int fd = -1;         // the data file's
-        int cached_fd = -1;  // the same without O_DIRECT; may be `fd`
+        int fd = -1;  // the data file's
         std::unique_ptr<RingStore> store;
         std::unique_ptr<ConnectionHost> host;
     };

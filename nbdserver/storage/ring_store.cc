@@ -86,11 +86,10 @@ struct RingStore::Transfer : Op, Runnable {
     std::chrono::steady_clock::time_point began;  // of a sync
 };
 
-RingStore::RingStore(Reactor& reactor, int fd, int cached_fd, FileTraits traits,
+RingStore::RingStore(Reactor& reactor, int fd, FileTraits traits,
                      std::shared_ptr<const FileMapping> mapping, int64_t quick_sync_nanoseconds)
     : reactor_(reactor),
       fd_(fd),
-      cached_fd_(cached_fd),
       traits_(traits),
       mapping_(std::move(mapping)),
       quick_sync_nanoseconds_(quick_sync_nanoseconds) {
@@ -136,25 +135,20 @@ void RingStore::Return(Transfer& transfer) {
     unused_ = &transfer;
 }
 
-/// Reads out of mapped memory. What it does not hold, Submit() reads.
+/// Reads out of mapped memory, and appends to a file that is in memory. What a mapping does not
+/// hold, and what did not go well, Submit() does.
 bool RingStore::DoNow(cow::BlockIo& io) {
+    if (io.kind == cow::BlockIo::Kind::kAppend && traits_.in_memory) {
+        const uint64_t bytes = BytesOf(io.vectors, io.vector_count);
+        const int32_t moved = MoveNow(io.kind, io.vectors, io.vector_count, io.offset);
+        return moved >= 0 && static_cast<uint64_t>(moved) == bytes;
+    }
     const bool mapped = io.kind == cow::BlockIo::Kind::kRead && mapping_;
     return mapped && ReadMapped(io.vectors, io.vector_count, io.offset);
 }
 
-Errno RingStore::WriteNow(uint64_t offset, std::span<const std::byte> bytes) {
-    while (!bytes.empty()) {
-        const ssize_t written =
-            pwrite(cached_fd_, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-        if (written < 0 && errno == EINTR) continue;
-        if (written <= 0) return written < 0 ? errno : EIO;
-        offset += static_cast<uint64_t>(written);
-        bytes = bytes.subspan(static_cast<size_t>(written));
-    }
-    return 0;
-}
-
 void RingStore::Submit(cow::BlockIo& io) {
+    const bool append = io.kind == cow::BlockIo::Kind::kAppend;
     VARVE_CHECK(IsAligned(io, traits_.alignment));
     ++in_flight_;
     const uint64_t bytes = BytesOf(io.vectors, io.vector_count);
@@ -162,7 +156,7 @@ void RingStore::Submit(cow::BlockIo& io) {
         waiting_syncs_.push_back(&io);
         return StartSync();
     }
-    if (bytes > kJoinedBytesMax / 2) return Step(Begin(io, bytes));
+    if (append || bytes > kJoinedBytesMax / 2) return Step(Begin(io, bytes));
     if (!pending_.empty() && Join(*pending_.back(), io, bytes)) return;
     if (pending_.empty()) reactor_.Post(&start_pending_);
     pending_.push_back(&Begin(io, bytes));
@@ -239,7 +233,7 @@ void RingStore::Step(Transfer& transfer) {
         reactor_.Post(&transfer);
     } else if (transfer.kind == cow::BlockIo::Kind::kRead) {
         reactor_.Read(transfer, fd_, vectors, n, offset);
-    } else if (transfer.kind == cow::BlockIo::Kind::kWrite) {
+    } else if (transfer.kind != cow::BlockIo::Kind::kSync) {
         reactor_.Write(transfer, fd_, vectors, n, offset);
     } else if (MaySyncNow(transfer)) {
         sync_next_.transfer = &transfer;
@@ -300,6 +294,7 @@ int32_t RingStore::MoveNow(cow::BlockIo::Kind kind, const iovec* vectors, uint32
                          : preadv(fd_, vectors, n, at);
             break;
         case cow::BlockIo::Kind::kWrite:
+        case cow::BlockIo::Kind::kAppend:
             result = one ? pwrite(fd_, vectors->iov_base, vectors->iov_len, at)
                          : pwritev(fd_, vectors, n, at);
             break;

@@ -40,9 +40,8 @@ class RingStore : public cow::BlockStore {
     static constexpr unsigned kQuickSyncs = 64;
 
     /// `fd` stays the caller's and open until the store is gone. REQUIRES: traits as probed.
-    /// `cached_fd`: the same file without O_DIRECT, for WriteNow(); it may be `fd`.
     /// `mapping`: of that file, if it is in memory; null: reads are system calls.
-    RingStore(Reactor& reactor, int fd, int cached_fd, FileTraits traits,
+    RingStore(Reactor& reactor, int fd, FileTraits traits,
               std::shared_ptr<const FileMapping> mapping = nullptr,
               int64_t quick_sync_nanoseconds = kQuickSyncNanoseconds);
     /// REQUIRES: nothing in flight. Any thread, once the reactor no longer uses it.
@@ -50,7 +49,6 @@ class RingStore : public cow::BlockStore {
 
     void Submit(cow::BlockIo& io) override;
     bool DoNow(cow::BlockIo& io) override;
-    Errno WriteNow(uint64_t offset, std::span<const std::byte> bytes) override;
     uint32_t alignment() const override { return traits_.alignment; }
 
     /// Transfers under way.
@@ -92,7 +90,7 @@ class RingStore : public cow::BlockStore {
     void Finish(Transfer& transfer, Errno error);
 
     Reactor& reactor_;
-    const int fd_, cached_fd_;
+    const int fd_;
     const FileTraits traits_;
     const std::shared_ptr<const FileMapping> mapping_;
     Transfer* unused_ = nullptr;      // recycled

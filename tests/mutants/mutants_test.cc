@@ -97,6 +97,8 @@ constexpr Entry kEntries[] = {
      "recovery applies the journal's changes in the wrong order", 50},
     {Mutant::kSealNotSynced, "seal-not-synced",
      "a snapshot is answered before its generation is synced", 150},
+    {Mutant::kFoldedUnwritten, "folded-unwritten",
+     "rows are committed of what the journal does not say yet", 100},
     {Mutant::kRegionsNotKnown, "regions-not-known",
      "recovery knows only those regions that the store knows of", 100},
     {Mutant::kAnsweredUnwritten, "answered-unwritten",

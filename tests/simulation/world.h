@@ -46,34 +46,10 @@ class SimBlockStore : public cow::BlockStore {
         return true;
     }
 
-    /// At once, or, if the process or the machine goes meanwhile, in part.
-    Errno WriteNow(uint64_t offset, std::span<const std::byte> bytes) override {
-        const bool was_on = media_.power();
-        const Fate fate = media_.Next(Call::kAppend);
-        if (!was_on) return EIO;
-        while (!bytes.empty()) {
-            const uint64_t sector = offset / kSector;
-            const size_t from = offset % kSector;
-            const size_t count = std::min(bytes.size(), kSector - from);
-            std::string content(media_.ReadSector(sector).bytes());
-            std::memcpy(content.data() + from, bytes.data(), count);
-            Append(fate, sector, Content::Of(content.data()));
-            offset += count;
-            bytes = bytes.subspan(count);
-        }
-        return fate == Fate::kDone ? 0 : EIO;
-    }
-
   private:
     struct Completion : Runnable {
         cow::BlockIo* io;
     };
-    void Append(Fate fate, uint64_t sector, Content content) {
-        if (fate == Fate::kDark) return media_.TearSector(sector, content);
-        if (fate == Fate::kDone || media_.scheduler().Chance(0.5)) {
-            media_.WriteSector(sector, content);
-        }
-    }
     struct Start {  // how things were when a transfer was submitted
         uint64_t order;
         bool was_on;
@@ -83,7 +59,9 @@ class SimBlockStore : public cow::BlockStore {
         const Fate fate = media_.Next(CallOf(io.kind));
         const bool on = fate != Fate::kDark;
         io.error = fate == Fate::kDone ? 0 : EIO;
-        if (start.was_on && !on && io.kind == cow::BlockIo::Kind::kWrite) {
+        const bool writes =
+            io.kind == cow::BlockIo::Kind::kWrite || io.kind == cow::BlockIo::Kind::kAppend;
+        if (start.was_on && !on && writes) {
             ForEachSector(io, [this](uint64_t sector, std::byte* memory) {
                 media_.TearSector(sector, Content::Of(memory));
             });
@@ -105,6 +83,7 @@ class SimBlockStore : public cow::BlockStore {
 
     static Call CallOf(cow::BlockIo::Kind kind) {
         if (kind == cow::BlockIo::Kind::kSync) return Call::kSync;
+        if (kind == cow::BlockIo::Kind::kAppend) return Call::kAppend;
         return kind == cow::BlockIo::Kind::kRead ? Call::kRead : Call::kWrite;
     }
 
@@ -117,6 +96,7 @@ class SimBlockStore : public cow::BlockStore {
                 });
                 return;
             case cow::BlockIo::Kind::kWrite:
+            case cow::BlockIo::Kind::kAppend:
                 ForEachSector(io, [&](uint64_t sector, std::byte* memory) {
                     if (io.error == 0 || media_.scheduler().Chance(0.5)) {
                         media_.WriteSector(sector, Content::Of(memory));
