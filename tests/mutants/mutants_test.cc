@@ -42,7 +42,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kInPlaceWriteNotSynced, "in-place-not-synced",
      "a flush after an overwrite in place does not sync", 20},
     {Mutant::kWritesDuringSyncForgotten, "sync-forgets-writes",
-     "a write that ends during a sync counts as synced", 50},
+     "a write that ends during a sync counts as synced", 20},
     {Mutant::kFailedSyncIgnored, "failed-sync-ignored",
      "a flush is answered though its sync failed", 20, Devices::kFaulty},
     {Mutant::kTrimNotDurable, "trim-not-durable", "a trim changes the map in memory only", 20},
@@ -85,7 +85,7 @@ constexpr Entry kEntries[] = {
     {Mutant::kRoundDuringCut, "round-during-cut",
      "rows of the new generation are committed before the snapshot", 20},
     {Mutant::kCutWithoutHold, "cut-without-hold", "a cut across disks is taken one after the other",
-     300},
+     150},
     // The journal
     {Mutant::kDeletedUnfolded, "deleted-unfolded",
      "a snapshot is deleted while its generation is in the journal", 50},

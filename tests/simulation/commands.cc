@@ -42,6 +42,7 @@ Task<void> Runner::TakeSnapshots() {
     const auto [seen, shot] = keys[dice_.Draw(keys.size())];
     Note("snapshot {}", fmt::join(names, " "));
     const Time start = Now();
+    if (names.size() > 1 && dice_.Chance(0.3)) machine_->RestOneLane();  // in the middle of the cut
     Status s = co_await pool().CreateSnapshots(names);
     if (Refused(s)) co_return;
     const auto moments = std::make_shared<Moments>(start, time_);
@@ -56,6 +57,8 @@ Task<void> Runner::TakeSnapshots() {
         }
     }
     Do(s);
+    // What a snapshot was answered for is made durable again soon, by its fold.
+    if (s.ok() && cut_at_answer_ > 0 && dice_.Chance(0.3)) cut_at_answer_ = 1;
     if (s.ok()) Answered();
     if (s.ok() && look) co_await LookAt(seen + "@" + shot, disks_.at(seen), shot);
 }

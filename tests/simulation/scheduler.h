@@ -68,6 +68,9 @@ class Scheduler : public Dice {
         events_.push_back({std::move(event), steps_ + steps});
     }
 
+    /// Nothing runs there for a long time.
+    void Rest(Lane& lane) { lane.rests_until_ = steps_ + kLongRestMax; }
+
     uint64_t steps() const { return steps_; }
 
     /// One step. False if there is nothing to do.

@@ -358,6 +358,7 @@ class Machine {
             Scheduler::Lane& lane = scheduler.NewLane();
             stores_.push_back(std::make_unique<SimBlockStore>(media, lane, traits));
             environment_.lanes.push_back({&lane, stores_.back().get()});
+            lanes_.push_back(&lane);
         }
         options_ = options;
     }
@@ -386,6 +387,8 @@ class Machine {
     Scheduler::Lane& loader() { return loader_; }
     Scheduler::Lane& auditor() { return auditor_; }
     Scheduler& scheduler() { return scheduler_; }
+    /// One of those that disks live on does nothing for a while.
+    void RestOneLane() { scheduler_.Rest(*lanes_[scheduler_.Draw(lanes_.size())]); }
     cow::MetadataStore& metadata() { return metadata_; }
     Clock& clock() { return clock_; }
 
@@ -405,6 +408,7 @@ class Machine {
     SimMetadata metadata_;
     SimClock clock_;
     std::vector<std::unique_ptr<SimBlockStore>> stores_;
+    std::vector<Scheduler::Lane*> lanes_;
     cow::Environment environment_;
     cow::PoolOptions options_;
     std::unique_ptr<cow::Pool> pool_;
