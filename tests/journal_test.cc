@@ -221,6 +221,31 @@ TEST_F(JournalTest, AFullRingIsFoldedAndGoesRound) {
     Expect("quiet", 0, 4096, 'q');
 }
 
+TEST_F(JournalTest, ARingGrowsWithItsSettingAndStaysSo) {
+    const auto blocks = [this] {
+        cow::RingRecord ring;
+        VARVE_CHECK(Decode(media.metadata()->at(cow::RingKey()), &ring));
+        uint64_t sum = 0;
+        for (const cow::Extent& extent : ring.extents) sum += extent.count;
+        return sum;
+    };
+    Ok(pool().CreateDisk("d", 10 * kMiB));
+    EXPECT_EQ(4 * kMiB, blocks() * 4096) << "a sixteenth of the pool";
+    Stop();
+    media.SetMetadata(std::make_shared<std::map<std::string, std::string>>());  // a new pool
+    media.held.clear();
+    uint64_t before = 0;
+    for (const uint64_t kib : {256, 1024, 256}) {
+        cow::PoolOptions options;
+        options.ring_bytes = kib << 10;
+        Start(options);
+        EXPECT_EQ(std::max(before, kib << 10), blocks() * 4096);
+        before = blocks() * 4096;
+        Stop();
+    }
+    Start();
+}
+
 TEST_F(JournalTest, WhatWasFlushedIsFoldedAfterACrash) {
     Ok(pool().CreateDisk("d", 10 * kMiB));
     EXPECT_EQ(0, Write("d", 0, kMiB, 'a'));

@@ -56,6 +56,7 @@ TEST_F(OptionsTest, DefaultsAreTheContracts) {
     EXPECT_EQ(options.poll_us, 50U);
     EXPECT_TRUE(options.direct);
     EXPECT_EQ(options.pool_options.map_cache_bytes, 256U << 20);
+    EXPECT_EQ(options.pool_options.ring_bytes, 64U << 20);
     EXPECT_EQ(options.negotiation_timeout_s, 10U);
     EXPECT_EQ(options.negotiation.options_max, 32U);
     EXPECT_EQ(options.negotiation.option_bytes_max, 8192U);
@@ -68,7 +69,8 @@ TEST_F(OptionsTest, EveryOptionIsRead) {
          "[::1]:10810",       "--unix", "/a",           "--unix=/b", "--admin",         "/admin",
          "--threads",         "3",      "--poll",       "0",         "--cache",         "buffered",
          "--map-cache",       "1G",     "--log-format", "json",      "--log-level",     "debug",
-         "--connections-max", "7",      "--capacity",   "10G",       "--stall-timeout", "9"});
+         "--connections-max", "7",      "--capacity",   "10G",       "--stall-timeout", "9",
+         "--journal",         "8M"});
     EXPECT_EQ(options.connection.stall_ms_max, 9000U);
     EXPECT_EQ(options.data, "/dev/x");
     ASSERT_EQ(options.listen.size(), 2U);
@@ -82,6 +84,7 @@ TEST_F(OptionsTest, EveryOptionIsRead) {
     EXPECT_EQ(options.poll_us, 0U);
     EXPECT_FALSE(options.direct);
     EXPECT_EQ(options.pool_options.map_cache_bytes, 1U << 30);
+    EXPECT_EQ(options.pool_options.ring_bytes, 8U << 20);
     EXPECT_EQ(options.log_format, LogFormat::kJson);
     EXPECT_EQ(options.log_level, LogLevel::kDebug);
     EXPECT_EQ(options.connections_max, 7U);
@@ -111,6 +114,8 @@ TEST_F(OptionsTest, WrongUseIsOneClearLine) {
     Bad({"--pool", "/p", "--cache", "none"}, "--cache: 'none' is not direct or buffered");
     Bad({"--pool", "/p", "--map-cache", "1K"},
         "--map-cache: '1K' is not a size from 1.0 MiB to 1.0 TiB");
+    Bad({"--pool", "/p", "--journal", "2G"},
+        "--journal: '2G' is not a size from 1.0 MiB to 1.0 GiB");
     Bad({"--pool", "/p", "--map-cache", "much"},
         "--map-cache: 'much' is not a size; write bytes or a binary unit, as in 4096, 512M, 10G, "
         "2T");

@@ -59,6 +59,8 @@ void SumFresh(const Stretches& stretches, uint64_t at, const std::byte* memory, 
 /// Entries from which on a round begins by itself: they, and the data they speak of, are what a
 /// snapshot has to sync before it is answered. 4 MiB of single blocks.
 constexpr uint64_t kEntriesSoft = 1024;
+/// Blocks that were given up from which on a round gives them back: 64 MiB.
+constexpr uint64_t kReleasedSoft = 16 << 10;
 /// Entries from which on writers wait for a round. What they map is read by recovery.
 constexpr uint64_t kEntriesHard = 16 << 10;
 /// Changed chunks of a lane from which on they are folded: 1 GiB of disk that is written at random,
@@ -283,9 +285,15 @@ std::vector<Extent> Head::TakeLease() {
 
 // ---- writes
 
+/// Whether there is enough for a round that none has begun with.
+bool Head::RoundDue() const {
+    const bool many = released_blocks_ >= kReleasedSoft && !round_active_;
+    return many || entries_ >= kEntriesSoft;
+}
+
 /// Whether an answer has to wait, or somebody has to be told that there is work.
 bool Head::Laden() const {
-    return hold_ || entries_ >= kEntriesSoft || ManyUnfolded();
+    return hold_ || RoundDue() || ManyUnfolded();
 }
 
 /// Whether the lane shall fold.
@@ -314,7 +322,7 @@ Task<void> Head::Relieved(Requester* requester) {
         WaitFor unheld(unheld_, requester);
         co_await unheld;
     }
-    if (entries_ >= kEntriesSoft) RequestRound();
+    if (RoundDue()) RequestRound();
     if (ManyUnfolded()) FoldLane(lane_);
     while (Overladen() && !Gone(requester)) {
         const uint64_t done = rounds_done_;

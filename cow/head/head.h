@@ -186,6 +186,7 @@ class Head : public MappedVolume {
     Task<Errno> UnmapChunk(ChunkIndex index, uint32_t first, uint32_t end, Requester* requester,
                            uint64_t* cost);
     Task<Errno> ZeroPart(uint64_t offset, uint64_t length, Requester* requester);
+    bool RoundDue() const;
     bool Laden() const;
     Task<Errno> Answerable(Errno error, Requester* requester, uint64_t last);
     Task<void> Relieved(Requester* requester);
@@ -218,6 +219,7 @@ class Head : public MappedVolume {
     void Prepare(Chunk& chunk);
     Runs* PrepareSealed(Chunk& chunk, Generation generation);
     void ReleaseTentative(const Runs& removed, const Runs& kept);
+    void Release(Extent extent);
     static const Runs& StateBefore(const Chunk& chunk);
 
     // head_rounds.cc: how they become durable
@@ -279,6 +281,7 @@ class Head : public MappedVolume {
     uint64_t last_entry_ = 0;          // the number after the last one
     uint64_t entries_ = 0;             // in the journal, since the last round began
     std::deque<Released> released_;
+    uint64_t released_blocks_ = 0;
     std::deque<Chunk*> aging_;  // have young blocks
     bool pass_ = false;         // under way; its entries are those below:
     uint64_t pass_end_ = 0;

@@ -134,7 +134,7 @@ void Head::Age() {
 void Head::GiveUp(const Stretches& stretches) {
     for (const Stretch& stretch : stretches) {
         if (!stretch.fresh) continue;
-        released_.push_back({lane_.journal.appended(), {stretch.place, stretch.count}});
+        Release({stretch.place, stretch.count});
         changed_ = true;
     }
 }
@@ -169,8 +169,14 @@ void Head::ReleaseTentative(const Runs& removed, const Runs& kept) {
     if (!ours) return;  // rows name all of them
     for (const Run& run : Subtract(removed, kept)) {
         VARVE_CHECK(run.birth == generation_ || run.birth == sealed_generation_);
-        released_.push_back({lane_.journal.appended(), {run.place, run.count}});
+        Release({run.place, run.count});
     }
+}
+
+/// They are free once what the journal says now is synced.
+void Head::Release(Extent extent) {
+    released_.push_back({lane_.journal.appended(), extent});
+    released_blocks_ += extent.count;
 }
 
 // ---- cuts

@@ -11,7 +11,7 @@ namespace varve::cow {
 namespace {
 
 /// Blocks that were given up from which on a flush begins a round, which gives them back.
-constexpr size_t kReleasedSoft = 1024;
+constexpr uint64_t kReleasedByFlush = 1024;
 
 }  // namespace
 // ---- one round
@@ -57,6 +57,7 @@ void Head::TakeReleased(HeadCommit& commit) {
     const bool all = Mutated(Mutant::kReleasedUnsynced);
     while (!released_.empty() && (all || released_.front().number <= lane_.journal.synced())) {
         commit.released.push_back(released_.front().extent);
+        released_blocks_ -= released_.front().extent.count;
         released_.pop_front();
     }
 }
@@ -223,7 +224,7 @@ void Head::RequestFold() {
 
 Task<Errno> Head::Flush() {
     if (core_.failed) co_return EIO;
-    if (released_.size() >= kReleasedSoft) RequestRound();
+    if (released_blocks_ >= kReleasedByFlush) RequestRound();
     if (Mutated(Mutant::kFlushAnsweredBeforeSync)) {
         Spawn(SyncAlone());
         co_return 0;

@@ -127,6 +127,11 @@ const Setting kSettings[] = {
     {"map-cache", "SIZE", Form::kOnce,
      [](Options& o, Text t) { return SetSize(o.pool_options.map_cache_bytes, t, kMiB, kTiB); },
      "memory of the block-map cache (default 256M)"},
+    {"journal", "SIZE", Form::kOnce,
+     [](Options& o, Text t) { return SetSize(o.pool_options.ring_bytes, t, kMiB, 1024 * kMiB); },
+     "of the data file, the journal: a sixteenth of the pool at most. It may grow, when the "
+     "server\n"
+     "starts, and never gets smaller (default 64M)"},
     {"config", "FILE", Form::kOnce, [](Options& o, Text t) { return SetText(o.config, t); },
      "the same settings, one `name = value` a line, # for comments"},
     {"check-config", "", Form::kFlag,

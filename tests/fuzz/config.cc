@@ -44,10 +44,10 @@ void VerifyRanges(const Options& o) {
 /// All that a file can set, in one text.
 std::string Summary(const Options& o) {
     std::string text = fmt::format(
-        "{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}", o.pool, o.data,
+        "{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}|{}", o.pool, o.data,
         o.admin, o.threads, o.direct, static_cast<int>(o.log_format), static_cast<int>(o.log_level),
-        o.pool_options.map_cache_bytes, o.pool_options.capacity_max, o.pool_options.disks_max,
-        o.pool_options.snapshots_max, o.pool_options.disk_bytes_max,
+        o.pool_options.map_cache_bytes, o.pool_options.ring_bytes, o.pool_options.capacity_max,
+        o.pool_options.disks_max, o.pool_options.snapshots_max, o.pool_options.disk_bytes_max,
         o.pool_options.commit_interval_ms, o.metadata_cache_bytes, o.negotiation_timeout_s,
         o.negotiating_max, o.connections_max, o.negotiation.options_max,
         o.negotiation.option_bytes_max, o.negotiation.list_bytes_max, o.connection.requests_max,
