@@ -48,7 +48,6 @@ enum class Mutant {
     kJournalForgottenEarly,
     kJournalOutOfOrder,
     kSealNotSynced,
-    kFoldedUnwritten,
     kRegionsNotKnown,
     kAnsweredUnwritten,
     kYoungOverwritten,

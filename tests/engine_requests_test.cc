@@ -247,6 +247,7 @@ TEST_F(RequestsTest, AWideWriteHasItsTurnAmongManyOfOneBlock) {
     constexpr uint64_t kBefore = 500, kAfter = 1500;
     std::vector<Pending> all(kBefore + 1 + kAfter);
     EXPECT_EQ(0, Write("d", 0, kChunkBytes, 'o'));
+    for (int i = 0; i < 2; ++i) EXPECT_EQ(0, Flush("d"));  // all is overwritten in place
     const uint64_t steps = scheduler.steps();
     for (uint64_t i = 0; i < all.size(); ++i) {
         const bool is_wide = i == kBefore;

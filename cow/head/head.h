@@ -235,6 +235,7 @@ class Head : public MappedVolume {
     void FoldedBelow(uint64_t number);
     void TakeReleased(HeadCommit& commit);
     bool SyncsUnderWay(uint64_t begun) const;
+    Task<void> SyncsEnd();
     bool Synced() const;
     Task<Errno> SyncData();
     Task<void> SyncAlone();

@@ -66,6 +66,12 @@ bool Head::SyncsUnderWay(uint64_t begun) const {
     return std::any_of(syncs_.begin(), syncs_.end(), [begun](uint64_t s) { return s <= begun; });
 }
 
+/// Returns when those that are under way have ended.
+Task<void> Head::SyncsEnd() {
+    const uint64_t begun = syncs_begun_;
+    while (SyncsUnderWay(begun)) co_await synced_.Wait();
+}
+
 /// Whether the last sync that has begun covers all that is written, or has covered it.
 bool Head::Synced() const {
     const uint64_t written = std::min(last_entry_, lane_.journal.written());
@@ -75,9 +81,7 @@ bool Head::Synced() const {
 /// Makes durable what was answered before: data, and what the journal says of it.
 Task<Errno> Head::SyncData() {
     if (Synced()) {
-        // It may be on its way.
-        const uint64_t begun = syncs_begun_;
-        while (SyncsUnderWay(begun)) co_await synced_.Wait();
+        co_await SyncsEnd();  // it may be on its way
         co_return core_.failed ? EIO : 0;
     }
     unsynced_ = false;  // what completes from now on is for the next sync
@@ -145,9 +149,9 @@ Task<void> Head::Round() {
     if (Mutated(Mutant::kReusedBeforeCommit)) ReuseDropped(commit, &lease_, &lease_blocks_);
     // The journal and data before metadata: what the rows name must be durable before the rows can
     // be, and so must be what they would be replaced by if the journal ended earlier.
-    if (!Mutated(Mutant::kFoldedUnwritten)) co_await lane_.journal.Written(last_entry_);
-    Errno error = 0;
     const bool late = Mutated(Mutant::kRowsBeforeData);
+    if (!late) co_await lane_.journal.Written(last_entry_);
+    Errno error = 0;
     const bool never = Mutated(Mutant::kReleasedUnsynced) && commit.rows.empty();
     if (!late && !never) error = co_await SyncData();
     TakeReleased(commit);
@@ -230,8 +234,8 @@ Task<Errno> Head::Flush() {
         co_return 0;
     }
     if (Mutated(Mutant::kFlushJoinsRunningSync) && !syncs_.empty()) {
-        unsynced_ = false;
-        covered_ = last_entry_;
+        co_await SyncsEnd();
+        co_return core_.failed ? EIO : 0;
     }
     co_return co_await SyncData();
 }
