@@ -54,6 +54,8 @@ enum class Mutant {
     kReleasedUnsynced,
     kReaderStopsEarly,
     kTailUnverified,
+    kAnnouncedSynced,
+    kFoldedBeforeWritten,
     kNewGenerationLost,
     // Branches
     kWrongVersionAtFork,

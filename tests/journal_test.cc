@@ -93,6 +93,23 @@ class JournalTest : public EngineTest {
         co_await pool->CommitDirty();
         *done = true;
     }
+    /// The next write to the data file fails, though some or all of it may be done.
+    void FailNextWrite() {
+        media.probe = [this](Call call) {
+            if (call != Call::kWrite) return Mishap::kNone;
+            media.probe = nullptr;
+            return Mishap::kError;
+        };
+    }
+    /// On the disk's lane.
+    void Begin(const std::string& name, Task<Errno> task) {
+        Spawn(BeginTask(&Volume(name).executor(), std::move(task)));
+    }
+    static Task<void> BeginTask(Executor* executor, Task<Errno> task) {
+        co_await Hop(*executor);
+        const Errno ignored = co_await std::move(task);
+        (void)ignored;
+    }
     std::map<Call, uint64_t> counts;
 };
 
@@ -278,8 +295,9 @@ TEST_F(JournalTest, ASnapshotIsThereAfterACrashThoughNothingWasFolded) {
 }
 
 TEST_F(JournalTest, ACrashDuringRecoveryChangesNothing) {
+    constexpr uint64_t kChunks = 400;  // a commit folds 256; with more the ring asks for a fold
     Ok(pool().CreateDisk("d", 200 * kMiB));
-    for (uint64_t chunk = 0; chunk < 700; ++chunk) {
+    for (uint64_t chunk = 0; chunk < kChunks; ++chunk) {
         EXPECT_EQ(0, Write("d", chunk * kChunkBytes, 4096, static_cast<char>('a' + chunk % 26)));
     }
     EXPECT_EQ(0, Flush("d"));
@@ -295,10 +313,67 @@ TEST_F(JournalTest, ACrashDuringRecoveryChangesNothing) {
     }
     media.CutAfter(uint64_t{1} << 40);
     EXPECT_LE(2u, crashes);
-    EXPECT_EQ(700u, RowsOf('M'));
-    for (uint64_t chunk = 0; chunk < 700; ++chunk) {
+    EXPECT_EQ(kChunks, RowsOf('M'));
+    for (uint64_t chunk = 0; chunk < kChunks; ++chunk) {
         Expect("d", chunk * kChunkBytes, 4096, static_cast<char>('a' + chunk % 26));
     }
+}
+
+// Its entry was synced with all others, and somebody else has the place when the journal is read.
+TEST_F(JournalTest, AFailedWriteIsTakenBackBeforeItsPlaceIsUsedAgain) {
+    for (const std::string name : {"d", "e"}) Ok(pool().CreateDisk(name, 60 * kMiB));
+    EXPECT_EQ(0, Write("d", 0, 4096, 'a'));  // it stays to be folded, so the journal is kept
+    FailNextWrite();
+    EXPECT_EQ(EIO, Write("d", kChunkBytes, kChunkBytes, 'b'));
+    for (unsigned i = 0; i < 3; ++i) {
+        EXPECT_EQ(0, Flush("d"));
+        Tick();
+    }
+    constexpr uint64_t kFilled =
+        54 * kMiB;  // nearly all there is; nothing is folded for want of it
+    for (uint64_t at = 0; at < kFilled; at += kMiB) EXPECT_EQ(0, Write("e", at, kMiB, 'e'));
+    EXPECT_EQ(0, Flush("e"));
+    EXPECT_EQ(0u, RowsOf('M'));
+    for (const bool kill : {true, false}) {
+        Crash(kill);
+        Start();
+        Expect("d", 0, 4096, 'a');
+        Expect("d", 4096, 2 * kChunkBytes - 4096, '\0');
+        for (uint64_t at = 0; at < kFilled; at += kMiB) Expect("e", at, kMiB, 'e');
+    }
+}
+
+// The sync that covers its entry may begin before that is taken back.
+TEST_F(JournalTest, AFailedWriteIsNotDurableWhateverIsCut) {
+    constexpr uint64_t kBytes = 4 * 4096;
+    unsigned landed = 0;
+    for (unsigned run = 0; run < 400; ++run) {
+        const std::string name = "d" + std::to_string(run);
+        Ok(pool().CreateDisk(name, kMiB));
+        EXPECT_EQ(0, Write(name, 0, kBytes, 'a'));
+        Ok(pool().CreateSnapshots({name + "@s"}));
+        media.CutAfter(1 + run % 80);
+        FailNextWrite();
+        const std::string b(kBytes, 'b'), c(4096, 'c');
+        cow::Volume& disk = Volume(name);
+        Begin(name, disk.Write(0, std::as_bytes(std::span(b)), nullptr));
+        for (unsigned i = 0; i < 4; ++i) {
+            const std::span<const std::byte> bytes = std::as_bytes(std::span(c));
+            Begin(name, disk.Write(kBytes + i * c.size(), bytes, nullptr));
+            Begin(name, disk.Flush());
+        }
+        scheduler.RunAll();
+        media.probe = nullptr;
+        Crash();
+        Start();
+        const std::string now = Read(name, 0, kBytes);
+        for (uint64_t at = 0; at < kBytes; at += 4096) {
+            const bool whole = now.find_first_not_of(now[at], at) >= at + 4096;
+            ASSERT_TRUE(whole && (now[at] == 'a' || now[at] == 'b')) << run;
+        }
+        landed += now[0] == 'b';
+    }
+    EXPECT_LT(0u, landed);  // it was not answered
 }
 
 /// A pool as it was before there was a ring: its last changes are in journal rows.

@@ -27,6 +27,7 @@ enum Kind : char {
     kOwner = 1,  // of the entries that follow, in this frame
     kMap = 2,
     kUnmap = 3,
+    kVoid = 4,
 };
 
 constexpr size_t kSumBytes = sizeof(uint32_t);
@@ -37,15 +38,37 @@ uint32_t SumOf(std::string_view frame) {
     return ~crc32_iscsi(data, static_cast<int>(rest.size()), ~0U);
 }
 
+/// The entry's own bytes, after its kind.
+bool DecodeEntry(Decoder& in, uint8_t kind, FrameEntry* entry) {
+    entry->void_first = entry->void_count = 0;
+    if (kind == kVoid) {
+        entry->change = MapChange();
+        entry->sums = {};
+        entry->void_first = in.Varint();
+        entry->void_count = in.Byte();
+        const bool before = entry->void_count <= entry->number &&
+                            entry->void_first <= entry->number - entry->void_count;
+        return in.ok() && entry->void_count > 0 && before;
+    }
+    entry->change.chunk.value = in.Varint();
+    const uint64_t from = in.Byte(), blocks = in.Byte();
+    entry->change.first = from;
+    entry->change.count = blocks;
+    const uint64_t place = kind == kMap ? in.Varint() : 0;
+    if (kind == kMap && !ArePlaces(place, blocks)) return false;
+    entry->change.place = place;
+    entry->sums = in.Take(kind == kMap ? blocks * kSumBytes : 0);
+    return in.ok() && IsSound(entry->change);
+}
+
 }  // namespace
 
 uint32_t FrameEntry::sum(uint64_t block) const {
     return LoadBig<uint32_t>(sums.data() + block * kSumBytes);
 }
 
-void FrameWriter::Add(const MapOwner& owner, const MapChange& change,
-                      std::span<const uint32_t> sums) {
-    VARVE_CHECK(sums.size() == (change.place == 0 ? 0 : change.count));
+/// Room for an entry, behind its owner.
+char* FrameWriter::Begin(const MapOwner& owner) {
     const size_t before = bytes_.size();
     bytes_.resize(before + kEntryBytesMax);
     char* out = bytes_.data() + before;
@@ -56,6 +79,18 @@ void FrameWriter::Add(const MapOwner& owner, const MapChange& change,
         out = PutVarint(out, owner.generation.value);
         owner_ = owner;
     }
+    return out;
+}
+
+void FrameWriter::End(const char* out) {
+    bytes_.resize(static_cast<size_t>(out - bytes_.data()));
+    ++count_;
+}
+
+void FrameWriter::Add(const MapOwner& owner, const MapChange& change,
+                      std::span<const uint32_t> sums) {
+    VARVE_CHECK(sums.size() == (change.place == 0 ? 0 : change.count));
+    char* out = Begin(owner);
     *out++ = change.place == 0 ? kUnmap : kMap;
     out = PutVarint(out, change.chunk.value);
     *out++ = static_cast<char>(change.first);
@@ -65,11 +100,19 @@ void FrameWriter::Add(const MapOwner& owner, const MapChange& change,
         StoreBig(out, sum);
         out += kSumBytes;
     }
-    bytes_.resize(static_cast<size_t>(out - bytes_.data()));
-    ++count_;
+    End(out);
 }
 
-std::string_view FrameWriter::Finish(FrameHeader header, size_t zeros) {
+void FrameWriter::AddVoid(const MapOwner& owner, uint64_t first, uint64_t count) {
+    char* out = Begin(owner);
+    *out++ = kVoid;
+    out = PutVarint(out, first);
+    *out++ = static_cast<char>(count);
+    End(out);
+}
+
+std::string_view FrameWriter::Finish(FrameHeader header, size_t unit) {
+    bytes_.resize((bytes_.size() + unit - 1) / unit * unit);
     auto* layout = reinterpret_cast<Layout*>(bytes_.data());
     StoreBig(layout->bytes, static_cast<uint32_t>(bytes_.size()));
     StoreBig(layout->tag, header.tag);
@@ -79,7 +122,6 @@ std::string_view FrameWriter::Finish(FrameHeader header, size_t zeros) {
     StoreBig(layout->lane, header.lane);
     StoreBig(layout->count, count_);
     StoreBig(layout->sum, SumOf(bytes_));
-    bytes_.append(zeros, '\0');
     return bytes_;
 }
 
@@ -112,10 +154,10 @@ bool ForEachEntry(std::string_view bytes, const std::function<void(const FrameEn
     const uint32_t length = LoadBig<uint32_t>(layout->bytes);
     Decoder in(bytes.substr(kFrameHeaderBytes, length - kFrameHeaderBytes));
     FrameEntry entry;
-    uint32_t entries = 0;
     bool owned = false;
-    while (in.ok() && !in.rest().empty()) {
+    for (uint32_t entries = 0; entries < count;) {
         const uint8_t kind = in.Byte();
+        if (!in.ok()) return false;
         if (kind == kOwner) {
             entry.owner.disk.value = in.Varint();
             entry.owner.branch.value = in.Varint();
@@ -123,20 +165,12 @@ bool ForEachEntry(std::string_view bytes, const std::function<void(const FrameEn
             owned = true;
             continue;
         }
-        if ((kind != kMap && kind != kUnmap) || !owned) return false;
+        if ((kind != kMap && kind != kUnmap && kind != kVoid) || !owned) return false;
         entry.number = first + entries++;
-        entry.change.chunk.value = in.Varint();
-        const uint64_t from = in.Byte(), blocks = in.Byte();
-        entry.change.first = from;
-        entry.change.count = blocks;
-        const uint64_t place = kind == kMap ? in.Varint() : 0;
-        if (kind == kMap && !ArePlaces(place, blocks)) return false;
-        entry.change.place = place;
-        entry.sums = in.Take(kind == kMap ? blocks * kSumBytes : 0);
-        if (!in.ok() || !IsSound(entry.change)) return false;
+        if (!DecodeEntry(in, kind, &entry)) return false;
         each(entry);
     }
-    return in.Finished() && entries == count;
+    return in.ok() && in.rest().find_first_not_of('\0') == std::string_view::npos;
 }
 
 }  // namespace varve::cow

@@ -20,6 +20,9 @@ namespace varve::cow {
 inline constexpr size_t kFrameHeaderBytes = 48;
 /// What one entry takes at most, the one that names its owner included.
 inline constexpr size_t kEntryBytesMax = 31 + 23 + 4 * kChunkBlocks;
+/// A frame with one entry fits.
+inline constexpr size_t kFrameUnitLeast = 512;
+static_assert(kFrameHeaderBytes + kEntryBytesMax <= kFrameUnitLeast);
 
 struct FrameHeader {
     uint32_t bytes = 0;    // of the whole frame
@@ -31,12 +34,15 @@ struct FrameHeader {
     uint64_t oldest = 0;   // entries below are in map rows
 };
 
-/// A map change, with the checksum of each block that it maps.
+/// A map change, with the checksum of each block that it maps. Or that earlier ones have come to
+/// nothing, as their data could not be written.
 struct FrameEntry {
     MapOwner owner;
     uint64_t number = 0;
     MapChange change;
-    std::string_view sums;  // 4 bytes for each block, big-endian; empty if it unmaps
+    std::string_view sums;    // 4 bytes for each block, big-endian; empty if it unmaps
+    uint64_t void_first = 0;  // entries of this lane that have not happened
+    uint64_t void_count = 0;  // so many; then there is no change
 
     uint32_t sum(uint64_t block) const;
 };
@@ -48,13 +54,18 @@ class FrameWriter {
     size_t bytes() const { return bytes_.size(); }
     /// REQUIRES: IsSound(change); `sums` has one for each block, or none if it unmaps.
     void Add(const MapOwner& owner, const MapChange& change, std::span<const uint32_t> sums);
-    /// The frame, until the next call of anything, and `zeros` bytes behind it. `header`: `bytes`
+    /// Entries from `first` on, so many, have not happened.
+    void AddVoid(const MapOwner& owner, uint64_t first, uint64_t count);
+    /// The frame, until the next call of anything: a multiple of `unit` bytes. `header`: `bytes`
     /// and `count` are filled in.
-    std::string_view Finish(FrameHeader header, size_t zeros = 0);
+    std::string_view Finish(FrameHeader header, size_t unit = 1);
     /// Begins another.
     void Clear();
 
   private:
+    char* Begin(const MapOwner& owner);
+    void End(const char* out);
+
     std::string bytes_ = std::string(kFrameHeaderBytes, '\0');
     uint32_t count_ = 0;
     MapOwner owner_;  // of the last entry

@@ -74,8 +74,8 @@ constexpr uint64_t kOwedForChunk = 4096;
 constexpr uint64_t kRoundsOfPass = 32;
 
 /// What was reserved and is appended, or not needed.
-void GiveBack(LaneJournal& journal, uint64_t bytes) {
-    journal.Return(bytes);
+void GiveBack(LaneJournal& journal, uint64_t units) {
+    journal.Return(units);
     if (!journal.room().empty()) journal.room().WakeAll();  // it was more than what it took
 }
 
@@ -114,6 +114,7 @@ Head::~Head() {
     lane_.RemoveUnfolded(unfolded_);
     std::erase(lane_.unfolded_heads, this);
     FoldedBelow(kNoEntry);  // nobody will ask for them
+    std::erase(lane_.journaled_heads, this);
 }
 
 void Head::Rebase(Place place) {
@@ -338,9 +339,13 @@ Task<void> Head::Relieved(Requester* requester) {
 void Head::FoldLane(LaneState& lane) {
     std::vector<Head*> heads = lane.unfolded_heads;
     heads.insert(heads.end(), lane.journaled_heads.begin(), lane.journaled_heads.end());
+    bool any = false;
     for (Head* head : heads) {
-        if (!head->pass_ && !head->pass_wanted_) head->RequestFold();
+        const bool some = head->unfolded_ > 0 || head->first_entry_ < head->FoldableEnd();
+        any |= some;
+        if (some && !head->pass_ && !head->pass_wanted_) head->RequestFold();
     }
+    if (!any) lane.journal.FoldLater();
 }
 
 Task<Errno> Head::Write(uint64_t offset, std::span<const std::byte> buffer, Requester* requester) {
@@ -398,10 +403,10 @@ Task<Errno> Head::Prepared(Chunk& chunk, uint32_t first, uint32_t end, Requester
                            uint64_t* reserved) {
     Errno error = 0;
     if (core_.metadata().full()) error = co_await Growable(requester);
-    const uint64_t bytes = LaneJournal::BytesFor(end - first);
-    if (error == 0) error = co_await ReserveJournal(bytes, requester);
+    const uint64_t units = lane_.journal.UnitsFor(end - first) + 1;  // it may have to be recalled
+    if (error == 0) error = co_await ReserveJournal(units, requester);
     if (error == 0) {
-        *reserved = bytes;
+        *reserved = units;
         error = co_await EnsureLease(chunk, first, end, requester);
     }
     if (error != ENOSPC || chunk.young == 0) co_return error;
@@ -412,8 +417,8 @@ Task<Errno> Head::Prepared(Chunk& chunk, uint32_t first, uint32_t end, Requester
 }
 
 /// Waits until there is room in the journal.
-Task<Errno> Head::ReserveJournal(uint64_t bytes, Requester* requester) {
-    while (!lane_.journal.Reserve(bytes)) {
+Task<Errno> Head::ReserveJournal(uint64_t units, Requester* requester) {
+    while (!lane_.journal.Reserve(units)) {
         if (core_.failed) co_return EIO;
         if (Gone(requester)) co_return ECANCELED;
         const Waits::Scope waiting(core_.waits, "room in the journal");
@@ -456,7 +461,7 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
     const auto address = reinterpret_cast<uintptr_t>(buffer.data());
     const bool aligned = ((offset | buffer.size() | address) & (lane_.blocks.alignment() - 1)) == 0;
     const bool early = Mutated(Mutant::kMappedBeforeWritten);
-    Sums sums;
+    Announcement announcement;
     if (aligned && !part_of_first && !part_of_last) {
         IoPieces pieces;
         for (const Stretch& stretch : stretches) {
@@ -467,22 +472,26 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
             auto* memory = const_cast<std::byte*>(&buffer[from - offset]);
             AppendPiece(pieces, stretch.place * kBlockBytes + (from - begin), memory, to - from);
         }
+        Sums sums;
         SumFresh(stretches, blocks.chunk.value * kChunkBytes - offset, buffer.data(), sums);
-        if (early) MapStretches(*chunk, generation, stretches, sums);
+        Announce(blocks.chunk, generation, stretches, sums, &announcement);
+        if (early) MapStretches(*chunk, generation, stretches, announcement.end);
         error = co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
     } else {
-        error =
-            co_await WriteDetour(*chunk, generation, stretches, offset, buffer, requester, &sums);
-        if (early && error == 0) MapStretches(*chunk, generation, stretches, sums);
+        error = co_await WriteDetour(*chunk, generation, stretches, offset, buffer, requester,
+                                     &announcement);
+        if (early && error == 0) MapStretches(*chunk, generation, stretches, announcement.end);
     }
     // Even if it failed: what it overwrote in part must not change any more under a snapshot.
     unsynced_ |= stretches.front().fresh || !Mutated(Mutant::kInPlaceWriteNotSynced);
-    if (error == 0 || (Mutated(Mutant::kFailedWriteMapped) && !sums.empty())) {
-        if (!early) MapStretches(*chunk, generation, stretches, sums);
+    if (error == 0 || (Mutated(Mutant::kFailedWriteMapped) && announcement.end > 0)) {
+        if (!early) MapStretches(*chunk, generation, stretches, announcement.end);
     } else {
+        if (announcement.end > 0) co_await Recall(generation, &announcement);
         GiveUp(stretches);
     }
-    if (!sums.empty()) *last = lane_.journal.appended();
+    if (announcement.end > 0) lane_.journal.End(announcement.entries);
+    *last = std::max(*last, announcement.end);
     GiveBack(lane_.journal, reserved);
     if (--writers_[era] == 0) writers_gone_.WakeAll();
     Unlock(*chunk, blocks.mask);
@@ -491,7 +500,7 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
 
 Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
                               uint64_t offset, std::span<const std::byte> buffer,
-                              Requester* requester, Sums* sums) {
+                              Requester* requester, Announcement* announcement) {
     const BlockRange blocks(offset, buffer.size());
     const Buffer detour = lane_.detours.Take(blocks.bytes());
     if (!detour) co_return ENOMEM;
@@ -523,7 +532,9 @@ Task<Errno> Head::WriteDetour(const Chunk& chunk, Generation generation, const S
                     detour.data() + (stretch.first - blocks.first) * kBlockBytes,
                     stretch.count * kBlockBytes);
     }
-    SumFresh(stretches, -(blocks.first * kBlockBytes), detour.data(), *sums);
+    Sums sums;
+    SumFresh(stretches, -(blocks.first * kBlockBytes), detour.data(), sums);
+    Announce(blocks.chunk, generation, stretches, sums, announcement);
     co_return co_await TransferAll(lane_.blocks, BlockIo::Kind::kWrite, pieces);
 }
 
@@ -583,13 +594,13 @@ Task<Errno> Head::UnmapChunk(ChunkIndex index, uint32_t first, uint32_t end, Req
         error = co_await RoomToUnmap(end - first == kChunkBlocks, requester);
     }
     if (Gone(requester)) error = ECANCELED;
-    const uint64_t bytes = LaneJournal::BytesFor(1);
-    if (error == 0 && mapped) error = co_await ReserveJournal(bytes, requester);
+    const uint64_t units = lane_.journal.UnitsFor(1);
+    if (error == 0 && mapped) error = co_await ReserveJournal(units, requester);
     *cost += chunk->runs.size();
     if (error == 0 && mapped) {
         *cost += kSegmentCost + kRunCost * chunk->runs.size();
         UnmapNow(*chunk, first, end);
-        GiveBack(lane_.journal, bytes);
+        GiveBack(lane_.journal, units);
     }
     Unlock(*chunk, mask);
     co_return error;

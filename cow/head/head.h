@@ -4,11 +4,12 @@
 // Belongs to its lane, but for the constructor.
 //
 // A write: the blocks it touches are locked (a bit each in their chunk); blocks born in the present
-// generation are overwritten in place, all others get new blocks from the lease; when the data
-// write has completed, the map is changed, in memory, and the change appended to the lane's journal
-// (journal/lane_journal.h); when that is written, the write is answered. A block is overwritten in
-// place only when its map change is settled; until then it goes to another place each time, so that
-// what the journal says a place holds is what it holds.
+// generation are overwritten in place, all others get new blocks from the lease, and the change of
+// the map is announced in the lane's journal (journal/lane_journal.h), which leaves beside the
+// data; when the data write has completed, the map is changed, in memory; when the journal is
+// written, too, the write is answered. A block is overwritten in place only when its map change is
+// settled; until then it goes to another place each time, so that what the journal says a place
+// holds is what it holds.
 //
 // A flush syncs the data file, with the journal in it. Map rows are folded later, by rounds: each
 // syncs, and then commits the rows of some chunks. A pass takes all that have changed so far
@@ -161,6 +162,12 @@ class Head : public MappedVolume {
     /// Checksums of the blocks of fresh stretches, in order.
     using Sums = boost::container::small_vector<uint32_t, 16>;
 
+    /// What a write says in the journal before its data is written.
+    struct Announcement {
+        LaneJournal::Announced entries;
+        uint64_t end = 0;  // the number after the last one; 0: there are none
+    };
+
     struct Released {  // a block is free once the journal is synced up to there
         uint64_t number;
         Extent extent;
@@ -176,10 +183,10 @@ class Head : public MappedVolume {
                             Requester* requester, uint64_t* last, Errno* error, Join* join);
     Task<Errno> Prepared(Chunk& chunk, uint32_t first, uint32_t end, Requester* requester,
                          uint64_t* reserved);
-    Task<Errno> ReserveJournal(uint64_t bytes, Requester* requester);
+    Task<Errno> ReserveJournal(uint64_t units, Requester* requester);
     Task<Errno> WriteDetour(const Chunk& chunk, Generation generation, const Stretches& stretches,
                             uint64_t offset, std::span<const std::byte> buffer,
-                            Requester* requester, Sums* sums);
+                            Requester* requester, Announcement* announcement);
     Task<Errno> UnmapFrom(uint64_t from);
     Task<Errno> RoomToUnmap(bool whole, Requester* requester);
     Task<Errno> UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requester* requester);
@@ -207,12 +214,14 @@ class Head : public MappedVolume {
 
     // head_changes.cc: changes of the map, and cuts
     void Pin(std::vector<Chunk*>& list, Chunk& chunk);
-    void Journal(Generation generation, const MapChange& change, std::span<const uint32_t> sums);
+    void CountEntry(uint64_t end);
+    void Announce(ChunkIndex chunk, Generation generation, const Stretches& stretches,
+                  const Sums& sums, Announcement* announcement);
+    Task<void> Recall(Generation generation, Announcement* announcement);
     void MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches,
-                      const Sums& sums);
-    void MapStretch(Chunk& chunk, Generation generation, const Stretch& stretch, Runs* sealed,
-                    std::span<const uint32_t> sums);
-    void MakeYoung(Chunk& chunk, uint32_t first, uint32_t count);
+                      uint64_t entries_end);
+    void MapStretch(Chunk& chunk, Generation generation, const Stretch& stretch, Runs* sealed);
+    void MakeYoung(Chunk& chunk, uint32_t first, uint32_t count, uint64_t entries_end);
     void Age();
     void GiveUp(const Stretches& stretches);
     void UnmapNow(Chunk& chunk, uint32_t first, uint32_t end);
@@ -228,6 +237,7 @@ class Head : public MappedVolume {
     bool RoundWanted() const;
     Task<void> Rounds();
     Task<void> Round();
+    uint64_t FoldableEnd() const;
     void BeginPass();
     static void SortForFold(std::vector<Chunk*>& chunks);
     void Encode(Chunk& chunk, HeadCommit& commit) const;

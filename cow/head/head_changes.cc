@@ -18,9 +18,8 @@ void Head::Pin(std::vector<Chunk*>& list, Chunk& chunk) {
     changed_ = true;
 }
 
-/// REQUIRES: `generation` is the present one or the one that is being sealed.
-void Head::Journal(Generation generation, const MapChange& change, std::span<const uint32_t> sums) {
-    const uint64_t end = lane_.journal.Append({disk_, branch_, generation}, change, sums);
+/// One was appended; `end` is the number after it.
+void Head::CountEntry(uint64_t end) {
     if (first_entry_ == kNoEntry) {
         first_entry_ = end - 1;
         lane_.journaled_heads.push_back(this);
@@ -28,6 +27,36 @@ void Head::Journal(Generation generation, const MapChange& change, std::span<con
     last_entry_ = end;
     ++entries_;
     unsynced_ = changed_ = true;
+}
+
+/// Says what the map will be. REQUIRES: `generation` is the present one or the one that is being
+/// sealed; `sums` are of all blocks of fresh stretches.
+void Head::Announce(ChunkIndex chunk, Generation generation, const Stretches& stretches,
+                    const Sums& sums, Announcement* announcement) {
+    if (sums.empty()) return;
+    lane_.journal.Begin(announcement->entries);
+    std::span<const uint32_t> left(sums);
+    for (const Stretch& stretch : stretches) {
+        if (!stretch.fresh) continue;
+        MapChange change{.chunk = chunk};
+        change.place = stretch.place;
+        change.first = stretch.first;
+        change.count = stretch.count;
+        CountEntry(
+            lane_.journal.Append({disk_, branch_, generation}, change, left.first(stretch.count)));
+        left = left.subspan(stretch.count);
+    }
+    announcement->end = lane_.journal.appended();
+}
+
+/// It will not be: its data could not be written. Until the journal says so, nobody may take the
+/// entries for completed.
+Task<void> Head::Recall(Generation generation, Announcement* announcement) {
+    const uint64_t first = announcement->entries.first;
+    announcement->end =
+        lane_.journal.AppendVoid({disk_, branch_, generation}, first, announcement->end - first);
+    CountEntry(announcement->end);
+    co_await lane_.journal.Written(announcement->end);
 }
 
 void Head::Prepare(Chunk& chunk) {
@@ -60,12 +89,11 @@ Runs* Head::PrepareSealed(Chunk& chunk, Generation generation) {
     return &*pending.sealed;
 }
 
-/// `sums`: of all blocks of fresh stretches.
+/// `entries_end`: the number after those that announced it.
 void Head::MapStretches(Chunk& chunk, Generation generation, const Stretches& stretches,
-                        const Sums& sums) {
+                        uint64_t entries_end) {
     Runs* sealed = nullptr;
     bool prepared = false;
-    std::span<const uint32_t> left(sums);
     for (const Stretch& stretch : stretches) {
         if (!stretch.fresh) continue;
         if (!prepared) {
@@ -76,15 +104,14 @@ void Head::MapStretches(Chunk& chunk, Generation generation, const Stretches& st
             }
             prepared = true;
         }
-        MapStretch(chunk, generation, stretch, sealed, left.first(stretch.count));
-        left = left.subspan(stretch.count);
+        MapStretch(chunk, generation, stretch, sealed);
+        MakeYoung(chunk, stretch.first, stretch.count, entries_end);
     }
     if (prepared) lane_.cache.Recharge(chunk);
 }
 
 /// `sealed`: the state of `generation`, if that is not the chunk's present one.
-void Head::MapStretch(Chunk& chunk, Generation generation, const Stretch& stretch, Runs* sealed,
-                      std::span<const uint32_t> sums) {
+void Head::MapStretch(Chunk& chunk, Generation generation, const Stretch& stretch, Runs* sealed) {
     Run run;
     run.place = stretch.place;
     run.first = stretch.first;
@@ -97,24 +124,18 @@ void Head::MapStretch(Chunk& chunk, Generation generation, const Stretch& stretc
     } else {
         Map(chunk.runs, run, &replaced);
     }
-    MapChange change{.chunk = chunk.index};
-    change.place = stretch.place;
-    change.first = stretch.first;
-    change.count = stretch.count;
-    Journal(generation, change, sums);
-    MakeYoung(chunk, stretch.first, stretch.count);
     if (!replaced.empty()) {
         ReleaseTentative(replaced, sealed ? chunk.pending->base : StateBefore(chunk));
     }
 }
 
-void Head::MakeYoung(Chunk& chunk, uint32_t first, uint32_t count) {
+void Head::MakeYoung(Chunk& chunk, uint32_t first, uint32_t count, uint64_t entries_end) {
     if (chunk.young == 0) {
         ++chunk.pins;
         aging_.push_back(&chunk);
     }
     chunk.young |= MaskOf(first, first + count);
-    chunk.young_until = lane_.journal.appended();
+    chunk.young_until = std::max(chunk.young_until, entries_end);
 }
 
 /// Of chunks that became young first, those whose changes are settled are so no more.
@@ -148,7 +169,7 @@ void Head::UnmapNow(Chunk& chunk, uint32_t first, uint32_t end) {
         change.place = 0;
         change.first = first;
         change.count = end - first;
-        Journal(generation_, change, {});
+        CountEntry(lane_.journal.Append({disk_, branch_, generation_}, change, {}));
     }
     ReleaseTentative(removed, StateBefore(chunk));
     lane_.cache.Recharge(chunk);

@@ -144,7 +144,7 @@ Task<void> Head::Round() {
     // No suspension since then: this is what rows will hold.
     uint64_t folded = 0;
     if (last || early) folded = sealed ? sealed_end_ : pass_end_;
-    if (NothingToFold()) folded = lane_.journal.appended();
+    if (NothingToFold()) folded = FoldableEnd();
     entries_ = 0;
     if (Mutated(Mutant::kReusedBeforeCommit)) ReuseDropped(commit, &lease_, &lease_blocks_);
     // The journal and data before metadata: what the rows name must be durable before the rows can
@@ -171,7 +171,8 @@ Task<void> Head::Round() {
     }
     // Somebody may wait for what this freed of the ring.
     if (lane_.journal.HoldsFolded() && lane_.journal.crowded()) error = co_await SyncData();
-    if (last && lane_.journal.hungry()) FoldLane(lane_);  // what came since the pass began
+    if (last && !core_.failed && lane_.journal.hungry())
+        FoldLane(lane_);  // what came since the pass began
     changed_ = unfolded_ > 0 || !released_.empty() || !aging_.empty() || first_entry_ != kNoEntry;
 }
 
@@ -183,11 +184,17 @@ void Head::SortForFold(std::vector<Chunk*>& chunks) {
               [](const Chunk* a, const Chunk* b) { return a->index > b->index; });
 }
 
+/// Entries below are in memory as they are in the journal: their data has been written.
+uint64_t Head::FoldableEnd() const {
+    if (Mutated(Mutant::kFoldedBeforeWritten)) return lane_.journal.appended();
+    return lane_.journal.completed();
+}
+
 void Head::BeginPass() {
     if (!pass_wanted_ || pass_ || sealed_open_) return;
     pass_wanted_ = false;
     pass_ = true;
-    pass_end_ = lane_.journal.appended();
+    pass_end_ = FoldableEnd();
     ++passes_started_;
     folding_ = std::exchange(dirty_, {});
     SortForFold(folding_);

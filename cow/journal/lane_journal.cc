@@ -9,12 +9,9 @@
 namespace varve::cow {
 namespace {
 
-/// Of each segment, what the next entry may not fit in; and the head of its first frame.
-constexpr uint64_t kSlack = kEntryBytesMax + kFrameHeaderBytes;
-
-/// Through the page cache. Without it whole blocks are written: a file system may take locks, and
-/// read, for less.
-constexpr uint64_t kUnitInCache = 512;
+/// Frames under way together: the device takes them beside each other, and what it is slow with is
+/// written as fewer, larger ones.
+constexpr unsigned kFramesTogether = 16;
 
 }  // namespace
 
@@ -22,10 +19,10 @@ LaneJournal::LaneJournal(Core& core, const Lane& lane, uint32_t index)
     : core_(core),
       executor_(*lane.executor),
       blocks_(*lane.blocks),
-      unit_(blocks_.alignment() > 1 ? kBlockBytes : kUnitInCache),
+      unit_(blocks_.alignment() > 1 ? kBlockBytes : kFrameUnitLeast),
       index_(index),
       room_(executor_),
-      wrote_(executor_) {
+      idle_(executor_) {
     for (Call* call : {&fold_, &tell_, &write_}) call->journal = this;
     fold_.run = [](Runnable* self) {
         auto* call = static_cast<Call*>(self);
@@ -40,12 +37,12 @@ LaneJournal::LaneJournal(Core& core, const Lane& lane, uint32_t index)
     write_.run = [](Runnable* self) {
         auto* call = static_cast<Call*>(self);
         call->made = false;
-        if (!call->journal->writing_) Spawn(call->journal->WriteFrames());
+        call->journal->StartFrames();
     };
 }
 
 LaneJournal::~LaneJournal() {
-    VARVE_CHECK(!fold_.made && !tell_.made && !write_.made && !writing_ && !writing_slot_);
+    VARVE_CHECK(!fold_.made && !tell_.made && !write_.made && frames_.empty() && !writing_slot_);
 }
 
 void LaneJournal::Open(Ring& ring, std::function<void()> fold) {
@@ -54,26 +51,38 @@ void LaneJournal::Open(Ring& ring, std::function<void()> fold) {
     ring.Join(*this);
 }
 
-/// Bytes that entries may still take, of segments that the lane has.
-uint64_t LaneJournal::Room() const {
-    const uint64_t whole = ring_->segment_bytes() - kSlack;
-    uint64_t room = spare_.size() * whole;
-    if (!segments_.empty()) {
-        const uint64_t used = at_ + frame_.bytes();
-        room += used < whole ? whole - used : 0;
-    }
-    return room;
+/// They may lie in two frames if a segment ends between them, but for a single one.
+uint64_t LaneJournal::UnitsFor(uint64_t blocks) const {
+    constexpr uint64_t kOwnerBytes = 31, kBlockBytesMost = 27;
+    return Units(kFrameHeaderBytes + kOwnerBytes + kBlockBytesMost * blocks) + (blocks > 1 ? 1 : 0);
 }
 
-bool LaneJournal::Reserve(uint64_t bytes) {
-    while (Room() < reserved_ + bytes) {
+/// Units that frames may still take, of segments that the lane has.
+uint64_t LaneJournal::Room() const {
+    uint64_t room = spare_.size() * (ring_->segment_bytes() / unit_);
+    if (!segments_.empty()) room += (ring_->segment_bytes() - at_) / unit_;
+    return room - (writer_.empty() ? 0 : Units(writer_.bytes()));
+}
+
+bool LaneJournal::Reserve(uint64_t units) {
+    while (Room() < reserved_ + units) {
         const std::optional<uint32_t> segment = ring_->Take(*this);
         if (!segment) return false;
         spare_.push_back(*segment);
         if (ring_->crowded()) AskToFold();
     }
-    reserved_ += bytes;
+    reserved_ += units;
     return true;
+}
+
+/// Segments that were taken for what was reserved and not needed are for all lanes again.
+void LaneJournal::Return(uint64_t units) {
+    reserved_ -= units;
+    const uint64_t whole = ring_->segment_bytes() / unit_;
+    while (spare_.size() > 1 && Room() >= reserved_ + whole) {
+        ring_->Give(spare_.back());
+        spare_.pop_back();
+    }
 }
 
 void LaneJournal::NextSegment() {
@@ -81,90 +90,123 @@ void LaneJournal::NextSegment() {
     segments_.push_back({spare_.back(), appended_});
     spare_.pop_back();
     at_ = 0;
-    tail_.clear();
 }
 
-uint64_t LaneJournal::Append(const MapOwner& owner, const MapChange& change,
-                             std::span<const uint32_t> sums) {
+/// There is a frame in the making that has room for another entry.
+void LaneJournal::PrepareEntry() {
     const bool fits =
-        !segments_.empty() && at_ + frame_.bytes() + kEntryBytesMax <= ring_->segment_bytes();
+        !segments_.empty() && at_ + writer_.bytes() + kEntryBytesMax <= ring_->segment_bytes();
     if (!fits) {
         CloseFrame();
         NextSegment();
     }
-    frame_.Add(owner, change, sums);
-    ++appended_;
+    if (writer_.empty()) frames_.emplace_back(executor_);
+}
+
+uint64_t LaneJournal::EndEntry() {
+    frames_.back().end = ++appended_;
     write_.Make(executor_);
     return appended_;
 }
 
-/// Ends it. `before`: what the unit that it begins in holds already. Zeros are behind it.
-LaneJournal::Closed LaneJournal::Close(FrameWriter& frame, std::string_view before,
-                                       uint64_t offset) {
+uint64_t LaneJournal::Append(const MapOwner& owner, const MapChange& change,
+                             std::span<const uint32_t> sums) {
+    PrepareEntry();
+    writer_.Add(owner, change, sums);
+    return EndEntry();
+}
+
+uint64_t LaneJournal::AppendVoid(const MapOwner& owner, uint64_t first, uint64_t count) {
+    PrepareEntry();
+    writer_.AddVoid(owner, first, count);
+    return EndEntry();
+}
+
+/// Whole units of the file: a frame shares none with another, so that they are written at once.
+/// `unit`: what it takes itself is a multiple of it.
+void LaneJournal::Close(FrameWriter& writer, size_t unit, Frame& frame) {
     FrameHeader header;
     header.tag = ring_->tag();
     header.lane = index_;
     header.first = framed_;
-    header.durable = synced_;
-    header.oldest = folded_;
-    const std::string_view bytes = frame.Finish(header);
-    const uint64_t used = before.size() + bytes.size();
-    const uint64_t whole = (used + unit_ - 1) / unit_ * unit_;
-    Closed closed{memory_.Take(whole), offset, appended_, synced_, folded_};
-    VARVE_CHECK(closed.memory);  // 256 KiB at most
-    auto* memory = reinterpret_cast<char*>(closed.memory.data());
-    before.copy(memory, before.size());
-    bytes.copy(memory + before.size(), bytes.size());
-    std::memset(memory + used, 0, whole - used);
-    frame.Clear();
-    return closed;
+    header.durable = frame.marked = synced_;
+    header.oldest = frame.told = folded_;
+    const std::string_view bytes = writer.Finish(header, unit);
+    frame.memory = memory_.Take(Units(bytes.size()) * unit_);
+    VARVE_CHECK(frame.memory);  // 256 KiB at most
+    std::memcpy(frame.memory.data(), bytes.data(), bytes.size());
+    std::memset(frame.memory.data() + bytes.size(), 0, frame.memory.size() - bytes.size());
+    writer.Clear();
 }
 
 /// What was appended, if anything was, is to be written as one frame.
 void LaneJournal::CloseFrame() {
-    if (frame_.empty()) return;
+    if (writer_.empty()) return;
+    Frame& frame = frames_.back();
+    Close(writer_, unit_, frame);
+    frame.state = Frame::kClosed;
     Segment& segment = segments_.back();
-    const uint64_t end = at_ + frame_.bytes();
-    const uint64_t begin = at_ - tail_.size();
-    closed_.push_back(Close(frame_, tail_, ring_->offset(segment.index) + begin));
-    const uint64_t whole = end / unit_ * unit_;
-    tail_.assign(reinterpret_cast<const char*>(closed_.back().memory.data()) + (whole - begin),
-                 end - whole);
-    at_ = end;
+    frame.offset = ring_->offset(segment.index) + at_;
+    at_ += frame.memory.size();
     framed_ = segment.end = appended_;
 }
 
-Task<void> LaneJournal::Write(const Closed& frame) {
+void LaneJournal::StartFrames() {
+    if (under_way_ < kFramesTogether) CloseFrame();
+    while (under_way_ < kFramesTogether) {
+        const auto frame = std::find_if(frames_.begin(), frames_.end(),
+                                        [](const Frame& f) { return f.state == Frame::kClosed; });
+        if (frame == frames_.end()) break;
+        frame->state = Frame::kUnderWay;
+        ++under_way_;
+        Spawn(WriteFrame(*frame));  // may end at once, and others with it
+    }
+}
+
+Task<void> LaneJournal::Write(const Frame& frame) {
     const iovec bytes{frame.memory.data(), frame.memory.size()};
     Errno error = EIO;
     if (!core_.failed) {
         error = co_await Transfer(blocks_, BlockIo::Kind::kAppend, frame.offset, &bytes, 1);
     }
-    if (error != 0) co_return core_.Fail(SystemError(error, "writing the journal failed").message);
-    marked_ = std::max(marked_, frame.marked);
-    told_ = std::max(told_, frame.told);
+    if (error != 0) core_.Fail(SystemError(error, "writing the journal failed").message);
 }
 
-/// One after the other: they may share a block.
-Task<void> LaneJournal::WriteFrames() {
-    writing_ = true;
-    CloseFrame();
-    while (!closed_.empty()) {
-        co_await Write(closed_.front());
-        written_ = closed_.front().end;
-        closed_.pop_front();
-        wrote_.WakeAll();
+Task<void> LaneJournal::WriteFrame(Frame& frame) {
+    co_await Write(frame);
+    --under_way_;
+    frame.state = Frame::kWritten;
+    TakeWritten();
+    const bool more = !frames_.empty() && frames_.back().state <= Frame::kClosed;
+    if (more) write_.Make(executor_);  // with all that completes in this turn
+}
+
+/// A frame counts once all before it do: whoever reads them stops at a hole.
+void LaneJournal::TakeWritten() {
+    while (!frames_.empty() && frames_.front().state == Frame::kWritten) {
+        Frame& frame = frames_.front();
+        written_ = frame.end;
+        if (!core_.failed) {
+            marked_ = std::max(marked_, frame.marked);
+            told_ = std::max(told_, frame.told);
+        }
+        frame.written.WakeAll();
+        frames_.pop_front();
     }
-    writing_ = false;
-    if (pending()) write_.Make(executor_);  // with all that completes in this turn
+    if (!pending()) idle_.WakeAll();
 }
 
 Task<void> LaneJournal::Written(uint64_t number) {
-    while (written_ < number) co_await wrote_.Wait();
+    while (written_ < number) {
+        const auto frame = std::find_if(frames_.begin(), frames_.end(),
+                                        [number](const Frame& f) { return f.end >= number; });
+        VARVE_CHECK(frame != frames_.end());
+        co_await frame->written.Wait();
+    }
 }
 
 Task<void> LaneJournal::Idle() {
-    while (pending() || writing_ || writing_slot_) co_await wrote_.Wait();
+    while (pending() || writing_slot_) co_await idle_.Wait();
 }
 
 bool LaneJournal::SlotDue() const {
@@ -173,17 +215,28 @@ bool LaneJournal::SlotDue() const {
 }
 
 Task<void> LaneJournal::Tell() {
-    while (writing_slot_) co_await wrote_.Wait();
+    while (writing_slot_) co_await idle_.Wait();
     if (!SlotDue()) co_return;
     writing_slot_ = true;
-    const Closed slot = Close(slot_, "", ring_->slot(index_));
+    Frame slot(executor_);
+    Close(slot_, 1, slot);  // its sums are in its first sector
+    slot.offset = ring_->slot(index_);
     co_await Write(slot);
+    if (!core_.failed) {
+        marked_ = std::max(marked_, slot.marked);
+        told_ = std::max(told_, slot.told);
+    }
     writing_slot_ = false;
-    wrote_.WakeAll();
+    idle_.WakeAll();
+}
+
+LaneJournal::Covered LaneJournal::Covers() const {
+    const bool all = Mutated(Mutant::kAnnouncedSynced);
+    return {written_, all ? written_ : std::min(written_, completed()), marked_, told_};
 }
 
 void LaneJournal::EndSync(const Covered& covered) {
-    synced_ = std::max(synced_, covered.written);
+    synced_ = std::max(synced_, covered.completed);
     settled_ = std::max(settled_, covered.marked);
     // A disk that is gone has no entries to be folded, though some may be on their way here.
     const uint64_t over = std::min(covered.told, covered.written);

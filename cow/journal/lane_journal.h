@@ -4,23 +4,28 @@
 // Belongs to its lane. Entries are counted from 0 on; all positions here are such numbers, and mean
 // the entries below.
 //
-//   appended   in memory
-//   written    in the page cache: they outlive the process. What is appended in a turn, or while
-//              a frame is being written, is the next frame: one is under way at a time
-//   synced     durable, and so is the data that they speak of
+//   appended   in memory: a map change is announced before its data is written, so that both are
+//              written side by side
+//   written    in the page cache, or beyond: they outlive the process. What is appended in a turn
+//              is a frame; some are under way at a time
+//   completed  the data that they speak of has been written, or they have been called void
+//   synced     durable, and so is that data
 //   settled    known to be synced by a frame that is itself durable: their blocks may be
 //              overwritten in place, for nobody will ask any more what was in them
 //
 // Whoever will append reserves room first, so that what was appended can always be written: a fold
-// needs no ring, and a writer that waits for ring holds nothing that a fold waits for.
+// needs no ring, and a writer that waits for ring holds nothing that a fold waits for. Room is
+// counted in units, the least that a frame takes of the file.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <boost/intrusive/list.hpp>
 #include <deque>
 #include <functional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/buffers.h"
@@ -42,15 +47,35 @@ class LaneJournal {
     void Open(Ring& ring, std::function<void()> fold);
     uint64_t tag() const { return ring_->tag(); }
 
-    /// Bytes to reserve for changes of so many blocks of a chunk, however they lie.
-    static constexpr uint64_t BytesFor(uint64_t blocks) { return 80 + 27 * blocks; }
+    /// Units to reserve for changes of so many blocks of a chunk, however they lie, that are
+    /// appended in one go. For a void one is enough.
+    uint64_t UnitsFor(uint64_t blocks) const;
     /// False if there is no room now: room() is woken when there may be.
-    bool Reserve(uint64_t bytes);
-    void Return(uint64_t bytes) { reserved_ -= bytes; }
+    bool Reserve(uint64_t units);
+    void Return(uint64_t units);
     WaitList& room() { return room_; }
 
-    /// Returns the number after it. REQUIRES: as FrameWriter::Add; its bytes are reserved.
+    /// Returns the number after it. REQUIRES: as FrameWriter::Add; room for it is reserved.
     uint64_t Append(const MapOwner& owner, const MapChange& change, std::span<const uint32_t> sums);
+    /// Entries from `first` on, so many, have not happened.
+    uint64_t AppendVoid(const MapOwner& owner, uint64_t first, uint64_t count);
+
+    /// Entries whose data is being written: what is appended from Begin() on, until End().
+    struct Announced : boost::intrusive::list_base_hook<> {
+        uint64_t first = 0;
+    };
+    void Begin(Announced& announced) {
+        announced.first = appended_;
+        announced_.push_back(announced);
+    }
+    void End(Announced& announced) {
+        announced_.erase(announced_.iterator_to(announced));
+        if (std::exchange(fold_later_, false)) AskToFold();
+    }
+    /// There was nothing to fold, though there will be: fold() is called again when some data has
+    /// been written.
+    void FoldLater() { fold_later_ = !announced_.empty(); }
+
     /// Whether something is appended and not written.
     bool pending() const { return written_ != appended_; }
     /// Returns when what is below `number` is written, or the pool has failed.
@@ -60,6 +85,7 @@ class LaneJournal {
 
     uint64_t appended() const { return appended_; }
     uint64_t written() const { return written_; }
+    uint64_t completed() const { return announced_.empty() ? appended_ : announced_.front().first; }
     uint64_t synced() const { return synced_; }
     uint64_t settled() const { return settled_; }
 
@@ -67,9 +93,9 @@ class LaneJournal {
     Task<void> Tell();
     /// What a sync covers that begins now.
     struct Covered {
-        uint64_t written, marked, told;
+        uint64_t written, completed, marked, told;
     };
-    Covered Covers() const { return {written_, marked_, told_}; }
+    Covered Covers() const;
     /// It ended without error.
     void EndSync(const Covered& covered);
 
@@ -99,20 +125,29 @@ class LaneJournal {
         uint32_t index;
         uint64_t end;  // of its entries
     };
-    struct Closed {     // a frame that is not written yet
-        Buffer memory;  // whole units of the file, with what they hold already
-        uint64_t offset;
-        uint64_t end;           // of its entries
-        uint64_t marked, told;  // what it says is synced, and is folded
+    /// The last one may be in the making; the others are on their way.
+    struct Frame {
+        explicit Frame(Executor& executor) : written(executor) {}
+        Buffer memory;
+        uint64_t offset = 0;
+        uint64_t end = 0;               // of its entries
+        uint64_t marked = 0, told = 0;  // what it says is synced, and is folded
+        enum { kOpen, kClosed, kUnderWay, kWritten } state = kOpen;
+        WaitList written;
     };
 
+    uint64_t Units(uint64_t bytes) const { return (bytes + unit_ - 1) / unit_; }
     uint64_t Room() const;
+    void PrepareEntry();
+    uint64_t EndEntry();
     void NextSegment();
-    Closed Close(FrameWriter& frame, std::string_view before, uint64_t offset);
+    void Close(FrameWriter& writer, size_t unit, Frame& frame);
     void CloseFrame();
+    void StartFrames();
     bool SlotDue() const;
-    Task<void> Write(const Closed& frame);
-    Task<void> WriteFrames();
+    Task<void> Write(const Frame& frame);
+    Task<void> WriteFrame(Frame& frame);
+    void TakeWritten();
 
     Core& core_;
     Executor& executor_;
@@ -122,17 +157,19 @@ class LaneJournal {
     Ring* ring_ = nullptr;
     std::function<void()> fold_all_;
     Call fold_, tell_, write_;
-    WaitList room_, wrote_;
+    WaitList room_, idle_;
 
     BufferPool memory_{64 << 10};
-    FrameWriter frame_, slot_;
-    std::deque<Closed> closed_;
-    bool writing_ = false, writing_slot_ = false;
+    FrameWriter writer_, slot_;
+    std::deque<Frame> frames_;
+    unsigned under_way_ = 0;  // of them
+    bool writing_slot_ = false;
+    boost::intrusive::list<Announced> announced_;
+    bool fold_later_ = false;
     std::deque<Segment> segments_;  // that hold what is not folded; the last one is written to
     std::vector<uint32_t> spare_;
-    uint64_t at_ = 0;        // bytes of the last segment that have frames
-    std::string tail_;       // those of them in the last unit
-    uint64_t reserved_ = 0;  // bytes
+    uint64_t at_ = 0;        // bytes of the last segment that have frames: whole units
+    uint64_t reserved_ = 0;  // units
     uint64_t appended_ = 0, framed_ = 0, written_ = 0, synced_ = 0, settled_ = 0;
     uint64_t folded_ = 0;
     uint64_t marked_ = 0, told_ = 0;  // what is written says is synced, and is folded

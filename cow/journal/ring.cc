@@ -12,11 +12,13 @@ namespace {
 /// Each lane keeps the one it writes to, and may need another before it can fold.
 constexpr uint64_t kSegmentsOfLane = 4;
 constexpr uint64_t kSegmentBlocksMost = 64;
+/// What one request reserves at most fits.
+constexpr uint64_t kSegmentBlocksLeast = 4;
 constexpr uint64_t kSegmentsWanted = 64;
 
 /// Blocks: slots must fit, and some entries.
 uint64_t LeastOfSegment(uint64_t lanes) {
-    return std::bit_ceil(std::max<uint64_t>(2, lanes * kSlotBytes / kBlockBytes));
+    return std::bit_ceil(std::max(kSegmentBlocksLeast, lanes * kSlotBytes / kBlockBytes));
 }
 
 }  // namespace

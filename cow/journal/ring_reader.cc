@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <set>
 #include <tuple>
 
 #include "cow/mutants.h"
@@ -58,15 +59,16 @@ Status RingReader::ForEachOfLane(Frames::const_iterator begin, Frames::const_ite
         durable = std::max(durable, frame->header.durable);
     }
     uint64_t next = oldest;
+    std::set<uint64_t> voids;
+    const auto keep = [&](const FrameEntry& entry) {
+        for (uint64_t i = 0; i < entry.void_count; ++i) voids.insert(entry.void_first + i);
+    };
+    std::vector<std::string_view> read;
     for (auto frame = begin; frame != end && frame->header.first <= next; ++frame) {
         const uint64_t after = frame->header.first + frame->header.count;
         if (after <= next) continue;
-        const std::string_view bytes =
-            std::string_view(segments_[frame->segment]).substr(frame->offset);
-        const bool sound = ForEachEntry(bytes, [&](const FrameEntry& entry) {
-            if (entry.number >= oldest) each(entry, entry.number < durable);
-        });
-        if (!sound) {
+        read.push_back(std::string_view(segments_[frame->segment]).substr(frame->offset));
+        if (!ForEachEntry(read.back(), keep)) {
             return MakeError(ErrorKind::kDamaged,
                              fmt::format("a frame of the journal (lane {}, entry {}) makes no "
                                          "sense; restore the pool from a copy",
@@ -75,6 +77,11 @@ Status RingReader::ForEachOfLane(Frames::const_iterator begin, Frames::const_ite
         next = after;
         if (Mutated(Mutant::kReaderStopsEarly)) break;
     }
+    const auto tell = [&](const FrameEntry& entry) {
+        if (entry.number < oldest || entry.void_count > 0 || voids.contains(entry.number)) return;
+        each(entry, entry.number < durable);
+    };
+    for (const std::string_view frame : read) ForEachEntry(frame, tell);
     if (next >= durable) return Status();
     return MakeError(ErrorKind::kDamaged,
                      fmt::format("the journal in the data file is damaged: entries from {} to {} "

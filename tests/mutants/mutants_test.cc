@@ -108,6 +108,10 @@ constexpr Entry kEntries[] = {
     {Mutant::kReaderStopsEarly, "reader-stops-early", "the reader stops after one frame", 20},
     {Mutant::kTailUnverified, "tail-unverified",
      "what the journal maps counts after a power cut, whether it is there or not", 20},
+    {Mutant::kAnnouncedSynced, "announced-synced",
+     "a sync counts for writes that were announced and had not completed", 50},
+    {Mutant::kFoldedBeforeWritten, "folded-before-written",
+     "a fold counts for writes that were announced and had not completed", 50},
     {Mutant::kNewGenerationLost, "new-generation-lost",
      "what was written after a snapshot that a crash met is lost with it", 50},
     // Branches

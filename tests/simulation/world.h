@@ -96,13 +96,15 @@ class SimBlockStore : public cow::BlockStore {
                 });
                 return;
             case cow::BlockIo::Kind::kWrite:
-            case cow::BlockIo::Kind::kAppend:
+            case cow::BlockIo::Kind::kAppend: {
+                const bool all = io.error == 0 || media_.scheduler().Chance(0.3);
                 ForEachSector(io, [&](uint64_t sector, std::byte* memory) {
-                    if (io.error == 0 || media_.scheduler().Chance(0.5)) {
+                    if (all || media_.scheduler().Chance(0.5)) {
                         media_.WriteSector(sector, Content::Of(memory));
                     }
                 });
                 return;
+            }
             case cow::BlockIo::Kind::kSync:
                 if (media_.failed_syncs() != failed_syncs_seen_) {
                     io.error = EIO;
