@@ -21,6 +21,7 @@
 
 #include "base/log.h"
 #include "cow/store/rocks_ballast.h"
+#include "cow/store/rocks_descriptors.h"
 #include "cow/store/rocks_files.h"
 #include "cow/store/rocks_log.h"
 
@@ -157,6 +158,7 @@ class RocksView : public MetadataView {
 /// What a store is opened with, and lives on. In the order in which it is built up.
 struct Ground {
     std::unique_ptr<Ballast> ballast;
+    std::unique_ptr<rocksdb::Env> descriptors_env;
     std::unique_ptr<rocksdb::Env> ballast_env;
     std::unique_ptr<rocksdb::Env> env;
     std::shared_ptr<rocksdb::SstFileManager> tables;
@@ -273,7 +275,8 @@ Ground MakeGround(const std::string& path, const RocksOptions& given) {
     ground.ballast = std::make_unique<Ballast>(
         path + "/ballast", given.reserve ? RocksReserve(given.buffer_bytes) : 0, given.allocate);
     rocksdb::Env& base = given.env ? *given.env : *rocksdb::Env::Default();
-    ground.ballast_env = NewBallastEnv(base, *ground.ballast);
+    ground.descriptors_env = NewSpareDescriptorsEnv(base);
+    ground.ballast_env = NewBallastEnv(*ground.descriptors_env, *ground.ballast);
     ground.env = NewOverwritingEnv(*ground.ballast_env);
     ground.tables.reset(rocksdb::NewSstFileManager(ground.env.get()));
     return ground;
