@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <random>
 
 #include "cow/pool/pool.h"
 #include "cow/store/rocks_store.h"
@@ -91,6 +92,7 @@ class Engine {
         environment_.auditor = &scheduler_.NewLane();
         environment_.space = &space_;
         environment_.now_ms = [] { return int64_t{1'000'000}; };
+        environment_.random = [] { return uint64_t{std::random_device{}()} + 1; };
         Scheduler::Lane& lane = scheduler_.NewLane();
         store_ = std::make_unique<LoggedStore>(scheduler_, lane, log, data_, lying);
         environment_.lanes.push_back({&lane, store_.get()});

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <random>
 #include <thread>
 
 #include "base/run_on.h"
@@ -87,6 +88,7 @@ class EngineThreadsTest : public testing::Test {
         environment.space = &directory_->space();
         environment.metadata = &directory_->metadata();
         environment.now_ms = [] { return int64_t{0}; };
+        environment.random = [] { return uint64_t{std::random_device{}()} + 1; };
         auto pool = RunOn(home_, cow::Pool::Open(environment, {}));
         VARVE_CHECK(pool.ok());
         pool_ = std::move(pool.value());

@@ -27,8 +27,9 @@ struct Environment {
     std::vector<Lane> lanes;        // at least one
     SpaceStore* space = nullptr;
     MetadataStore* metadata = nullptr;
-    std::function<int64_t()> now_ms;  // wall clock, milliseconds since 1970
-    Clock* clock = nullptr;           // to pace background work by; without it nothing is paced
+    std::function<int64_t()> now_ms;   // wall clock, milliseconds since 1970
+    std::function<uint64_t()> random;  // numbers that are never drawn twice
+    Clock* clock = nullptr;            // to pace background work by; without it nothing is paced
 };
 
 }  // namespace varve::cow

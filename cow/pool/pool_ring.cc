@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <random>
 
 #include "cow/pool/pool_impl.h"
 
@@ -13,13 +12,6 @@ namespace {
 constexpr uint64_t kRingPart = 16;
 /// Leases of an old pool, which may be in pieces.
 constexpr unsigned kTriesMax = 256;
-
-uint64_t NewTag() {
-    std::random_device device;
-    uint64_t tag = 0;
-    while (tag == 0) tag = uint64_t{device()} << 32 | device();
-    return tag;
-}
 
 uint64_t BlocksOf(const std::vector<Extent>& extents) {
     uint64_t blocks = 0;
@@ -97,7 +89,9 @@ Task<Status> PoolImpl::PutRing(const std::vector<Extent>& leased) {
 }
 
 Task<Status> PoolImpl::BeginRing() {
-    ring_record_.tag = NewTag();
+    do {
+        ring_record_.tag = core_.environment.random();
+    } while (ring_record_.tag == 0);
     const std::vector<Extent> leased = std::exchange(ring_leased_, {});
     const Status s = co_await PutRing(leased);
     if (!s.ok()) co_return s;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
+#include <random>
 #include <utility>
 
 #include "base/log.h"
@@ -40,6 +41,11 @@ Task<bool> Destroy(std::unique_ptr<cow::Pool> pool) {
 int64_t NowMs() {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     return std::chrono::duration_cast<std::chrono::milliseconds>(now).count();
+}
+
+uint64_t Random() {
+    std::random_device device;
+    return uint64_t{device()} << 32 | device();
 }
 
 std::string Absolute(const std::string& path) {
@@ -139,6 +145,7 @@ Status Daemon::OpenPool(const Options& options) {
     environment.space = &directory_->space();
     environment.metadata = &directory_->metadata();
     environment.now_ms = NowMs;
+    environment.random = Random;
     environment.clock = clock_.get();
     Result<std::unique_ptr<cow::Pool>> pool =
         RunOn(*home_, cow::Pool::Open(std::move(environment), options.pool_options,

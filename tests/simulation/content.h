@@ -4,11 +4,11 @@
 #pragma once
 
 #include <array>
+#include <boost/unordered/unordered_flat_map.hpp>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <string_view>
-#include <unordered_map>
 
 namespace varve::simulation {
 
@@ -22,12 +22,13 @@ class Content {
     static Content Of(const void* bytes) {
         const std::string_view view(static_cast<const char*>(bytes), kSectorBytes);
         if (view == Content().bytes()) return Content();
-        const auto known = numbers_.find(view);
-        if (known != numbers_.end()) return Content(known->second);
-        Bytes& kept = kept_.emplace_back();
-        std::memcpy(kept.data(), bytes, kSectorBytes);
-        const auto number = static_cast<uint32_t>(kept_.size() - 1);
-        numbers_.emplace(std::string_view(kept.data(), kSectorBytes), number);
+        const auto number = static_cast<uint32_t>(kept_.size());
+        for (uint64_t hash = Hash(view);; ++hash) {
+            const auto [known, added] = numbers_.try_emplace(hash, number);
+            if (added) break;
+            if (Content(known->second).bytes() == view) return Content(known->second);
+        }
+        std::memcpy(kept_.emplace_back().data(), bytes, kSectorBytes);
         return Content(number);
     }
 
@@ -38,10 +39,19 @@ class Content {
   private:
     using Bytes = std::array<char, kSectorBytes>;
     explicit Content(uint32_t number) : number_(number) {}
+    static uint64_t Hash(std::string_view bytes) {
+        uint64_t hash = 0;
+        for (size_t i = 0; i < kSectorBytes; i += sizeof(uint64_t)) {
+            uint64_t word = 0;
+            std::memcpy(&word, bytes.data() + i, sizeof(word));
+            hash = (hash ^ word) * 0x9E37'79B9'7F4A'7C15;
+            hash ^= hash >> 32;
+        }
+        return hash;
+    }
 
     static inline std::deque<Bytes> kept_{Bytes{}};
-    static inline std::unordered_map<std::string_view, uint32_t> numbers_{
-        {std::string_view(kept_[0].data(), kSectorBytes), 0}};
+    static inline boost::unordered_flat_map<uint64_t, uint32_t> numbers_;  // by Hash(), or after it
 
     uint32_t number_ = 0;
 };

@@ -187,6 +187,7 @@ class Media {
 
     Scheduler& scheduler() { return scheduler_; }
     Faults faults;
+    uint64_t drawn = 0;  // numbers that are to be unlike all others
     uint64_t seeks = 0;  // in the metadata store, point lookups included
     uint64_t steps = 0;  // from one row to the next
     uint64_t cursors = 0, cursors_most = 0;

@@ -356,6 +356,7 @@ class Machine {
         environment_.space = &space_;
         environment_.metadata = &metadata_;
         environment_.now_ms = [] { return int64_t{1'000'000}; };
+        environment_.random = [&media] { return ++media.drawn; };
         for (unsigned i = 0; i < lanes; ++i) {
             Scheduler::Lane& lane = scheduler.NewLane();
             stores_.push_back(std::make_unique<SimBlockStore>(media, lane, traits));
