@@ -10,7 +10,7 @@ namespace varve::cow {
 namespace {
 
 /// Numbers are big-endian.
-struct Layout {
+struct FrameLayout {
     uint8_t sum[4];  // CRC32C of all that follows
     uint8_t bytes[4];
     uint8_t tag[8];
@@ -20,7 +20,7 @@ struct Layout {
     uint8_t lane[4];
     uint8_t count[4];
 };
-static_assert(sizeof(Layout) == kFrameHeaderBytes && alignof(Layout) == 1);
+static_assert(sizeof(FrameLayout) == kFrameHeaderBytes && alignof(FrameLayout) == 1);
 
 /// The first byte of an entry. Others are for later versions.
 enum Kind : char {
@@ -33,7 +33,7 @@ enum Kind : char {
 constexpr size_t kSumBytes = sizeof(uint32_t);
 
 uint32_t SumOf(std::string_view frame) {
-    const std::string_view rest = frame.substr(sizeof(Layout::sum));
+    const std::string_view rest = frame.substr(sizeof(FrameLayout::sum));
     auto* data = reinterpret_cast<unsigned char*>(const_cast<char*>(rest.data()));
     return ~crc32_iscsi(data, static_cast<int>(rest.size()), ~0U);
 }
@@ -113,7 +113,7 @@ void FrameWriter::AddVoid(const MapOwner& owner, uint64_t first, uint64_t count)
 
 std::string_view FrameWriter::Finish(FrameHeader header, size_t unit) {
     bytes_.resize((bytes_.size() + unit - 1) / unit * unit);
-    auto* layout = reinterpret_cast<Layout*>(bytes_.data());
+    auto* layout = reinterpret_cast<FrameLayout*>(bytes_.data());
     StoreBig(layout->bytes, static_cast<uint32_t>(bytes_.size()));
     StoreBig(layout->tag, header.tag);
     StoreBig(layout->first, header.first);
@@ -132,7 +132,7 @@ void FrameWriter::Clear() {
 
 std::optional<FrameHeader> ReadFrame(std::string_view bytes, uint64_t tag) {
     if (bytes.size() < kFrameHeaderBytes) return std::nullopt;
-    const auto* layout = reinterpret_cast<const Layout*>(bytes.data());
+    const auto* layout = reinterpret_cast<const FrameLayout*>(bytes.data());
     FrameHeader header;
     header.bytes = LoadBig<uint32_t>(layout->bytes);
     header.tag = LoadBig<uint64_t>(layout->tag);
@@ -148,7 +148,7 @@ std::optional<FrameHeader> ReadFrame(std::string_view bytes, uint64_t tag) {
 }
 
 bool ForEachEntry(std::string_view bytes, const std::function<void(const FrameEntry&)>& each) {
-    const auto* layout = reinterpret_cast<const Layout*>(bytes.data());
+    const auto* layout = reinterpret_cast<const FrameLayout*>(bytes.data());
     const uint64_t first = LoadBig<uint64_t>(layout->first);
     const uint32_t count = LoadBig<uint32_t>(layout->count);
     const uint32_t length = LoadBig<uint32_t>(layout->bytes);
