@@ -460,5 +460,24 @@ TEST_F(JournalTest, DurableEntriesThatAreGoneAreDamage) {
     machine.reset();
 }
 
+// A disk has nothing in the journal when it is restored, whatever others are writing.
+TEST_F(JournalTest, ADiskIsRestoredWhileOthersOfItsLaneWrite) {
+    for (const char* name : {"a", "b", "c"}) Ok(pool().CreateDisk(name, 64 * kMiB));
+    EXPECT_EQ(0, Write("c", 0, 4096, 'c'));
+    Ok(pool().CreateSnapshots({"c@s"}));
+    const std::string data(4096, 'a');
+    const auto bytes = std::as_bytes(std::span(data));
+    for (uint64_t round = 0; round < 50; ++round) {
+        EXPECT_EQ(0, Write("c", 4096, 4096, 'd'));
+        Close("c");
+        cow::Volume& other = Volume("a");  // of the same lane
+        for (uint64_t i = 0; i < 8; ++i) {
+            Begin("a", other.Write((round * 8 + i) * 4096, bytes, nullptr));
+        }
+        Ok(pool().RestoreSnapshot("c@s", std::nullopt, false, false));
+        Expect("c", 4096, 4096, '\0');
+    }
+}
+
 }  // namespace
 }  // namespace varve

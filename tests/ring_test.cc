@@ -231,12 +231,17 @@ TEST_F(RingTest, FramesAreUnderWayTogetherAndCountInTheirOrder) {
 // What a sync finds written is not durable as long as its data is under way.
 TEST_F(RingTest, WhatIsAnnouncedIsNotCompleted) {
     cow::LaneJournal::Announced first, second;
-    journal().Begin(first);
+    journal().Begin(first, DiskId{1});
     ASSERT_TRUE(Append(ChangeOf(1, 0, 1, 100)));
-    journal().Begin(second);
+    journal().Begin(second, DiskId{2});
     ASSERT_TRUE(Append(ChangeOf(2, 0, 1, 200)));
     EXPECT_EQ(0u, journal().completed());
+    // What a disk folds does not wait for what others are writing: it would never be done.
+    EXPECT_EQ(0u, journal().CompletedOf(DiskId{1}));
+    EXPECT_EQ(1u, journal().CompletedOf(DiskId{2}));
+    EXPECT_EQ(2u, journal().CompletedOf(DiskId{3}));
     journal().End(second);
+    EXPECT_EQ(2u, journal().CompletedOf(DiskId{2}));
     Sync();
     EXPECT_EQ(2u, journal().written());
     EXPECT_EQ(0u, journal().synced());

@@ -34,7 +34,7 @@ void Head::CountEntry(uint64_t end) {
 void Head::Announce(ChunkIndex chunk, Generation generation, const Stretches& stretches,
                     const Sums& sums, Announcement* announcement) {
     if (sums.empty()) return;
-    lane_.journal.Begin(announcement->entries);
+    lane_.journal.Begin(announcement->entries, disk_);
     std::span<const uint32_t> left(sums);
     for (const Stretch& stretch : stretches) {
         if (!stretch.fresh) continue;

@@ -187,7 +187,7 @@ void Head::SortForFold(std::vector<Chunk*>& chunks) {
 /// Entries below are in memory as they are in the journal: their data has been written.
 uint64_t Head::FoldableEnd() const {
     if (Mutated(Mutant::kFoldedBeforeWritten)) return lane_.journal.appended();
-    return lane_.journal.completed();
+    return lane_.journal.CompletedOf(disk_);
 }
 
 void Head::BeginPass() {

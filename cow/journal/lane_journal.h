@@ -63,9 +63,11 @@ class LaneJournal {
     /// Entries whose data is being written: what is appended from Begin() on, until End().
     struct Announced : boost::intrusive::list_base_hook<> {
         uint64_t first = 0;
+        DiskId disk;
     };
-    void Begin(Announced& announced) {
+    void Begin(Announced& announced, DiskId disk) {
         announced.first = appended_;
+        announced.disk = disk;
         announced_.push_back(announced);
     }
     void End(Announced& announced) {
@@ -86,6 +88,13 @@ class LaneJournal {
     uint64_t appended() const { return appended_; }
     uint64_t written() const { return written_; }
     uint64_t completed() const { return announced_.empty() ? appended_ : announced_.front().first; }
+    /// The same, as far as entries of that disk go: what others are writing does not count.
+    uint64_t CompletedOf(DiskId disk) const {
+        for (const Announced& announced : announced_) {
+            if (announced.disk == disk) return announced.first;
+        }
+        return appended_;
+    }
     uint64_t synced() const { return synced_; }
     uint64_t settled() const { return settled_; }
 
