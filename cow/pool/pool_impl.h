@@ -170,7 +170,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Status> FindRing();
     Task<Status> BeginRing();
     Status UseSegments();
-    Task<Status> PutRing(const std::vector<Extent>& leased);
+    Task<Status> PutRing();
     Task<Status> EndRing();
 
     // pool.cc

@@ -78,11 +78,13 @@ Task<Status> PoolImpl::FindRing() {
     co_return UseSegments();
 }
 
-/// Commits the record; `leased` are blocks of it that are to be reserved.
-Task<Status> PoolImpl::PutRing(const std::vector<Extent>& leased) {
-    Change change = [&](CommitContext& context) {
+/// Commits the record, and reserves those blocks of it that are not reserved yet.
+Task<Status> PoolImpl::PutRing() {
+    Change change = [this](CommitContext& context) {
         context.batch.Put(RingKey(), Encode(ring_record_));
-        for (const Extent& extent : leased) context.allocator.ReserveLeased(extent);
+        for (const Extent& extent : std::exchange(ring_leased_, {})) {
+            context.allocator.ReserveLeased(extent);
+        }
         return Status();
     };
     co_return co_await Commit(std::move(change));
@@ -92,8 +94,7 @@ Task<Status> PoolImpl::BeginRing() {
     do {
         ring_record_.tag = core_.environment.random();
     } while (ring_record_.tag == 0);
-    const std::vector<Extent> leased = std::exchange(ring_leased_, {});
-    const Status s = co_await PutRing(leased);
+    const Status s = co_await PutRing();
     if (!s.ok()) co_return s;
     ring_ = std::make_unique<Ring>(ring_record_, lanes_.size());
     for (const auto& lane : lanes_) {
@@ -106,8 +107,7 @@ Task<Status> PoolImpl::BeginRing() {
 /// All is folded: the next start has nothing to read.
 Task<Status> PoolImpl::EndRing() {
     ring_record_.tag = 0;
-    const std::vector<Extent> none;
-    const Status s = co_await PutRing(none);
+    const Status s = co_await PutRing();
     co_await committer_.Idle();
     co_return s;
 }
