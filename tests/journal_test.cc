@@ -16,11 +16,7 @@ using cow::kChunkBytes;
 using cow::MapChange;
 
 MapChange ChangeOf(uint64_t chunk, uint64_t first, uint64_t count, uint64_t place) {
-    MapChange change{.chunk = ChunkIndex{chunk}};
-    change.first = first;
-    change.count = count;
-    change.place = place;
-    return change;
+    return cow::MapChangeOf(ChunkIndex{chunk}, first, count, place);
 }
 
 TEST(JournalRowTest, WhatIsEncodedIsDecodedInOrder) {

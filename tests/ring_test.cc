@@ -21,11 +21,7 @@ constexpr uint64_t kRingPlace = 3;  // blocks
 const MapOwner kOwner{DiskId{4}, BranchId{5}, Generation{6}};
 
 MapChange ChangeOf(uint64_t chunk, uint64_t first, uint64_t count, uint64_t place) {
-    MapChange change{.chunk = ChunkIndex{chunk}};
-    change.first = first;
-    change.count = count;
-    change.place = place;
-    return change;
+    return cow::MapChangeOf(ChunkIndex{chunk}, first, count, place);
 }
 
 std::vector<uint32_t> SumsOf(const MapChange& change) {
@@ -231,21 +227,22 @@ TEST_F(RingTest, FramesAreUnderWayTogetherAndCountInTheirOrder) {
 // What a sync finds written is not durable as long as its data is under way.
 TEST_F(RingTest, WhatIsAnnouncedIsNotCompleted) {
     cow::LaneJournal::Announced first, second;
-    journal().Begin(first, DiskId{1});
+    cow::LaneJournal::DiskAnnounced disk1, disk2, disk3;
+    journal().Begin(first, disk1);
     ASSERT_TRUE(Append(ChangeOf(1, 0, 1, 100)));
-    journal().Begin(second, DiskId{2});
+    journal().Begin(second, disk2);
     ASSERT_TRUE(Append(ChangeOf(2, 0, 1, 200)));
     EXPECT_EQ(0u, journal().completed());
     // What a disk folds does not wait for what others are writing: it would never be done.
-    EXPECT_EQ(0u, journal().CompletedOf(DiskId{1}));
-    EXPECT_EQ(1u, journal().CompletedOf(DiskId{2}));
-    EXPECT_EQ(2u, journal().CompletedOf(DiskId{3}));
-    journal().End(second);
-    EXPECT_EQ(2u, journal().CompletedOf(DiskId{2}));
+    EXPECT_EQ(0u, journal().CompletedOf(disk1));
+    EXPECT_EQ(1u, journal().CompletedOf(disk2));
+    EXPECT_EQ(2u, journal().CompletedOf(disk3));
+    journal().End(second, disk2);
+    EXPECT_EQ(2u, journal().CompletedOf(disk2));
     Sync();
     EXPECT_EQ(2u, journal().written());
     EXPECT_EQ(0u, journal().synced());
-    journal().End(first);
+    journal().End(first, disk1);
     Sync();
     EXPECT_EQ(2u, journal().synced());
     // The second did not happen, and a sync came before that was told.

@@ -62,16 +62,7 @@ class Decoder {
         return bytes;
     }
 
-    std::string String() {
-        const uint64_t size = Varint();
-        if (size > in_.size()) {
-            Fail();
-            return {};
-        }
-        std::string text(in_.substr(0, size));
-        in_.remove_prefix(size);
-        return text;
-    }
+    std::string String() { return std::string(Take(Varint())); }
 
     std::string_view rest() const { return in_; }
     bool ok() const { return ok_; }

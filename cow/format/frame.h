@@ -18,8 +18,11 @@
 namespace varve::cow {
 
 inline constexpr size_t kFrameHeaderBytes = 48;
-/// What one entry takes at most, the one that names its owner included.
-inline constexpr size_t kEntryBytesMax = 31 + 23 + 4 * kChunkBlocks;
+/// What an entry takes at most: one that names an owner; one that maps blocks, but for their
+/// checksums, of 4 bytes each; and any, with its owner's.
+inline constexpr size_t kOwnerBytesMax = 31;
+inline constexpr size_t kMapBytesMax = 23;
+inline constexpr size_t kEntryBytesMax = kOwnerBytesMax + kMapBytesMax + 4 * kChunkBlocks;
 /// A frame with one entry fits.
 inline constexpr size_t kFrameUnitLeast = 512;
 static_assert(kFrameHeaderBytes + kEntryBytesMax <= kFrameUnitLeast);

@@ -16,6 +16,14 @@ struct MapChange {
 };
 static_assert(sizeof(MapChange) == 16);
 
+inline MapChange MapChangeOf(ChunkIndex chunk, uint64_t first, uint64_t count, uint64_t place) {
+    MapChange change{.chunk = chunk};
+    change.first = first;
+    change.count = count;
+    change.place = place;
+    return change;
+}
+
 /// The largest index a chunk may have, and one more.
 inline constexpr uint64_t kChunksMax = kDiskBytesMax / kChunkBytes;
 

@@ -7,8 +7,6 @@
 namespace varve::cow {
 namespace {
 
-constexpr uint64_t kPlacesMax = uint64_t{1} << 48;
-
 uint64_t TakeTag(Decoder& in) {
     const std::string_view bytes = in.Take(sizeof(uint64_t));
     return in.ok() ? LoadBig<uint64_t>(bytes.data()) : 0;
@@ -42,8 +40,7 @@ bool Decode(std::string_view value, RingRecord* record) {
         Extent extent;
         extent.place = in.Varint();
         extent.count = in.Varint();
-        sound = extent.place > 0 && extent.place < kPlacesMax && extent.count > 0 &&
-                extent.count <= kPlacesMax - extent.place;
+        sound = extent.count > 0 && ArePlaces(extent.place, extent.count);
         record->extents.push_back(extent);
     }
     return sound && in.Finished();

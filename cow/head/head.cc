@@ -490,7 +490,7 @@ Task<Errno> Head::WriteSegment(uint64_t offset, std::span<const std::byte> buffe
         if (announcement.end > 0) co_await Recall(generation, &announcement);
         GiveUp(stretches);
     }
-    if (announcement.end > 0) lane_.journal.End(announcement.entries);
+    if (announcement.end > 0) lane_.journal.End(announcement.entries, announced_);
     *last = std::max(*last, announcement.end);
     GiveBack(lane_.journal, reserved);
     if (--writers_[era] == 0) writers_gone_.WakeAll();

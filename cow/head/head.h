@@ -288,6 +288,7 @@ class Head : public MappedVolume {
     uint64_t unfolded_ = 0;         // in all of them, and in the round
     std::atomic<bool> changed_ = false;
 
+    LaneJournal::DiskAnnounced announced_;
     uint64_t first_entry_ = kNoEntry;  // in the journal, that is not folded
     uint64_t last_entry_ = 0;          // the number after the last one
     uint64_t entries_ = 0;             // in the journal, since the last round began

@@ -34,14 +34,11 @@ void Head::CountEntry(uint64_t end) {
 void Head::Announce(ChunkIndex chunk, Generation generation, const Stretches& stretches,
                     const Sums& sums, Announcement* announcement) {
     if (sums.empty()) return;
-    lane_.journal.Begin(announcement->entries, disk_);
+    lane_.journal.Begin(announcement->entries, announced_);
     std::span<const uint32_t> left(sums);
     for (const Stretch& stretch : stretches) {
         if (!stretch.fresh) continue;
-        MapChange change{.chunk = chunk};
-        change.place = stretch.place;
-        change.first = stretch.first;
-        change.count = stretch.count;
+        const MapChange change = MapChangeOf(chunk, stretch.first, stretch.count, stretch.place);
         CountEntry(
             lane_.journal.Append({disk_, branch_, generation}, change, left.first(stretch.count)));
         left = left.subspan(stretch.count);
@@ -165,10 +162,7 @@ void Head::UnmapNow(Chunk& chunk, uint32_t first, uint32_t end) {
     Runs removed;
     Unmap(chunk.runs, first, end, &removed);
     if (!removed.empty() && !Mutated(Mutant::kTrimNotDurable)) {
-        MapChange change{.chunk = chunk.index};
-        change.place = 0;
-        change.first = first;
-        change.count = end - first;
+        const MapChange change = MapChangeOf(chunk.index, first, end - first, 0);
         CountEntry(lane_.journal.Append({disk_, branch_, generation_}, change, {}));
     }
     ReleaseTentative(removed, StateBefore(chunk));

@@ -14,6 +14,7 @@ namespace {
 constexpr uint64_t kReleasedByFlush = 1024;
 
 }  // namespace
+
 // ---- one round
 
 void Head::Encode(Chunk& chunk, HeadCommit& commit) const {
@@ -187,7 +188,7 @@ void Head::SortForFold(std::vector<Chunk*>& chunks) {
 /// Entries below are in memory as they are in the journal: their data has been written.
 uint64_t Head::FoldableEnd() const {
     if (Mutated(Mutant::kFoldedBeforeWritten)) return lane_.journal.appended();
-    return lane_.journal.CompletedOf(disk_);
+    return lane_.journal.CompletedOf(announced_);
 }
 
 void Head::BeginPass() {

@@ -21,12 +21,9 @@ bool DecodeChanges(std::string_view value, std::vector<MapChange>* changes) {
     Decoder in(value);
     if (in.Byte() != kFormatVersion) return false;
     while (in.ok() && !in.rest().empty()) {
-        MapChange change;
-        change.chunk.value = in.Varint();
+        const ChunkIndex chunk{in.Varint()};
         const uint64_t first = in.Byte(), count = in.Byte(), place = in.Varint();
-        change.first = first;
-        change.count = count;
-        change.place = place;
+        const MapChange change = MapChangeOf(chunk, first, count, place);
         const bool fits = place == 0 || ArePlaces(place, count);
         if (!in.ok() || !fits || !IsSound(change)) return false;
         changes->push_back(change);

@@ -53,8 +53,9 @@ void LaneJournal::Open(Ring& ring, std::function<void()> fold) {
 
 /// They may lie in two frames if a segment ends between them, but for a single one.
 uint64_t LaneJournal::UnitsFor(uint64_t blocks) const {
-    constexpr uint64_t kOwnerBytes = 31, kBlockBytesMost = 27;
-    return Units(kFrameHeaderBytes + kOwnerBytes + kBlockBytesMost * blocks) + (blocks > 1 ? 1 : 0);
+    constexpr uint64_t kEachBytesMax = kMapBytesMax + 4;
+    return Units(kFrameHeaderBytes + kOwnerBytesMax + kEachBytesMax * blocks) +
+           (blocks > 1 ? 1 : 0);
 }
 
 /// Units that frames may still take, of segments that the lane has.

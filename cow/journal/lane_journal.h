@@ -45,7 +45,6 @@ class LaneJournal {
     /// Before the first append; on any thread. `fold` is called on the lane when the ring is full:
     /// all that the lane's disks have in it is to be folded.
     void Open(Ring& ring, std::function<void()> fold);
-    uint64_t tag() const { return ring_->tag(); }
 
     /// Units to reserve for changes of so many blocks of a chunk, however they lie, that are
     /// appended in one go. For a void one is enough.
@@ -61,17 +60,25 @@ class LaneJournal {
     uint64_t AppendVoid(const MapOwner& owner, uint64_t first, uint64_t count);
 
     /// Entries whose data is being written: what is appended from Begin() on, until End().
-    struct Announced : boost::intrusive::list_base_hook<> {
+    struct Announced {
         uint64_t first = 0;
-        DiskId disk;
+        boost::intrusive::list_member_hook<> in_lane, in_disk;
     };
-    void Begin(Announced& announced, DiskId disk) {
+    using LaneAnnounced = boost::intrusive::list<
+        Announced, boost::intrusive::member_hook<Announced, boost::intrusive::list_member_hook<>,
+                                                 &Announced::in_lane>>;
+    using DiskAnnounced = boost::intrusive::list<
+        Announced, boost::intrusive::member_hook<Announced, boost::intrusive::list_member_hook<>,
+                                                 &Announced::in_disk>>;
+    /// `disk`: those of the same disk, which keeps them.
+    void Begin(Announced& announced, DiskAnnounced& disk) {
         announced.first = appended_;
-        announced.disk = disk;
         announced_.push_back(announced);
+        disk.push_back(announced);
     }
-    void End(Announced& announced) {
+    void End(Announced& announced, DiskAnnounced& disk) {
         announced_.erase(announced_.iterator_to(announced));
+        disk.erase(disk.iterator_to(announced));
         if (std::exchange(fold_later_, false)) AskToFold();
     }
     /// There was nothing to fold, though there will be: fold() is called again when some data has
@@ -87,13 +94,11 @@ class LaneJournal {
 
     uint64_t appended() const { return appended_; }
     uint64_t written() const { return written_; }
-    uint64_t completed() const { return announced_.empty() ? appended_ : announced_.front().first; }
-    /// The same, as far as entries of that disk go: what others are writing does not count.
-    uint64_t CompletedOf(DiskId disk) const {
-        for (const Announced& announced : announced_) {
-            if (announced.disk == disk) return announced.first;
-        }
-        return appended_;
+    uint64_t completed() const { return CompletedOf(announced_); }
+    /// Of those in `list`: of one disk, what others are writing does not count.
+    template <typename List>
+    uint64_t CompletedOf(const List& list) const {
+        return list.empty() ? appended_ : list.front().first;
     }
     uint64_t synced() const { return synced_; }
     uint64_t settled() const { return settled_; }
@@ -173,7 +178,7 @@ class LaneJournal {
     std::deque<Frame> frames_;
     unsigned under_way_ = 0;  // of them
     bool writing_slot_ = false;
-    boost::intrusive::list<Announced> announced_;
+    LaneAnnounced announced_;
     bool fold_later_ = false;
     std::deque<Segment> segments_;  // that hold what is not folded; the last one is written to
     std::vector<uint32_t> spare_;

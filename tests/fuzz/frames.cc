@@ -31,11 +31,10 @@ Written Write(fuzz::Input input, bool durable) {
         header.durable = durable ? before_last : 0;
         before_last = header.first;
         for (unsigned entries = input.Byte() % 8; entries > 0; --entries) {
-            MapChange change{.chunk = ChunkIndex{input.Number(2)}};
+            const ChunkIndex chunk{input.Number(2)};
             const uint64_t first = input.Byte() % kChunkBlocks;
-            change.first = first;
-            change.count = 1 + input.Byte() % (kChunkBlocks - first);
-            change.place = input.Number(2);
+            const uint64_t count = 1 + input.Byte() % (kChunkBlocks - first);
+            const MapChange change = MapChangeOf(chunk, first, count, input.Number(2));
             const std::vector<uint32_t> sums(change.place == 0 ? 0 : change.count, 7);
             writer.Add({DiskId{1}, BranchId{2}, Generation{1U + entries % 2}}, change, sums);
             written.changes.push_back(change);
