@@ -194,7 +194,7 @@ size_t Connection::TakeHeader(std::span<const std::byte> bytes) {
         return Accept(bytes.data()) ? sizeof header_ : 0;
     }
     const size_t used = std::min(sizeof header_ - header_bytes_, bytes.size());
-    std::memcpy(header_.data() + header_bytes_, bytes.data(), used);
+    if (used > 0) std::memcpy(header_.data() + header_bytes_, bytes.data(), used);
     header_bytes_ += used;
     if (header_bytes_ == sizeof header_ && Accept(header_.data())) header_bytes_ = 0;
     return used;
@@ -202,7 +202,7 @@ size_t Connection::TakeHeader(std::span<const std::byte> bytes) {
 
 size_t Connection::TakePayload(std::span<const std::byte> bytes) {
     const size_t used = std::min<size_t>(filling_->length - filled_, bytes.size());
-    std::memcpy(filling_->payload.data() + filled_, bytes.data(), used);
+    if (used > 0) std::memcpy(filling_->payload.data() + filled_, bytes.data(), used);
     CountPayload(used);
     return used;
 }
