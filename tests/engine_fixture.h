@@ -12,11 +12,11 @@ inline constexpr uint64_t kMiB = 1 << 20;
 
 class EngineTest : public testing::Test {
   protected:
-    explicit EngineTest(unsigned lane_count = 2, uint64_t capacity = 64 * kMiB)
-        : lanes(lane_count), media(scheduler, capacity) {}
+    explicit EngineTest(unsigned lane_count = 2, uint64_t capacity = 64 * kMiB, uint64_t seed = 1)
+        : lanes(lane_count), scheduler(seed), media(scheduler, capacity) {}
 
     const unsigned lanes;
-    Scheduler scheduler{1};
+    Scheduler scheduler;
     Media media;
     std::unique_ptr<Machine> machine;
     std::map<std::string, cow::Export> exports;

@@ -182,12 +182,34 @@ class FakePool : public cow::Pool {
         co_return Status();
     }
 
-    Task<Status> DeleteSnapshot(std::string name, bool disconnect) override {
+    Result<std::vector<cow::BookmarkInfo>> ListBookmarks(std::string disk) const override {
+        const auto found = disks_.find(disk);
+        if (found == disks_.end()) return NoDisk(disk);
+        return found->second.bookmarks;
+    }
+    /// Each megabyte from `offset` to the disk's end, one at a time.
+    Task<Result<cow::Difference>> Diff(std::string from, std::string to, uint64_t offset) override {
+        co_await Enter();
+        for (const std::string& name : {from, to}) {
+            Result<cow::SnapshotInfo*> found = Find(name);
+            if (!found.ok()) co_return found.error();
+        }
+        cow::Difference part;
+        part.extents.push_back({offset, 4096, offset != 0});
+        if (offset < 3 << 20) part.next = offset + (1 << 20);
+        co_return part;
+    }
+
+    Task<Status> DeleteSnapshot(std::string name, bool disconnect, bool bookmark) override {
         co_await Enter();
         Result<cow::SnapshotInfo*> found = Find(name);
         if (!found.ok()) co_return found.error();
         Disk& disk = disks_[found.value()->disk];
         if (disk.clients && !disconnect) co_return Busy(name);
+        if (bookmark) {
+            const cow::SnapshotInfo& info = *found.value();
+            disk.bookmarks.push_back({info.name, info.created_ms, info.size, info.generation});
+        }
         disk.snapshots.erase(disk.snapshots.begin() + (found.value() - disk.snapshots.data()));
         pending_ = reclaim_steps_;
         co_return Status();
@@ -277,14 +299,17 @@ class FakePool : public cow::Pool {
         disk->second.offline = offline;
         co_return Status();
     }
-    Result<cow::ExportEntry> DescribeExport(std::string name) override {
+    Result<cow::ExportDetails> DescribeExport(std::string name) override {
         for (const cow::ExportEntry& entry : *exports_list_) {
-            if (entry.name == name) return entry;
+            if (entry.name == name) return cow::ExportDetails{entry};
         }
         return NoDisk(name);
     }
+    bool HasBase(std::string_view, std::string_view) const override { return false; }
+    std::shared_ptr<const cow::Layers> LayersOf(uint64_t) override { return nullptr; }
     /// What is opened has no volume.
-    Task<Result<cow::Export>> OpenExport(std::string name, const bool* given_up) override {
+    Task<Result<cow::Export>> OpenExport(std::string name, std::vector<std::string>,
+                                         const bool* given_up) override {
         ++opening_;
         while (holding_exports_ && !*given_up) co_await Hop(home_);
         --opening_;
@@ -293,7 +318,9 @@ class FakePool : public cow::Pool {
             co_return found.error();
         }
         opened_.push_back(name);
-        co_return cow::Export{nullptr, opened_.size() - 1};
+        cow::Export opened;
+        opened.id = opened_.size() - 1;
+        co_return opened;
     }
     Task<void> CloseExport(uint64_t) override {
         ++closed_;
@@ -312,6 +339,7 @@ class FakePool : public cow::Pool {
         uint64_t clients = 0;
         bool offline = false;
         std::vector<cow::SnapshotInfo> snapshots;
+        std::vector<cow::BookmarkInfo> bookmarks;
     };
 
     Task<void> Enter(bool creates = false) {

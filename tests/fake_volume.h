@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/sync.h"
+#include "cow/volume/changes.h"
 #include "cow/volume/volume.h"
 
 namespace varve {
@@ -99,10 +100,37 @@ class FakeVolume : public cow::Volume {
         --running_;
         co_return error;
     }
-    Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most,
+    Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most, const cow::Layers* layers,
                        std::vector<cow::Allocation>* map, cow::Requester* requester) override {
         const Errno error = co_await Enter("status", requester);
         if (!error) Describe(offset, length, most, map);
+        if (layers) {
+            for (cow::Allocation& part : *map) part.depth = part.hole ? 0 : layers->DepthOf({5});
+        }
+        --running_;
+        co_return error;
+    }
+    /// Stretches of 2^generation blocks are the same and changed in turns.
+    Task<Errno> Changes(const cow::Base* base, uint64_t offset, uint64_t length, uint32_t most,
+                        std::vector<cow::Delta>* changes, cow::Requester* requester) override {
+        const Errno error = co_await Enter("changes", requester);
+        const uint64_t end = offset + length;
+        while (!error && offset < end) {
+            const uint64_t block = offset / cow::kBlockBytes;
+            const bool changed = (block >> base->generation.value & 1) != 0;
+            const bool zero = changed && !mapped_[block];
+            const uint64_t to = std::min(end, (block + 1) * cow::kBlockBytes);
+            cow::Delta next{to - offset, changed, zero};
+            const bool joins = !changes->empty() && changes->back().changed == changed &&
+                               changes->back().zero == zero;
+            if (!joins && changes->size() == most) break;
+            if (joins) {
+                changes->back().length += next.length;
+            } else {
+                changes->push_back(next);
+            }
+            offset = to;
+        }
         --running_;
         co_return error;
     }

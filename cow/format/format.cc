@@ -64,6 +64,9 @@ std::string SumsKey(uint64_t piece) {
 std::string SummedKey(SnapshotId snapshot) {
     return Key('K', snapshot.value);
 }
+std::string BookmarkKey(SnapshotId snapshot) {
+    return Key('O', snapshot.value);
+}
 
 std::string PrefixEnd(std::string prefix) {
     while (!prefix.empty()) {

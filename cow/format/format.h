@@ -16,6 +16,7 @@
 //   L branch generation number     map changes that are not in map rows yet: see journal.h
 //   C piece                        checksums of frozen blocks in 64 places: see checksums.h
 //   K snapshot                     all blocks of the snapshot have checksums
+//   O snapshot                     a bookmark: the record of a snapshot that was deleted
 // Keys that begin with 'U' belong to whoever owns the pool directory.
 #pragma once
 
@@ -41,6 +42,7 @@ std::string NoteKey(BranchId branch, ChunkIndex chunk, Generation generation, ui
 std::string JournalKey(BranchId branch, Generation generation, uint64_t number);
 std::string SumsKey(uint64_t piece);
 std::string SummedKey(SnapshotId snapshot);
+std::string BookmarkKey(SnapshotId snapshot);
 
 /// The branch in which the key's row has its place, if that is a map row or a note.
 std::optional<BranchId> BranchOfRow(std::string_view key);

@@ -59,6 +59,15 @@ struct Extent {
 struct Allocation {
     uint64_t length = 0;  // bytes
     bool hole = false;    // not mapped, reads as zeros
+    uint32_t depth = 0;   // if asked for, and not a hole: see Layers
+};
+
+/// A stretch of a disk beside another state of it.
+struct Delta {
+    uint64_t length = 0;   // bytes
+    bool changed = false;  // may differ
+    bool zero = false;     // if changed: not mapped, reads as zeros now
+    friend bool operator==(const Delta&, const Delta&) = default;
 };
 
 }  // namespace varve::cow

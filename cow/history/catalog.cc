@@ -73,7 +73,7 @@ Result<Catalog> Catalog::Load(MetadataView& view) {
         if (!sound) return Damaged("the pool's record is unreadable");
     }
     for (const auto load : {&Catalog::LoadBranches, &Catalog::LoadDisks, &Catalog::LoadSnapshots,
-                            &Catalog::LoadJobs}) {
+                            &Catalog::LoadBookmarks, &Catalog::LoadJobs}) {
         if (Status s = (catalog.*load)(view); !s.ok()) return s.error();
     }
     return catalog;
@@ -133,6 +133,27 @@ Status Catalog::LoadSnapshots(MetadataView& view) {
     });
 }
 
+/// A program that does not know of bookmarks may have deleted the disk, or used the name: what is
+/// left then is of no use.
+Status Catalog::LoadBookmarks(MetadataView& view) {
+    return ForEachRow(view, 'O', [this](uint64_t id, std::string_view value) -> Status {
+        SnapshotRecord record;
+        const bool sound = Decode(value, &record) && IsValidName(record.name) &&
+                           record.size % kSizeUnitBytes == 0 && record.size <= kDiskBytesMax;
+        if (!sound) return Damaged(fmt::format("bookmark {} is unreadable", id));
+        const auto disk = disks_.find(record.disk);
+        if (disk == disks_.end() || FindBase(record.disk, record.name)) return Status();
+        EnterBookmark(SnapshotId{id}, std::move(record));
+        return Status();
+    });
+}
+
+void Catalog::EnterBookmark(SnapshotId id, SnapshotRecord record) {
+    if (history_.Contains(record.branch)) history_.AddBookmark(record.branch);
+    disks_.at(record.disk).bookmarks.emplace(record.name, id);
+    bookmarks_[id] = std::move(record);
+}
+
 Status Catalog::LoadJobs(MetadataView& view) {
     return ForEachRow(view, 'J', [this](uint64_t number, std::string_view value) -> Status {
         JobRecord record;
@@ -161,10 +182,26 @@ Result<SnapshotId> Catalog::FindSnapshot(std::string_view name) const {
     const auto& snapshots = disk(found.value()).snapshots;
     const auto snapshot = snapshots.find(parts.value().snapshot);
     if (snapshot != snapshots.end()) return snapshot->second;
+    if (disk(found.value()).bookmarks.contains(parts.value().snapshot)) {
+        return MakeError(
+            ErrorKind::kNotFound,
+            fmt::format("'{}@{}' is a bookmark: its data was freed, and it is only good "
+                        "to compare with",
+                        parts.value().disk, parts.value().snapshot));
+    }
     return MakeError(
         ErrorKind::kNotFound,
         fmt::format("disk '{}' has no snapshot '{}'; 'varve list {}' shows its snapshots",
                     parts.value().disk, parts.value().snapshot, parts.value().disk));
+}
+
+std::optional<Catalog::Base> Catalog::FindBase(DiskId id, std::string_view name) const {
+    const Disk& in = disk(id);
+    const auto snapshot = in.snapshots.find(name);
+    if (snapshot != in.snapshots.end()) return Base{snapshot->second, false};
+    const auto bookmark = in.bookmarks.find(name);
+    if (bookmark != in.bookmarks.end()) return Base{bookmark->second, true};
+    return std::nullopt;
 }
 
 std::optional<Catalog::Owner> Catalog::OwnerOf(BranchId branch, Generation generation) const {
@@ -207,7 +244,7 @@ void Catalog::UpdateDisk(DiskId id, DiskRecord record, Batch& batch) {
 
 void Catalog::RemoveDisk(DiskId id, Batch& batch) {
     const Disk& disk = disks_.at(id);
-    VARVE_CHECK(disk.snapshots.empty());
+    VARVE_CHECK(disk.snapshots.empty() && disk.bookmarks.empty());
     ++names_version_;
     history_.SetHead(disk.record.branch, false);
     disk_names_.erase(disk.record.name);
@@ -249,6 +286,31 @@ void Catalog::RemoveSnapshot(SnapshotId id, Batch& batch) {
     batch.Delete(SnapshotKey(id));
     batch.Delete(SummedKey(id));
     snapshots_.erase(id);
+}
+
+void Catalog::MakeBookmark(SnapshotId id, Batch& batch) {
+    SnapshotRecord record = snapshots_.at(id);
+    record.mapped_blocks = 0;
+    RemoveSnapshot(id, batch);
+    batch.Put(BookmarkKey(id), Encode(record));
+    EnterBookmark(id, std::move(record));
+}
+
+void Catalog::RenameBookmark(SnapshotId id, std::string to, Batch& batch) {
+    SnapshotRecord& record = bookmarks_.at(id);
+    auto& names = disks_.at(record.disk).bookmarks;
+    names.erase(record.name);
+    VARVE_CHECK(names.emplace(to, id).second);
+    record.name = std::move(to);
+    batch.Put(BookmarkKey(id), Encode(record));
+}
+
+void Catalog::RemoveBookmark(SnapshotId id, Batch& batch) {
+    const SnapshotRecord& record = bookmarks_.at(id);
+    disks_.at(record.disk).bookmarks.erase(record.name);
+    if (history_.Contains(record.branch)) history_.RemoveBookmark(record.branch);
+    batch.Delete(BookmarkKey(id));
+    bookmarks_.erase(id);
 }
 
 BranchId Catalog::AddBranch(BranchId parent, Generation fork, Batch& batch) {

@@ -21,6 +21,7 @@ class Catalog {
     struct Disk {
         DiskRecord record;
         std::map<std::string, SnapshotId, std::less<>> snapshots;  // by name
+        std::map<std::string, SnapshotId, std::less<>> bookmarks;  // no name is in both
     };
 
     /// Reads everything from `view`. kDamaged names the row that breaks a rule; kInvalid for
@@ -30,6 +31,8 @@ class Catalog {
     // ---- reading
     const std::map<DiskId, Disk>& disks() const { return disks_; }
     const std::map<SnapshotId, SnapshotRecord>& snapshots() const { return snapshots_; }
+    /// What is left of snapshots that were deleted, as bases (docs/design/changes.md).
+    const std::map<SnapshotId, SnapshotRecord>& bookmarks() const { return bookmarks_; }
     const std::map<uint64_t, JobRecord>& jobs() const { return jobs_; }
     bool HasJob(BranchId id) const { return job_branches_.contains(id); }
     const History& history() const { return history_; }
@@ -46,6 +49,15 @@ class Catalog {
     Result<DiskId> FindDisk(std::string_view name) const;
     /// By "disk@snapshot"; kInvalid if it has no such form, kNotFound.
     Result<SnapshotId> FindSnapshot(std::string_view name) const;
+    /// What a disk can be compared with.
+    struct Base {
+        SnapshotId id;
+        bool bookmark = false;
+    };
+    std::optional<Base> FindBase(DiskId id, std::string_view name) const;
+    const SnapshotRecord& RecordOf(Base base) const {
+        return base.bookmark ? bookmarks_.at(base.id) : snapshots_.at(base.id);
+    }
     const Disk& disk(DiskId id) const { return disks_.at(id); }
     const SnapshotRecord& snapshot(SnapshotId id) const { return snapshots_.at(id); }
     /// Who sees the end of that generation: the head that is writing it, or the snapshot it ended
@@ -62,13 +74,17 @@ class Catalog {
     DiskId AddDisk(DiskRecord record, Batch& batch);
     /// Replaces the record; a changed branch moves the head.
     void UpdateDisk(DiskId id, DiskRecord record, Batch& batch);
-    /// REQUIRES: the disk has no snapshots.
+    /// REQUIRES: the disk has no snapshots and no bookmarks.
     void RemoveDisk(DiskId id, Batch& batch);
     SnapshotId AddSnapshot(SnapshotRecord record, Batch& batch);
     void RenameSnapshot(SnapshotId id, std::string to, Batch& batch);
     /// Counts `change` more blocks as mapped.
     void AddMapped(SnapshotId id, int64_t change, Batch& batch);
     void RemoveSnapshot(SnapshotId id, Batch& batch);
+    /// Removes the snapshot and keeps its record.
+    void MakeBookmark(SnapshotId id, Batch& batch);
+    void RenameBookmark(SnapshotId id, std::string to, Batch& batch);
+    void RemoveBookmark(SnapshotId id, Batch& batch);
     BranchId AddBranch(BranchId parent, Generation fork, Batch& batch);
     /// A child takes its place: see History.
     void RemoveBranch(BranchId id, Batch& batch);
@@ -81,12 +97,15 @@ class Catalog {
     Status LoadBranches(MetadataView& view);
     Status LoadDisks(MetadataView& view);
     Status LoadSnapshots(MetadataView& view);
+    Status LoadBookmarks(MetadataView& view);
     Status LoadJobs(MetadataView& view);
+    void EnterBookmark(SnapshotId id, SnapshotRecord record);
     void PutBranch(BranchId id, Batch& batch) const;
 
     std::map<DiskId, Disk> disks_;
     std::map<std::string, DiskId, std::less<>> disk_names_;
     std::map<SnapshotId, SnapshotRecord> snapshots_;
+    std::map<SnapshotId, SnapshotRecord> bookmarks_;
     std::map<uint64_t, JobRecord> jobs_;
     std::multiset<BranchId> job_branches_;  // that `jobs_` are about
     uint64_t names_version_ = 0;

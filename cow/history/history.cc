@@ -21,7 +21,8 @@ void History::AddBranch(BranchId id, BranchId parent, Generation fork) {
 void History::Changed(BranchId id) {
     ++version_;
     const Branch& branch = branches_.at(id);
-    const bool bare = branch.snapshots.empty() && branch.children.size() <= 1 && !branch.head;
+    const bool bare = branch.snapshots.empty() && branch.children.size() <= 1 && !branch.head &&
+                      branch.bookmarks == 0;
     if (bare) bare_.insert(id);
     if (!bare) bare_.erase(id);
 }
@@ -57,6 +58,17 @@ void History::RemoveSnapshot(BranchId id, Generation generation) {
 
 void History::SetHead(BranchId id, bool head) {
     branches_.at(id).head = head;
+    Changed(id);
+}
+
+void History::AddBookmark(BranchId id) {
+    ++branches_.at(id).bookmarks;
+    Changed(id);
+}
+
+void History::RemoveBookmark(BranchId id) {
+    VARVE_CHECK(branches_.at(id).bookmarks > 0);
+    --branches_.at(id).bookmarks;
     Changed(id);
 }
 
@@ -103,6 +115,53 @@ Line History::LineOf(BranchId id, Generation generation) const {
         id = branch.parent;
     }
     return line;
+}
+
+Line History::PathOf(BranchId id, Generation generation) const {
+    return StretchesDownTo(id, generation, [](BranchId, Generation) { return std::nullopt; });
+}
+
+History::Apart History::ApartFrom(BranchId id, Generation generation, BranchId base,
+                                  Generation at) const {
+    Apart apart;
+    const Line mine = PathOf(id, generation);
+    std::map<BranchId, Generation> places;  // where my path leaves each branch
+    for (const Stretch& stretch : mine) places[stretch.branch] = stretch.to;
+    // Down from the base to a branch that both have; to the root if there is none.
+    std::optional<Stretch> meeting;
+    for (const Stretch& stretch : Contains(base) ? PathOf(base, at) : Line()) {
+        const auto common = places.find(stretch.branch);
+        if (common == places.end()) {
+            apart.stretches.push_back(stretch);
+            continue;
+        }
+        const Generation met = std::min(common->second, stretch.to);
+        if (met < stretch.to) apart.stretches.push_back({stretch.branch, met, stretch.to});
+        meeting = Stretch{stretch.branch, met, common->second};
+        break;
+    }
+    apart.below = meeting && apart.stretches.empty();
+    for (const Stretch& stretch : mine) {
+        if (meeting && stretch.branch == meeting->branch) {
+            if (meeting->after < meeting->to) apart.stretches.push_back(*meeting);
+            break;
+        }
+        apart.stretches.push_back(stretch);
+    }
+    return apart;
+}
+
+std::vector<Generation> History::SnapshotsUnder(BranchId id, Generation generation) const {
+    std::vector<Generation> found;
+    const Line path = PathOf(id, generation);
+    for (auto stretch = path.rbegin(); stretch != path.rend(); ++stretch) {
+        const std::set<Generation>& snapshots = Get(stretch->branch).snapshots;
+        for (auto at = snapshots.upper_bound(stretch->after);
+             at != snapshots.end() && *at <= stretch->to && *at < generation; ++at) {
+            found.push_back(*at);
+        }
+    }
+    return found;
 }
 
 Line History::StretchesBelow(BranchId id, Generation generation, const Views& gone) const {

@@ -77,6 +77,7 @@ class History {
         std::set<Generation> snapshots;
         std::multimap<Generation, BranchId> children;  // by fork
         bool head = false;
+        uint32_t bookmarks = 0;  // no views, but they need to find the branch
         /// Its rows alone say what its views see (docs/design/flatten.md): a line ends here. But
         /// its blocks may still be the parent's, so regions go on.
         bool whole = false;
@@ -89,6 +90,8 @@ class History {
     void AddSnapshot(BranchId id, Generation generation);
     void RemoveSnapshot(BranchId id, Generation generation);
     void SetHead(BranchId id, bool head);
+    void AddBookmark(BranchId id);
+    void RemoveBookmark(BranchId id);
     /// Grows with each change of the views or of the branches.
     uint64_t version() const { return version_; }
     void SetWhole(BranchId id) { branches_.at(id).whole = true; }
@@ -97,7 +100,7 @@ class History {
     bool Contains(BranchId id) const { return branches_.contains(id); }
     const Branch& Get(BranchId id) const;
     const std::map<BranchId, Branch>& branches() const { return branches_; }
-    /// Those that could be removed: without views, and with one child at most.
+    /// Those that could be removed: without views and bookmarks, and with one child at most.
     const std::set<BranchId>& bare() const { return bare_; }
     /// The branch after that one, by its number.
     std::optional<BranchId> After(BranchId id) const;
@@ -110,6 +113,17 @@ class History {
     /// The line of a view at (`id`, `generation`); kHead for a head. Down to the root, or to the
     /// first branch that is whole.
     Line LineOf(BranchId id, Generation generation) const;
+    /// All that the view's blocks come from: its line as it would be if nothing was whole.
+    Line PathOf(BranchId id, Generation generation) const;
+    /// Where two views, or what is left of one, may have rows that the other does not see: between
+    /// each of them and the state that both come from.
+    struct Apart {
+        Line stretches;
+        bool below = false;  // the base is that state: the view comes from it
+    };
+    Apart ApartFrom(BranchId id, Generation generation, BranchId base, Generation at) const;
+    /// The live snapshots that the view comes from, ascending; not itself.
+    std::vector<Generation> SnapshotsUnder(BranchId id, Generation generation) const;
     /// The newest live snapshot on the line strictly below (`id`, `generation`); 0 if none.
     Generation SnapshotBelow(BranchId id, Generation generation) const;
     /// The region in which the row of a view at (`id`, `generation`) was born, with the views that

@@ -13,6 +13,7 @@
 #include "base/task.h"
 #include "cow/core/environment.h"
 #include "cow/integrity/scrub_report.h"
+#include "cow/volume/changes.h"
 #include "cow/volume/volume.h"
 
 namespace varve::cow {
@@ -56,6 +57,25 @@ struct SnapshotInfo {
     uint64_t unique = 0;       // bytes that deleting it would free
     uint64_t referenced = 0;   // bytes of blocks mapped by it
     bool approximate = false;  // both may be older figures, or 0: something hangs
+};
+
+/// What is left of a deleted snapshot, to compare with.
+struct BookmarkInfo {
+    std::string name;
+    int64_t created_ms = 0;  // of the snapshot
+    uint64_t size = 0;       // bytes, likewise
+    uint64_t generation = 0;
+};
+
+/// Some of what changed between two states, in order.
+struct Difference {
+    struct Extent {
+        uint64_t offset = 0;  // bytes
+        uint64_t length = 0;  // bytes
+        bool zero = false;    // not mapped, reads as zeros
+    };
+    std::vector<Extent> extents;
+    std::optional<uint64_t> next;  // where to go on; nothing: that was all
 };
 
 /// Something that is waited for, and since when.
@@ -118,17 +138,29 @@ struct CheckReport {
     bool ok() const { return errors.empty() && leaked_blocks == 0; }
 };
 
-/// What an attached client holds. `volume` stays valid until Pool::Close(export).
+/// What an attached client holds. All of it stays valid until Pool::Close(export).
 struct Export {
     Volume* volume = nullptr;
     uint64_t id = 0;
+    std::vector<std::shared_ptr<const Base>> bases;  // as asked for, of a diff export just its own
 };
 
 struct ExportEntry {
-    std::string name;  // "disk" or "disk@snapshot"
+    std::string name;  // "disk", "disk@snapshot", or, never listed, "disk@new~old"
     uint64_t size = 0;
     bool read_only = false;
 };
+
+/// What one can ask of an export before opening it.
+struct ExportDetails : ExportEntry {
+    bool diff = false;  // "disk@new~old"
+    /// What it is compared with, or, of others, what one would compare it with: the newest snapshot
+    /// or bookmark that it comes from. Empty: nothing.
+    std::string base;
+};
+
+/// Bases of one export, at most.
+inline constexpr size_t kBasesMax = 8;
 
 /// Commands on one disk wait for each other, at most some seconds: kBusy then. What shows something
 /// does not wait for what hangs: it tells what memory says, and that it may be approximate.
@@ -175,13 +207,22 @@ class Pool {
     virtual Task<Status> CreateSnapshots(std::vector<std::string> names) = 0;
     /// Oldest first. `unique` costs time proportional to what changed around each snapshot.
     virtual Task<Result<std::vector<SnapshotInfo>>> ListSnapshots(std::string disk) = 0;
+    virtual Result<std::vector<BookmarkInfo>> ListBookmarks(std::string disk) const = 0;
     virtual Task<Result<SnapshotInfo>> ShowSnapshot(std::string name) = 0;
     /// Bytes that deleting all these disks and snapshots together would free. `snapshots` as for
     /// DeleteDisk. kBusy if counting does not go on.
     virtual Task<Result<uint64_t>> EstimateDelete(std::vector<std::string> names,
                                                   bool snapshots) = 0;
+    /// A bookmark, too.
     virtual Task<Status> RenameSnapshot(std::string name, std::string to) = 0;
-    virtual Task<Status> DeleteSnapshot(std::string name, bool disconnect) = 0;
+    /// A bookmark, too. `bookmark`: its name stays as one, to compare with.
+    virtual Task<Status> DeleteSnapshot(std::string name, bool disconnect, bool bookmark) = 0;
+    Task<Status> DeleteSnapshot(std::string name, bool disconnect) {
+        return DeleteSnapshot(std::move(name), disconnect, false);
+    }
+    /// What differs in snapshot `to` from `from`, a snapshot or bookmark of the same disk; from
+    /// byte `offset` on, some thousand extents.
+    virtual Task<Result<Difference>> Diff(std::string from, std::string to, uint64_t offset) = 0;
     /// Needs the disk without clients: kBusy, or, with `disconnect`, they are fenced first; then
     /// the disk is offline afterwards, since they would write what they remember, unless `online`
     /// is set, which sets it online. `keep_as`: also freezes the present state under that name, in
@@ -213,11 +254,20 @@ class Pool {
     virtual Status FindExport(std::string_view name) const = 0;
     /// What OpenExport would open, without opening it; also of a disk that it would refuse now: who
     /// lists exports and asks about each gives up at the first refusal. kNotFound, kInvalid.
-    virtual Result<ExportEntry> DescribeExport(std::string name) = 0;
-    /// By export name; "" is the only disk when there is exactly one. kNotFound; kBusy while the
-    /// disk is fenced or offline, or the snapshot is not stored soon; soon after `*given_up` is
+    virtual Result<ExportDetails> DescribeExport(std::string name) = 0;
+    /// Whether the export can be compared with that snapshot or bookmark of its disk.
+    virtual bool HasBase(std::string_view name, std::string_view base) const = 0;
+    /// By export name; "" is the only disk when there is exactly one. `bases`, kBasesMax at most:
+    /// what it is to be compared with, as HasBase() says. kNotFound; kBusy while the
+    /// disk is fenced or offline, or a snapshot is not stored soon; soon after `*given_up` is
     /// set, too, which whoever asks may do on home to end the wait.
-    virtual Task<Result<Export>> OpenExport(std::string name, const bool* given_up = nullptr) = 0;
+    virtual Task<Result<Export>> OpenExport(std::string name, std::vector<std::string> bases,
+                                            const bool* given_up) = 0;
+    Task<Result<Export>> OpenExport(std::string name) {
+        return OpenExport(std::move(name), {}, nullptr);
+    }
+    /// What the depths of the export's blocks are counted by, now. REQUIRES: it is open.
+    virtual std::shared_ptr<const Layers> LayersOf(uint64_t id) = 0;
     /// REQUIRES: no task of the volume is running for this export.
     virtual Task<void> CloseExport(uint64_t id) = 0;
     /// What the export is called now: it follows renames. REQUIRES: it is open.

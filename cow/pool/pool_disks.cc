@@ -465,6 +465,9 @@ void PoolImpl::BuildDelete(DiskId id, CommitContext& context) {
         catalog.RemoveSnapshot(snapshot, context.batch);
         unique_.erase(snapshot);
     }
+    while (!catalog.disk(id).bookmarks.empty()) {
+        catalog.RemoveBookmark(catalog.disk(id).bookmarks.begin()->second, context.batch);
+    }
     catalog.RemoveDisk(id, context.batch);
     for (const BranchId branch : branches) {
         catalog.AddJob({branch, Generation{catalog.NextId()}}, context.batch);

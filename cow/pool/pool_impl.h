@@ -1,6 +1,7 @@
 // PoolImpl: the pool's commands, over the catalog, the committer, the reclaimer and the heads.
 // Split by subject: pool.cc (opening, closing, status, space), health.cc, recovery.cc,
-// pool_ring.cc, pool_disks.cc, pool_snapshots.cc, pool_exports.cc, pool_waiting.cc.
+// pool_ring.cc, pool_disks.cc, pool_snapshots.cc, pool_exports.cc, pool_changes.cc,
+// pool_waiting.cc.
 //
 // Everything here belongs to the home executor; a task that visits a lane comes back. Commands
 // that change something hold their disks (Hold), and only those, until they end; the trimming of a
@@ -46,10 +47,13 @@ class PoolImpl : public Pool, public HeadHost {
 
     Task<Status> CreateSnapshots(std::vector<std::string> names) override;
     Task<Result<std::vector<SnapshotInfo>>> ListSnapshots(std::string disk) override;
+    Result<std::vector<BookmarkInfo>> ListBookmarks(std::string disk) const override;
     Task<Result<SnapshotInfo>> ShowSnapshot(std::string name) override;
     Task<Result<uint64_t>> EstimateDelete(std::vector<std::string> names, bool snapshots) override;
     Task<Status> RenameSnapshot(std::string name, std::string to) override;
-    Task<Status> DeleteSnapshot(std::string name, bool disconnect) override;
+    using Pool::DeleteSnapshot;
+    Task<Status> DeleteSnapshot(std::string name, bool disconnect, bool bookmark) override;
+    Task<Result<Difference>> Diff(std::string from, std::string to, uint64_t offset) override;
     Task<Status> RestoreSnapshot(std::string name, std::optional<std::string> keep_as,
                                  bool disconnect, bool online) override;
 
@@ -63,8 +67,12 @@ class PoolImpl : public Pool, public HeadHost {
 
     Task<std::shared_ptr<const std::vector<ExportEntry>>> ListExports() override;
     Status FindExport(std::string_view name) const override;
-    Result<ExportEntry> DescribeExport(std::string name) override;
-    Task<Result<Export>> OpenExport(std::string name, const bool* given_up) override;
+    Result<ExportDetails> DescribeExport(std::string name) override;
+    bool HasBase(std::string_view name, std::string_view base) const override;
+    using Pool::OpenExport;
+    Task<Result<Export>> OpenExport(std::string name, std::vector<std::string> bases,
+                                    const bool* given_up) override;
+    std::shared_ptr<const Layers> LayersOf(uint64_t id) override;
     Task<void> CloseExport(uint64_t id) override;
     std::string ExportName(uint64_t id) override;
     void SetDisconnector(std::function<void(const std::vector<uint64_t>&)> disconnect) override;
@@ -93,13 +101,26 @@ class PoolImpl : public Pool, public HeadHost {
         uint64_t seen_sealed = 0;  // how often it has ended
     };
     struct OpenSnapshot {
-        std::unique_ptr<MappedVolume> volume;
-        uint64_t clients = 0;
+        std::unique_ptr<MappedVolume> volume;  // null: it is only compared with
+        uint64_t clients = 0;                  // or those who compare with it
         bool fenced = false;
     };
+    /// A view that one can open: of a snapshot, or, without one, the disk's head.
+    struct View {
+        DiskId disk;
+        SnapshotId snapshot;
+    };
     struct OpenExportState {
-        DiskId disk;          // of a head, or
-        SnapshotId snapshot;  // of a snapshot
+        View view;
+        std::vector<SnapshotId> bases;  // snapshots, not bookmarks
+        std::string diff;               // the base's name, of a diff export
+        std::shared_ptr<const Layers> layers;
+        uint64_t layers_version = 0;  // of the history, when they were made
+    };
+    /// An export's name taken apart, and found.
+    struct Asked {
+        View view;
+        std::optional<Catalog::Base> diff;
     };
     /// Names a freeze in progress.
     struct Cut;
@@ -141,6 +162,7 @@ class PoolImpl : public Pool, public HeadHost {
     Task<Result<Hold>> Reserve(const char* command, FindDisks find, About about = About::kDisk);
     FindDisks DiskNamed(const std::string& name) const;
     FindDisks DiskOf(const std::string& snapshot) const;
+    FindDisks DiskOfBase(const std::string& name) const;
     Task<void> WatchSealed(DiskId id);
     Task<bool> IsFolded(SnapshotId id);
     Task<bool> FoldedWithin(SnapshotId id, int64_t us, const bool* given_up = nullptr);
@@ -216,6 +238,8 @@ class PoolImpl : public Pool, public HeadHost {
 
     // pool_snapshots.cc
     Status CheckNewSnapshot(DiskId disk, std::string_view name) const;
+    Status CheckNameFree(DiskId id, std::string_view name) const;
+    Result<Catalog::Base> FindBaseNamed(std::string_view name) const;
     Status CheckDepth(SnapshotId id) const;
     Result<std::vector<Cut>> PlanCuts(const std::vector<std::string>& names);
     Task<bool> RunCuts(std::vector<Cut>& cuts);
@@ -232,14 +256,26 @@ class PoolImpl : public Pool, public HeadHost {
     void LookAtFreed(const DoomedViews& doomed, FreedScan* at);
     Task<Result<uint64_t>> BytesFreedWithout(DoomedViews views, Counting& counting);
 
+    // pool_changes.cc
+    std::string BaseFor(const View& view) const;
+    Result<std::vector<Catalog::Base>> FindBases(const Asked& asked,
+                                                 const std::vector<std::string>& names) const;
+    std::shared_ptr<const Base> MakeBase(const View& view, Catalog::Base from) const;
+    Task<Status> RemoveBookmark(SnapshotId id);
+
     // pool_exports.cc
-    std::string ExportAsked(std::string name) const;
+    static Error NoBase(std::string_view name);
+    Result<Asked> FindAsked(std::string_view name) const;
+    std::pair<BranchId, Generation> PlaceOf(const View& view) const;
+    Task<Status> Stored(std::string name, std::vector<std::string> bases, const bool* given_up);
+    Result<Volume*> OpenView(const View& view);
+    Task<void> ReleaseSnapshot(SnapshotId id);
     Task<bool> ClientsGone(const uint64_t* clients);
     Task<Status> FenceDisk(DiskId id, bool disconnect, bool* cut_off);
     Task<Status> FenceSnapshot(SnapshotId id, bool disconnect);
     void Disconnect(DiskId disk, SnapshotId snapshot);
     void UnfenceSnapshot(SnapshotId id);
-    Task<void> DropSnapshotVolume(SnapshotId id);
+    std::string NameOfView(const View& view) const;
 
     Core core_;
     RingRecord ring_record_;           // as it is to be stored

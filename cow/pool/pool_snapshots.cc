@@ -37,17 +37,23 @@ Status PoolImpl::CheckNewSnapshot(DiskId id, std::string_view name) const {
                                      ". _ : + -, at most 128, a letter or digit first",
                                      name.substr(0, 300)));
     }
-    if (disk.snapshots.contains(name)) {
-        return MakeError(ErrorKind::kExists, fmt::format("disk '{}' has a snapshot '{}' already",
-                                                         disk.record.name, name));
-    }
-    if (disk.snapshots.size() >= options_.snapshots_max) {
+    if (Status s = CheckNameFree(id, name); !s.ok()) return s;
+    const size_t count = disk.snapshots.size() + disk.bookmarks.size();
+    if (count >= options_.snapshots_max) {
         return MakeError(ErrorKind::kLimit,
                          fmt::format("disk '{}' has {} snapshots, which is the limit; delete some "
                                      "or raise it in the server's settings",
-                                     disk.record.name, disk.snapshots.size()));
+                                     disk.record.name, count));
     }
     return Status();
+}
+
+Status PoolImpl::CheckNameFree(DiskId id, std::string_view name) const {
+    const std::optional<Catalog::Base> base = catalog_.FindBase(id, name);
+    if (!base) return Status();
+    return MakeError(ErrorKind::kExists,
+                     fmt::format("disk '{}' has a {} '{}' already", catalog_.disk(id).record.name,
+                                 base->bookmark ? "bookmark" : "snapshot", name));
 }
 
 Result<std::vector<DiskId>> PoolImpl::FindCutDisks(const std::vector<std::string>& names) const {
@@ -262,38 +268,53 @@ Status PoolImpl::CheckDepth(SnapshotId id) const {
 }
 
 Task<Status> PoolImpl::RenameSnapshot(std::string name, std::string to) {
-    Task<Result<Hold>> reserving = Reserve("a renaming", DiskOf(name), About::kSnapshots);
+    Task<Result<Hold>> reserving = Reserve("a renaming", DiskOfBase(name), About::kSnapshots);
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
-    const Result<SnapshotId> id = catalog_.FindSnapshot(name);
-    if (!id.ok()) co_return id.error();
-    const SnapshotRecord& record = catalog_.snapshot(id.value());
-    const Catalog::Disk& disk = catalog_.disk(record.disk);
+    const Result<Catalog::Base> found = FindBaseNamed(name);
+    if (!found.ok()) co_return found.error();
+    const Catalog::Base base = found.value();
     if (!IsValidName(to)) {
         co_return MakeError(ErrorKind::kInvalid,
                             fmt::format("'{}' cannot be a snapshot's name; give the new name "
                                         "without the disk's: letters, digits and . _ : + -",
                                         to.substr(0, 300)));
     }
-    if (disk.snapshots.contains(to)) {
-        co_return MakeError(ErrorKind::kExists, fmt::format("disk '{}' has a snapshot '{}' already",
-                                                            disk.record.name, to));
-    }
+    if (Status s = CheckNameFree(catalog_.RecordOf(base).disk, to); !s.ok()) co_return s;
     Change change = [&](CommitContext& context) {
-        context.catalog.RenameSnapshot(id.value(), to, context.batch);
+        const auto rename = base.bookmark ? &Catalog::RenameBookmark : &Catalog::RenameSnapshot;
+        (context.catalog.*rename)(base.id, to, context.batch);
         return Status();
     };
     co_return co_await Commit(std::move(change));
 }
 
-Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect) {
+/// By "disk@name".
+Result<Catalog::Base> PoolImpl::FindBaseNamed(std::string_view name) const {
+    const Result<SnapshotId> snapshot = catalog_.FindSnapshot(name);
+    if (snapshot.ok()) return Catalog::Base{snapshot.value(), false};
+    const Result<SnapshotName> parts = SplitSnapshotName(name);
+    if (!parts.ok()) return parts.error();
+    const Result<DiskId> disk = catalog_.FindDisk(parts.value().disk);
+    if (!disk.ok()) return disk.error();
+    const std::optional<Catalog::Base> base =
+        catalog_.FindBase(disk.value(), parts.value().snapshot);
+    if (!base) return snapshot.error();
+    return *base;
+}
+
+Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect, bool bookmark) {
     Task<Result<Hold>> reserving =
-        Reserve("a snapshot's deletion", DiskOf(name), About::kSnapshots);
+        Reserve("a snapshot's deletion", DiskOfBase(name), About::kSnapshots);
     const Result<Hold> hold = co_await reserving;
     if (!hold.ok()) co_return hold.error();
-    const Result<SnapshotId> found = catalog_.FindSnapshot(name);
+    const Result<Catalog::Base> found = FindBaseNamed(name);
     if (!found.ok()) co_return found.error();
-    const SnapshotId id = found.value();
+    const SnapshotId id = found.value().id;
+    if (found.value().bookmark && bookmark) {
+        co_return MakeError(ErrorKind::kExists, fmt::format("'{}' is a bookmark already", name));
+    }
+    if (found.value().bookmark) co_return co_await RemoveBookmark(id);
     Status s = co_await FenceSnapshot(id, disconnect);
     if (!s.ok()) co_return s;
     // Nobody's generation may be in the journal: its rows may go, and must not come back.
@@ -301,7 +322,8 @@ Task<Status> PoolImpl::DeleteSnapshot(std::string name, bool disconnect) {
     Change change = [&](CommitContext& context) {
         const SnapshotRecord& record = context.catalog.snapshot(id);
         context.catalog.AddJob({record.branch, record.generation}, context.batch);
-        context.catalog.RemoveSnapshot(id, context.batch);
+        const auto remove = bookmark ? &Catalog::MakeBookmark : &Catalog::RemoveSnapshot;
+        (context.catalog.*remove)(id, context.batch);
         unique_.erase(id);
         context.noted = true;
         return Status();

@@ -98,6 +98,15 @@ PoolImpl::FindDisks PoolImpl::DiskOf(const std::string& snapshot) const {
     };
 }
 
+/// Of a snapshot or a bookmark.
+PoolImpl::FindDisks PoolImpl::DiskOfBase(const std::string& name) const {
+    return [this, &name]() -> Result<std::vector<DiskId>> {
+        const Result<Catalog::Base> base = FindBaseNamed(name);
+        if (!base.ok()) return base.error();
+        return std::vector<DiskId>{catalog_.RecordOf(base.value()).disk};
+    };
+}
+
 // ---- what may hang, watched
 
 /// Waits until the disk's newest snapshot is in map rows; one at a time for each disk.

@@ -32,11 +32,11 @@ ChunkIndex MappedVolume::GroupEnd(ChunkIndex index) {
     return ChunkIndex{(index.value / kGroupChunks + 1) * kGroupChunks};
 }
 
-void AppendAllocation(std::vector<Allocation>& map, uint64_t length, bool hole) {
-    if (!map.empty() && map.back().hole == hole) {
+void AppendAllocation(std::vector<Allocation>& map, uint64_t length, bool hole, uint32_t depth) {
+    if (!map.empty() && map.back().hole == hole && map.back().depth == depth) {
         map.back().length += length;
     } else {
-        map.push_back({length, hole});
+        map.push_back({length, hole, depth});
     }
 }
 
@@ -268,7 +268,8 @@ Task<Errno> MappedVolume::ReadDetour(uint64_t offset, std::span<std::byte> buffe
 }
 
 Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most,
-                                 std::vector<Allocation>* map, Requester* requester) {
+                                 const Layers* layers, std::vector<Allocation>* map,
+                                 Requester* requester) {
     if (!InRange(offset, length)) co_return EINVAL;
     ChunkIndex nothing_from, nothing_to;  // nothing is stored in between
     uint64_t settled = 0;
@@ -296,7 +297,8 @@ Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most
             const Piece piece = chunk ? PieceAt(chunk->runs, first, last)
                                       : Piece{.first = first, .count = last - first};
             const uint64_t piece_end = std::min(stop, base + (first + piece.count) * kBlockBytes);
-            AppendAllocation(*map, piece_end - offset, !piece.mapped);
+            const uint32_t depth = layers && piece.mapped ? layers->DepthOf(piece.birth) : 0;
+            AppendAllocation(*map, piece_end - offset, !piece.mapped, depth);
             offset = piece_end;
             ++units;
             if (map->size() > most) {  // the one too many ends what is known of the last

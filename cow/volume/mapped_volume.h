@@ -8,6 +8,7 @@
 #include <boost/unordered/unordered_flat_map.hpp>
 
 #include "cow/mutants.h"
+#include "cow/volume/changes.h"
 #include "cow/volume/lane.h"
 #include "cow/volume/verified_read.h"
 #include "cow/volume/volume.h"
@@ -33,8 +34,10 @@ class MappedVolume : public Volume {
     Task<Errno> Trim(uint64_t, uint64_t, Requester*) override { co_return EPERM; }
     Task<Errno> WriteZeroes(uint64_t, uint64_t, bool, Requester*) override { co_return EPERM; }
     Task<Errno> Flush() override { co_return 0; }
-    Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most,
+    Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most, const Layers* layers,
                        std::vector<Allocation>* map, Requester* requester) override;
+    Task<Errno> Changes(const Base* base, uint64_t offset, uint64_t length, uint32_t most,
+                        std::vector<Delta>* changes, Requester* requester) override;
 
     /// Another line that leads to the same rows. On the lane.
     void SetLine(Line line) { line_ = std::move(line); }
@@ -95,12 +98,14 @@ class MappedVolume : public Volume {
     Task<Errno> ReadSome(uint64_t offset, std::span<std::byte> buffer, std::vector<Allocation>* map,
                          Requester* requester);
 
+    std::vector<LiveChunk> TakeLive(const Base& base, ChunkIndex first, ChunkIndex* end) const;
+
     Line line_;
     boost::unordered_flat_map<uint64_t, Chunk*> chunks_;
     boost::unordered_flat_map<uint64_t, WaitList*> loading_;  // groups, with who waits for them
 };
 
 /// Adds a stretch to a map, joined with the last if that is of the same kind.
-void AppendAllocation(std::vector<Allocation>& map, uint64_t length, bool hole);
+void AppendAllocation(std::vector<Allocation>& map, uint64_t length, bool hole, uint32_t depth = 0);
 
 }  // namespace varve::cow

@@ -13,6 +13,9 @@
 
 namespace varve::cow {
 
+struct Base;
+struct Layers;
+
 /// All methods run on executor() only. Offsets and lengths are bytes; any alignment is served,
 /// multiples of 4096 fastest. Ranges must lie within size(): the caller has checked (a range that
 /// does not is answered EINVAL). Buffers must stay valid until the task finishes; those aligned to
@@ -51,9 +54,16 @@ class Volume {
     virtual Task<Errno> Flush() = 0;
 
     /// Appends the stretches of the range, at most `most` of them; together they may be shorter
-    /// than the range (never empty for a range that is not empty), never longer.
+    /// than the range (never empty for a range that is not empty), never longer. With `layers`,
+    /// which live as long as the task, their depths too.
     virtual Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most,
-                               std::vector<Allocation>* map, Requester* requester) = 0;
+                               const Layers* layers, std::vector<Allocation>* map,
+                               Requester* requester) = 0;
+
+    /// Appends what changed since `base`, which was made for this volume and lives as long as the
+    /// task; otherwise as Status().
+    virtual Task<Errno> Changes(const Base* base, uint64_t offset, uint64_t length, uint32_t most,
+                                std::vector<Delta>* changes, Requester* requester) = 0;
 
     // The same for nobody in particular.
     Task<Errno> Read(uint64_t offset, std::span<std::byte> buffer, std::vector<Allocation>* map) {
@@ -68,7 +78,7 @@ class Volume {
     }
     Task<Errno> Status(uint64_t offset, uint64_t length, uint32_t most,
                        std::vector<Allocation>* map) {
-        return Status(offset, length, most, map, nullptr);
+        return Status(offset, length, most, nullptr, map, nullptr);
     }
 };
 

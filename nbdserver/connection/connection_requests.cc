@@ -98,8 +98,8 @@ Task<Errno> Connection::Execute(Request* request) {
         }
         case wire::kCmdBlockStatus: {
             const bool one = (request->flags & wire::kFlagReqOne) != 0;
-            return volume_.Status(offset, length, one ? 1 : kStatusExtentsMax, &request->map,
-                                  &requester_);
+            return volume_.Status(offset, length, one ? 1 : kStatusExtentsMax, nullptr,
+                                  &request->map, &requester_);
         }
         default:
             return Succeed();  // CACHE is a hint

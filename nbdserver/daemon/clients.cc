@@ -138,7 +138,7 @@ Clients::~Clients() {
 /// Who may not is told what he would be told if there was no such export: names are not for
 /// everybody.
 Result<ExportDescription> Clients::Describe(std::string export_name, const Visitor& visitor) {
-    Result<cow::ExportEntry> found = pool_.DescribeExport(std::move(export_name));
+    Result<cow::ExportDetails> found = pool_.DescribeExport(std::move(export_name));
     if (!found.ok()) return found.error();
     cow::ExportEntry& entry = found.value();
     const access::Right right = GrantsOf(visitor).Of(entry.name);
@@ -160,7 +160,8 @@ Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_na
         const Result<ExportDescription> may = Describe(export_name, client->visitor);
         if (!may.ok()) co_return may.error();
     }
-    Task<Result<cow::Export>> opening = pool_.OpenExport(std::move(export_name), &client->given_up);
+    Task<Result<cow::Export>> opening =
+        pool_.OpenExport(std::move(export_name), {}, &client->given_up);
     const Result<cow::Export> opened = co_await opening;
     if (!opened.ok()) co_return opened.error();
     const Status entered = Enter(client, opened.value());

@@ -1,0 +1,148 @@
+// What views are compared with, and what differs: docs/design/changes.md.
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cow/pool/pool_impl.h"
+
+namespace varve::cow {
+namespace {
+
+/// Of one Diff().
+constexpr uint32_t kExtentsMost = 8192;
+
+}  // namespace
+
+// ---- bases
+
+/// The newest snapshot or bookmark of the disk that the view comes from; "" if there is none.
+std::string PoolImpl::BaseFor(const View& view) const {
+    const auto [branch, generation] = PlaceOf(view);
+    std::map<BranchId, Generation> path;
+    for (const Stretch& stretch : catalog_.history().PathOf(branch, generation)) {
+        path[stretch.branch] = stretch.to;
+    }
+    const SnapshotRecord* newest = nullptr;
+    const auto look = [&](const SnapshotRecord& record) {
+        const auto place = path.find(record.branch);
+        const bool below = place != path.end() && record.generation <= place->second &&
+                           record.generation < generation;
+        if (below && (!newest || record.generation > newest->generation)) newest = &record;
+    };
+    const Catalog::Disk& disk = catalog_.disk(view.disk);
+    for (const auto& [name, id] : disk.snapshots) look(catalog_.snapshot(id));
+    for (const auto& [name, id] : disk.bookmarks) look(catalog_.bookmarks().at(id));
+    return newest ? newest->name : "";
+}
+
+/// A diff export has just its own.
+Result<std::vector<Catalog::Base>> PoolImpl::FindBases(
+    const Asked& asked, const std::vector<std::string>& names) const {
+    if (asked.diff) return std::vector<Catalog::Base>{*asked.diff};
+    std::vector<Catalog::Base> bases;
+    for (const std::string& name : names) {
+        const std::optional<Catalog::Base> base = catalog_.FindBase(asked.view.disk, name);
+        if (!base) return NoBase(name);
+        bases.push_back(*base);
+    }
+    return bases;
+}
+
+std::shared_ptr<const Base> PoolImpl::MakeBase(const View& view, Catalog::Base from) const {
+    const SnapshotRecord& record = catalog_.RecordOf(from);
+    const auto [branch, generation] = PlaceOf(view);
+    const History& history = catalog_.history();
+    History::Apart apart = history.ApartFrom(branch, generation, record.branch, record.generation);
+    auto base = std::make_shared<Base>();
+    base->generation = record.generation;
+    base->size = record.size;
+    if (!from.bookmark) {
+        base->kind = Base::Kind::kSnapshot;
+        base->line = history.LineOf(record.branch, record.generation);
+    } else if (apart.below) {
+        base->kind = Base::Kind::kBelow;
+    }
+    base->apart = std::move(apart.stretches);
+    return base;
+}
+
+std::shared_ptr<const Layers> PoolImpl::LayersOf(uint64_t id) {
+    OpenExportState& state = exports_.at(id);
+    const uint64_t version = catalog_.history().version();
+    const auto [branch, generation] = PlaceOf(state.view);
+    const Generation newest = state.view.snapshot.value == 0
+                                  ? catalog_.disk(state.view.disk).record.generation
+                                  : generation;
+    if (!state.layers || state.layers_version != version || state.layers->newest != newest) {
+        auto layers = std::make_shared<Layers>();
+        layers->newest = newest;
+        layers->below = catalog_.history().SnapshotsUnder(branch, generation);
+        state.layers = std::move(layers);
+        state.layers_version = version;
+    }
+    return state.layers;
+}
+
+// ---- bookmarks
+
+Result<std::vector<BookmarkInfo>> PoolImpl::ListBookmarks(std::string disk) const {
+    const Result<DiskId> id = catalog_.FindDisk(disk);
+    if (!id.ok()) return id.error();
+    std::vector<BookmarkInfo> infos;
+    for (const auto& [name, bookmark] : catalog_.disk(id.value()).bookmarks) {
+        const SnapshotRecord& record = catalog_.bookmarks().at(bookmark);
+        infos.push_back({name, record.created_ms, record.size, record.generation.value});
+    }
+    std::sort(infos.begin(), infos.end(), [](const BookmarkInfo& a, const BookmarkInfo& b) {
+        return a.generation < b.generation;
+    });
+    return infos;
+}
+
+/// Whoever compares with it has all that he needs. A branch that nobody needs now goes after the
+/// next deletion of a snapshot.
+Task<Status> PoolImpl::RemoveBookmark(SnapshotId id) {
+    Change change = [id](CommitContext& context) {
+        context.catalog.RemoveBookmark(id, context.batch);
+        return Status();
+    };
+    co_return co_await Commit(std::move(change));
+}
+
+// ---- differences
+
+Task<Result<Difference>> PoolImpl::Diff(std::string from, std::string to, uint64_t offset) {
+    const Result<SnapshotName> base = SplitSnapshotName(from);
+    if (!base.ok()) co_return base.error();
+    const Result<SnapshotName> view = SplitSnapshotName(to);
+    if (!view.ok()) co_return view.error();
+    if (base.value().disk != view.value().disk) {
+        co_return MakeError(ErrorKind::kInvalid,
+                            fmt::format("'{}' and '{}' are of different disks", from, to));
+    }
+    Task<Result<Export>> opening = OpenExport(to + "~" + base.value().snapshot);
+    const Result<Export> opened = co_await opening;
+    if (!opened.ok()) co_return opened.error();
+    Volume& volume = *opened.value().volume;
+    const Base* const against = opened.value().bases.front().get();
+    std::vector<Delta> changes;
+    const uint64_t size = volume.size();
+    const uint64_t begin = std::min(offset, size);
+    co_await Hop(volume.executor());
+    Task<Errno> looking =
+        volume.Changes(against, begin, size - begin, kExtentsMost, &changes, nullptr);
+    const Errno error = co_await looking;
+    co_await Hop(core_.home());
+    co_await CloseExport(opened.value().id);
+    if (error != 0) co_return SystemError(error, fmt::format("cannot compare '{}'", to));
+    Difference difference;
+    uint64_t at = begin;
+    for (const Delta& change : changes) {
+        if (change.changed) difference.extents.push_back({at, change.length, change.zero});
+        at += change.length;
+    }
+    if (at < size) difference.next = at;
+    co_return difference;
+}
+
+}  // namespace varve::cow
