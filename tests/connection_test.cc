@@ -40,6 +40,7 @@ struct Answer {
     std::string data;                                   // with holes filled in
     std::vector<std::pair<uint16_t, uint64_t>> chunks;  // type, length of what it describes
     std::vector<std::pair<uint32_t, uint32_t>> extents;
+    std::map<uint32_t, std::vector<std::pair<uint32_t, uint32_t>>> by_context;
     uint32_t context = 0;
 };
 
@@ -150,10 +151,12 @@ class Client : public ClientEnd {
             }
         } else if (type == wire::kChunkBlockStatus) {
             answer.context = LoadBig<uint32_t>(body.data());
+            answer.extents.clear();
             for (size_t at = 4; at < body.size(); at += 8) {
                 answer.extents.emplace_back(LoadBig<uint32_t>(body.data() + at),
                                             LoadBig<uint32_t>(body.data() + at + 4));
             }
+            answer.by_context[answer.context] = answer.extents;
         } else {
             EXPECT_EQ(type, wire::kChunkNone);
         }
@@ -235,8 +238,7 @@ class ConnectionTest : public testing::Test {
     static TransmissionOptions Structured() {
         TransmissionOptions options;
         options.structured_replies = true;
-        options.base_allocation = true;
-        options.base_allocation_id = 77;
+        options.contexts = {{.id = 77, .kind = ContextKind::kAllocation}};
         return options;
     }
     void WaitUntilEnded(size_t index) {
@@ -511,9 +513,97 @@ TEST_F(ConnectionTest, BlockStatusTellsHolesAndData) {
     EXPECT_EQ(client.Ask(wire::kCmdBlockStatus, 0, 0).error, wire::kErrorInvalid);
 
     TransmissionOptions without = Structured();
-    without.base_allocation = false;
+    without.contexts.clear();
     EXPECT_EQ(Connect(std::move(without)).Ask(wire::kCmdBlockStatus, 0, 4096).error,
               wire::kErrorInvalid);
+}
+
+namespace {
+
+Task<std::shared_ptr<const cow::Layers>> GiveLayers() {
+    auto layers = std::make_shared<cow::Layers>();
+    layers->newest = Generation{9};
+    layers->below = {Generation{5}, Generation{7}};
+    co_return layers;
+}
+
+std::shared_ptr<const cow::Base> BaseOf(uint64_t generation) {
+    auto base = std::make_shared<cow::Base>();
+    base->generation = Generation{generation};
+    return base;
+}
+
+/// All contexts there are: 2 and 3 are bitmaps, the first of every second block, the other of every
+/// second four.
+TransmissionOptions AllContexts() {
+    TransmissionOptions options;
+    options.structured_replies = true;
+    options.contexts = {{.id = 0, .kind = ContextKind::kAllocation},
+                        {.id = 1, .kind = ContextKind::kDepth},
+                        {.id = 2, .kind = ContextKind::kBitmap, .base = 0},
+                        {.id = 3, .kind = ContextKind::kBitmap, .base = 1}};
+    options.bases = {BaseOf(0), BaseOf(2)};
+    options.layers = GiveLayers;
+    return options;
+}
+
+using Extents = std::vector<std::pair<uint32_t, uint32_t>>;
+
+uint64_t BytesOf(const Extents& extents) {
+    uint64_t bytes = 0;
+    for (const auto& [length, flags] : extents) bytes += length;
+    return bytes;
+}
+
+}  // namespace
+
+TEST_F(ConnectionTest, ContextsOfOneReplyCoverTheSameBytes) {
+    Client& client = Connect(AllContexts());
+    On([&] { volume_->Map(4096, 12'288, true); });
+    const uint32_t hole = wire::kAllocationHole | wire::kAllocationZero;
+    const Answer answer = client.Ask(wire::kCmdBlockStatus, 0, 32'768);
+    ASSERT_EQ(answer.by_context.size(), 4u);
+    EXPECT_EQ(answer.by_context.at(0), (Extents{{4096, hole}, {12'288, 0}, {16'384, hole}}));
+    EXPECT_EQ(answer.by_context.at(1), (Extents{{4096, 0}, {12'288, 3}, {16'384, 0}}));
+    EXPECT_EQ(answer.by_context.at(2).size(), 8u);
+    EXPECT_EQ(answer.by_context.at(2).at(1), (std::pair<uint32_t, uint32_t>(4096, 1)));
+    EXPECT_EQ(answer.by_context.at(3), (Extents{{16'384, 0}, {16'384, 1}}));
+
+    const Answer one = client.Ask(wire::kCmdBlockStatus, 8192, 24'576, wire::kFlagReqOne);
+    EXPECT_EQ(one.by_context.at(0), (Extents{{4096, 0}}));
+    EXPECT_EQ(one.by_context.at(3), (Extents{{4096, 0}}));
+
+    // Far more stretches than an answer may have: it ends for all where it does for one.
+    const Answer cut = client.Ask(wire::kCmdBlockStatus, 512, kSize - 1024);
+    EXPECT_EQ(cut.by_context.at(2).size(), 2048u);
+    for (const auto& [id, extents] : cut.by_context) {
+        EXPECT_EQ(BytesOf(extents), BytesOf(cut.by_context.at(2))) << id;
+    }
+}
+
+// What did not change is no hole that reads as zeros: whoever writes zeros there would lose it.
+TEST_F(ConnectionTest, ADiffExportTellsWhatChangedAsAllocation) {
+    TransmissionOptions options;
+    options.structured_replies = true;
+    options.contexts = {{.id = 5, .kind = ContextKind::kDiffAllocation},
+                        {.id = 6, .kind = ContextKind::kBitmap}};
+    options.bases = {BaseOf(1)};
+    Client& client = Connect(std::move(options));
+    On([&] { volume_->Map(8192, 4096, true); });
+    const Answer answer = client.Ask(wire::kCmdBlockStatus, 0, 16'384);
+    EXPECT_EQ(answer.by_context.at(5),
+              (Extents{{8192, wire::kAllocationHole},
+                       {4096, 0},
+                       {4096, wire::kAllocationHole | wire::kAllocationZero}}));
+    EXPECT_EQ(answer.by_context.at(6), (Extents{{8192, 0}, {8192, 1}}));
+}
+
+TEST_F(ConnectionTest, AContextThatCannotBeToldFailsTheWholeRequest) {
+    Client& client = Connect(AllContexts());
+    On([&] { volume_->errors["changes"] = EIO; });
+    EXPECT_EQ(client.Ask(wire::kCmdBlockStatus, 0, 4096).error, wire::kErrorIo);
+    On([&] { volume_->errors.clear(); });
+    EXPECT_EQ(client.Ask(wire::kCmdBlockStatus, 0, 4096).error, 0u);
 }
 
 TEST_F(ConnectionTest, BlockStatusOfAScatteredDiskIsShort) {

@@ -5,6 +5,7 @@
 
 #include <map>
 #include <random>
+#include <set>
 
 #include "nbdserver/connection/connection.h"
 #include "nbdserver/wire/wire.h"
@@ -16,10 +17,27 @@ namespace {
 using Step = Negotiator::Step;
 
 const std::map<std::string, ExportDescription> kExports = {
-    {"disk0", {"disk0", 1 << 20, false}},
-    {"disk0@a", {"disk0@a", 1 << 19, true}},
-    {"", {"disk0", 1 << 20, false}},
+    {"disk0", {.name = "disk0", .size = 1 << 20}},
+    {"disk0@a", {.name = "disk0@a", .size = 1 << 19, .read_only = true}},
+    {"", {.name = "disk0", .size = 1 << 20}},
+    {"disk1", {.name = "disk1", .size = 1 << 20, .base = "new"}},
+    {"disk1@new~old",
+     {.name = "disk1@new~old", .size = 1 << 20, .read_only = true, .diff = true, .base = "old"}},
 };
+
+/// What kExports' disk1 can be compared with.
+const std::set<std::string> kBases = {"old", "new", "b0", "b1", "b2", "b3",
+                                      "b4",  "b5",  "b6", "b7", "b8"};
+
+ExportDescription Describe(const Negotiator& negotiator) {
+    ExportDescription description = kExports.at(negotiator.lookup_name());
+    if (description.base.empty()) return description;
+    for (const std::string& base : negotiator.lookup_bases()) {
+        const bool there = description.diff ? base == description.base : kBases.contains(base);
+        if (there) description.bases.push_back(base);
+    }
+    return description;
+}
 
 struct Reply {
     uint32_t option = 0;
@@ -78,9 +96,9 @@ struct Client {
                 continue;
             }
             ++lookups;
-            const auto found = kExports.find(negotiator.lookup_name());
-            step = found == kExports.end() ? negotiator.AnswerLookup(LookupError::kUnknown)
-                                           : negotiator.AnswerLookup(found->second);
+            const bool found = kExports.contains(negotiator.lookup_name());
+            step = found ? negotiator.AnswerLookup(Describe(negotiator))
+                         : negotiator.AnswerLookup(LookupError::kUnknown);
         }
         output += negotiator.TakeOutput();
         return step;
@@ -184,7 +202,7 @@ TEST(NegotiationTest, GoWithoutRequestsGivesTheExportOnly) {
     const NegotiationResult result = client.negotiator.TakeResult();
     EXPECT_EQ(result.export_name, "disk0");
     EXPECT_FALSE(result.structured_replies);
-    EXPECT_FALSE(result.base_allocation);
+    EXPECT_TRUE(result.contexts.empty());
     EXPECT_EQ(result.leftover, "");
 }
 
@@ -411,7 +429,7 @@ TEST(NegotiationTest, StartTlsForgetsWhatWasAgreedOn) {
         EXPECT_EQ(client.Say(Go("disk0")), Step::kDone);
         const NegotiationResult result = client.negotiator.TakeResult();
         EXPECT_FALSE(result.structured_replies);
-        EXPECT_FALSE(result.base_allocation);
+        EXPECT_TRUE(result.contexts.empty());
     }
 }
 
@@ -461,13 +479,15 @@ TEST(NegotiationTest, ListMetaContextKnowsQueriesAndWildcard) {
     const Types found = {wire::kRepMetaContext, wire::kRepAck};
     const Types nothing = {wire::kRepAck};
     const std::vector<std::pair<std::vector<std::string>, Types>> cases = {
-        {{}, found},
+        {{}, {wire::kRepMetaContext, wire::kRepMetaContext, wire::kRepAck}},
         {{"base:"}, found},
         {{"base:allocation"}, found},
         {{"x:y", "base:allocation", "base:"}, found},
         {{"base"}, nothing},
         {{"base:other"}, nothing},
-        {{"qemu:"}, nothing},
+        {{"qemu:"}, found},
+        {{"qemu:dirty-bitmap:"}, nothing},
+        {{"qemu:dirty-bitmap:a"}, nothing},
         {{""}, nothing},
     };
     for (const auto& [queries, types] : cases) {
@@ -480,7 +500,7 @@ TEST(NegotiationTest, ListMetaContextKnowsQueriesAndWildcard) {
     client.Say(Flags() + kStructured + Option(option, ContextData("disk0", {})));
     EXPECT_EQ(client.TakeReplies().at(1).data, std::string("\0\0\0\0base:allocation", 19));
     EXPECT_EQ(client.Say(Go("disk0")), Step::kDone);
-    EXPECT_FALSE(client.negotiator.TakeResult().base_allocation) << "listing selects nothing";
+    EXPECT_TRUE(client.negotiator.TakeResult().contexts.empty()) << "listing selects nothing";
 }
 
 std::string Set(const std::string& name, const std::vector<std::string>& queries) {
@@ -514,7 +534,7 @@ TEST(NegotiationTest, SetMetaContextSelectsForItsExport) {
         Client client;
         ASSERT_EQ(client.Say(Flags() + kStructured + cases[i].said), Step::kInput);
         ASSERT_EQ(client.Say(Go(cases[i].went_to)), Step::kDone);
-        EXPECT_EQ(client.negotiator.TakeResult().base_allocation, cases[i].selected);
+        EXPECT_EQ(client.negotiator.TakeResult().contexts.size(), cases[i].selected ? 1u : 0u);
     }
 }
 
@@ -522,7 +542,67 @@ TEST(NegotiationTest, SetMetaContextTellsTheId) {
     Client client;
     client.Say(Flags() + kStructured + Set("disk0", {"base:allocation"}));
     EXPECT_EQ(client.TakeReplies().at(1).data, std::string("\0\0\0\1base:allocation", 19));
-    static_assert(Negotiator::kBaseAllocationId == 1);
+}
+
+/// The contexts that an option answers with, and their ids.
+std::string ContextsOf(Client& client, const std::string& option) {
+    client.Say(option);
+    std::string text;
+    for (const Reply& reply : client.TakeReplies()) {
+        if (reply.type != wire::kRepMetaContext) continue;
+        const auto id = LoadBig<uint32_t>(reply.data.data());
+        text += (text.empty() ? "" : " ") + std::to_string(id) + "=" + reply.data.substr(4);
+    }
+    return text;
+}
+
+TEST(NegotiationTest, OneBitmapIsShownAndAllAreFoundByName) {
+    Client client;
+    client.Say(Flags() + kStructured);
+    client.TakeReplies();
+    const auto list = [&](const std::string& name, const std::vector<std::string>& queries) {
+        return ContextsOf(client, Option(wire::kOptListMetaContext, ContextData(name, queries)));
+    };
+    EXPECT_EQ(list("disk1", {}),
+              "0=base:allocation 0=qemu:allocation-depth 0=qemu:dirty-bitmap:new");
+    EXPECT_EQ(list("disk1", {"qemu:"}), "0=qemu:allocation-depth 0=qemu:dirty-bitmap:new");
+    EXPECT_EQ(list("disk1", {"qemu:dirty-bitmap:"}), "0=qemu:dirty-bitmap:new");
+    EXPECT_EQ(list("disk1", {"qemu:dirty-bitmap:old", "qemu:dirty-bitmap:"}),
+              "0=qemu:dirty-bitmap:new 0=qemu:dirty-bitmap:old");
+    EXPECT_EQ(list("disk1", {"qemu:dirty-bitmap:other", "qemu:allocation"}), "");
+    EXPECT_EQ(list("disk1@new~old", {}), "0=base:allocation 0=qemu:dirty-bitmap:old");
+    EXPECT_EQ(list("disk1@new~old", {"qemu:dirty-bitmap:new", "qemu:"}), "0=qemu:dirty-bitmap:old");
+}
+
+TEST(NegotiationTest, OnlyWhatIsNamedIsSelected) {
+    Client client;
+    client.Say(Flags() + kStructured);
+    client.TakeReplies();
+    EXPECT_EQ(ContextsOf(client, Set("disk1", {"qemu:", "qemu:dirty-bitmap:", "base:"})), "");
+    EXPECT_EQ(ContextsOf(client, Set("disk1", {"qemu:dirty-bitmap:old", "base:allocation",
+                                               "qemu:dirty-bitmap:old", "qemu:dirty-bitmap:x"})),
+              "1=base:allocation 2=qemu:dirty-bitmap:old");
+    ASSERT_EQ(client.Say(Option(wire::kOptInfo, InfoData("disk1"))), Step::kInput);
+    ASSERT_EQ(client.Say(Go("disk1")), Step::kDone);
+    EXPECT_EQ(client.negotiator.lookup_bases(), std::vector<std::string>{"old"});
+    const std::vector<ContextName> selected = client.negotiator.TakeResult().contexts;
+    ASSERT_EQ(selected.size(), 2u);
+    EXPECT_EQ(selected[1], (ContextName{ContextKind::kBitmap, "old"}));
+}
+
+TEST(NegotiationTest, BitmapsOfAConnectionAreBounded) {
+    Client client;
+    client.Say(Flags() + kStructured);
+    client.TakeReplies();
+    std::vector<std::string> queries;
+    for (unsigned i = 0; i < 8; ++i) queries.push_back("qemu:dirty-bitmap:b" + std::to_string(i));
+    EXPECT_EQ(client.Types(Set("disk1", queries), wire::kOptSetMetaContext).size(), 9u);
+    queries.emplace_back("qemu:dirty-bitmap:b8");
+    EXPECT_EQ(client.Types(Set("disk1", queries), wire::kOptSetMetaContext),
+              Types{wire::kRepErrTooBig});
+    ASSERT_EQ(client.Say(Go("disk1")), Step::kDone);
+    EXPECT_TRUE(client.negotiator.lookup_bases().empty());
+    EXPECT_TRUE(client.negotiator.TakeResult().contexts.empty());
 }
 
 TEST(NegotiationTest, SetMetaContextOfUnknownExportIsRefused) {
@@ -669,8 +749,8 @@ TEST(NegotiationTest, ByteByByteGivesTheSame) {
     EXPECT_EQ(whole.Say(all), Step::kDone);
     EXPECT_EQ(dribbled.Dribble(all), Step::kDone);
     EXPECT_EQ(whole.output, dribbled.output);
-    EXPECT_TRUE(whole.negotiator.TakeResult().base_allocation);
-    EXPECT_TRUE(dribbled.negotiator.TakeResult().base_allocation);
+    EXPECT_EQ(1u, whole.negotiator.TakeResult().contexts.size());
+    EXPECT_EQ(1u, dribbled.negotiator.TakeResult().contexts.size());
 }
 
 TEST(NegotiationTest, MutatedConversationsNeverBreakIt) {

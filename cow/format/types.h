@@ -57,9 +57,10 @@ struct Extent {
 
 /// A stretch of a disk as BLOCK_STATUS and sparse reads report it.
 struct Allocation {
-    uint64_t length = 0;  // bytes
-    bool hole = false;    // not mapped, reads as zeros
-    uint32_t depth = 0;   // if asked for, and not a hole: see Layers
+    uint64_t length = 0;   // bytes
+    bool hole = false;     // not mapped, reads as zeros
+    uint16_t changed = 0;  // for who compares it with bases, a bit for each
+    uint32_t depth = 0;    // if asked for, and not a hole: see Layers
 };
 
 /// A stretch of a disk beside another state of it.

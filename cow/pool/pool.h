@@ -143,6 +143,7 @@ struct Export {
     Volume* volume = nullptr;
     uint64_t id = 0;
     std::vector<std::shared_ptr<const Base>> bases;  // as asked for, of a diff export just its own
+    bool diff = false;
 };
 
 struct ExportEntry {
@@ -158,9 +159,6 @@ struct ExportDetails : ExportEntry {
     /// or bookmark that it comes from. Empty: nothing.
     std::string base;
 };
-
-/// Bases of one export, at most.
-inline constexpr size_t kBasesMax = 8;
 
 /// Commands on one disk wait for each other, at most some seconds: kBusy then. What shows something
 /// does not wait for what hangs: it tells what memory says, and that it may be approximate.

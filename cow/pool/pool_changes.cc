@@ -120,7 +120,7 @@ Task<Result<Difference>> PoolImpl::Diff(std::string from, std::string to, uint64
         co_return MakeError(ErrorKind::kInvalid,
                             fmt::format("'{}' and '{}' are of different disks", from, to));
     }
-    Task<Result<Export>> opening = OpenExport(to + "~" + base.value().snapshot);
+    Task<Result<Export>> opening = OpenExport(fmt::format("{}~{}", to, base.value().snapshot));
     const Result<Export> opened = co_await opening;
     if (!opened.ok()) co_return opened.error();
     Volume& volume = *opened.value().volume;

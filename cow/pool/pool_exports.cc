@@ -210,6 +210,7 @@ Task<Result<Export>> PoolImpl::OpenExport(std::string name, std::vector<std::str
     state.view = view;
     if (asked.value().diff) state.diff = catalog_.RecordOf(*asked.value().diff).name;
     Export result;
+    result.diff = asked.value().diff.has_value();
     result.volume = volume.value();
     result.id = id;
     for (const Catalog::Base& base : found.value()) {

@@ -9,6 +9,9 @@
 
 namespace varve::cow {
 
+/// Bases of one export, at most.
+inline constexpr size_t kBasesMax = 8;
+
 /// What a view is compared with. Made on home for one view; fixed once made; any thread.
 struct Base {
     enum class Kind {

@@ -36,7 +36,7 @@ void AppendAllocation(std::vector<Allocation>& map, uint64_t length, bool hole, 
     if (!map.empty() && map.back().hole == hole && map.back().depth == depth) {
         map.back().length += length;
     } else {
-        map.push_back({length, hole, depth});
+        map.push_back({.length = length, .hole = hole, .depth = depth});
     }
 }
 

@@ -98,13 +98,14 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
       local_(IsUnixSocket(fd)),
       number_(shared_.connections_started++),
       volume_(volume),
+      bases_(std::move(options.bases)),
+      layers_(std::move(options.layers)),
       counters_(std::move(options.counters)),
       ended_(std::move(ended)),
       receiving_(shared_.received),
       kept_(shared_.received) {
     rules_.structured_replies = options.structured_replies;
-    rules_.base_allocation = options.base_allocation && options.structured_replies;
-    rules_.base_allocation_id = options.base_allocation_id;
+    if (options.structured_replies) rules_.contexts = std::move(options.contexts);
     rules_.read_only = options.read_only || volume.read_only();
     rules_.payload_max = shared_.limits.payload_max;
     if (!counters_) counters_ = std::make_shared<ConnectionCounters>();

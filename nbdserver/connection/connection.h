@@ -20,7 +20,9 @@
 #include "base/result.h"
 #include "base/sync.h"
 #include "base/task.h"
+#include "cow/volume/changes.h"
 #include "cow/volume/volume.h"
+#include "nbdserver/connection/block_status.h"
 #include "nbdserver/tls/records.h"
 
 namespace varve::nbdserver {
@@ -56,8 +58,13 @@ struct ConnectionCounters {
 /// What was agreed on in negotiation.
 struct TransmissionOptions {
     bool structured_replies = false;
-    bool base_allocation = false;     // the context was selected for this export
-    uint32_t base_allocation_id = 0;  // as told to the client
+    /// That were selected for this export.
+    std::vector<StatusContext> contexts;
+    /// What they compare it with, by StatusContext::base.
+    std::vector<std::shared_ptr<const cow::Base>> bases;
+    /// For depths: what the export's blocks are counted by now. Started and finished on the
+    /// reactor. May be null if no context needs it.
+    std::function<Task<std::shared_ptr<const cow::Layers>>()> layers;
     /// Bytes that arrived behind the last option: the client's first requests.
     std::vector<std::byte> received;
     /// The records that all further bytes are in; null: there is no TLS.

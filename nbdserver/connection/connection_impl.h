@@ -250,6 +250,7 @@ class Connection {
     Task<void> Serve(Request* request);
     Task<Errno> Execute(Request* request);
     Task<Errno> ExecuteInTurn(Request* request);
+    Task<Errno> Status(Request* request);
     Task<Errno> ReadInSlices(Request* request, std::vector<cow::Allocation>* map);
 
     // Replying.
@@ -319,6 +320,8 @@ class Connection {
     const bool local_;       // a unix socket
     const uint64_t number_;  // of the reactor's connections so far
     cow::Volume& volume_;
+    const std::vector<std::shared_ptr<const cow::Base>> bases_;
+    const std::function<Task<std::shared_ptr<const cow::Layers>>()> layers_;
     cow::Requester requester_;
     RequestRules rules_;
     std::shared_ptr<ConnectionCounters> counters_;

@@ -230,7 +230,7 @@ bool Connection::Accept(const std::byte* header) {
     }
     request->error = Validate(*request, rules_, volume_.size());
     request->work = request->error ? 0 : WorkNeeded(*request);
-    request->charge = request->error ? 0 : MemoryNeeded(*request, rules_.structured_replies);
+    request->charge = request->error ? 0 : MemoryNeeded(*request, rules_);
     if (!TakeMemory(*request)) {
         shared_.ReturnRequest(request);
         paused_ = true;

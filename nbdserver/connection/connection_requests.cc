@@ -1,4 +1,5 @@
 // Connection: running requests, and replying.
+#include <algorithm>
 #include <utility>
 
 #include "nbdserver/connection/connection_impl.h"
@@ -96,14 +97,49 @@ Task<Errno> Connection::Execute(Request* request) {
             const bool allocate = (request->flags & wire::kFlagNoHole) != 0;
             return volume_.WriteZeroes(offset, length, allocate, &requester_);
         }
-        case wire::kCmdBlockStatus: {
-            const bool one = (request->flags & wire::kFlagReqOne) != 0;
-            return volume_.Status(offset, length, one ? 1 : kStatusExtentsMax, nullptr,
-                                  &request->map, &requester_);
-        }
+        case wire::kCmdBlockStatus:
+            return Status(request);
         default:
             return Succeed();  // CACHE is a hint
     }
+}
+
+/// Asks for one context after the other, each for what is known of those before.
+Task<Errno> Connection::Status(Request* request) {
+    const uint32_t most = StatusStretchesMax(*request, rules_);
+    std::vector<cow::Allocation>& map = request->map;
+    uint64_t length = request->length;
+    const auto any = [this](ContextKind kind) {
+        return std::any_of(rules_.contexts.begin(), rules_.contexts.end(),
+                           [kind](const StatusContext& context) { return context.kind == kind; });
+    };
+    const bool mapped = any(ContextKind::kAllocation) || any(ContextKind::kDepth);
+    if (mapped) {
+        std::shared_ptr<const cow::Layers> layers;
+        if (any(ContextKind::kDepth)) {
+            Task<std::shared_ptr<const cow::Layers>> getting = layers_();
+            layers = co_await getting;
+        }
+        Task<Errno> looking =
+            volume_.Status(request->offset, length, most, layers.get(), &map, &requester_);
+        const Errno error = co_await looking;
+        if (error) co_return error;
+        length = BytesOf(map);
+    }
+    for (size_t base = 0; base < bases_.size(); ++base) {
+        std::vector<cow::Delta> changes;
+        Task<Errno> comparing = volume_.Changes(bases_[base].get(), request->offset, length, most,
+                                                &changes, &requester_);
+        const Errno error = co_await comparing;
+        if (error) co_return error;
+        if (mapped || base > 0) {
+            MergeChanges(map, changes, static_cast<uint8_t>(base), most);
+        } else {
+            BeginWithChanges(map, changes, static_cast<uint8_t>(base));
+        }
+        length = BytesOf(map);
+    }
+    co_return 0;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -59,12 +59,6 @@ void Simplify(std::vector<cow::Allocation>& map, uint64_t hole_bytes_min) {
     map.resize(kept);
 }
 
-uint64_t BytesOf(const std::vector<cow::Allocation>& map) {
-    uint64_t bytes = 0;
-    for (const cow::Allocation stretch : map) bytes += stretch.length;
-    return bytes;
-}
-
 void SetHead(Request& request, const std::byte* end) {
     const size_t bytes = static_cast<size_t>(end - request.head.data());
     request.few_pieces[0] = {request.head.data(), bytes};
@@ -170,28 +164,47 @@ size_t StatusBytes(size_t extents) {
     return sizeof(wire::BlockStatusChunk) + extents * sizeof(wire::Extent);
 }
 
-void BuildStatus(Request& request, const RequestRules& rules, BufferPool& pool) {
-    std::vector<cow::Allocation>& map = request.map;
-    Simplify(map, 0);
-    const size_t bytes = StatusBytes(map.size());
-    if (!map.empty()) request.layout = pool.Take(bytes);
-    if (!request.layout) {
-        request.error = map.empty() ? EIO : ENOMEM;
-        return BuildError(request);
+/// What one context says; gives where the next one's chunk begins.
+std::byte* AppendContext(std::byte* at, const Request& request, const StatusContext& context,
+                         bool last) {
+    std::byte* const extents = at + sizeof(wire::BlockStatusChunk);
+    std::byte* end = extents;
+    wire::Extent extent;
+    for (const cow::Allocation& stretch : request.map) {
+        const uint32_t flags = StatusFlags(context, stretch);
+        const auto length = static_cast<uint32_t>(stretch.length);
+        if (end != extents && extent.flags == flags) {
+            extent.length = extent.length + length;
+            end -= sizeof extent;
+        } else {
+            extent.length = length;
+            extent.flags = flags;
+        }
+        end = Append(end, extent);
     }
     wire::BlockStatusChunk status;
-    status.chunk = ChunkHeader(request, wire::kChunkBlockStatus, bytes - sizeof status.chunk, true);
-    status.context_id = rules.base_allocation_id;
-    std::byte* at = Append(request.layout.data(), status);
-    for (const cow::Allocation stretch : map) {
-        wire::Extent extent;
-        extent.length = static_cast<uint32_t>(stretch.length);
-        extent.flags = stretch.hole ? wire::kAllocationHole | wire::kAllocationZero : 0;
-        at = Append(at, extent);
+    const size_t length = static_cast<size_t>(end - at) - sizeof status.chunk;
+    status.chunk = ChunkHeader(request, wire::kChunkBlockStatus, length, last);
+    status.context_id = context.id;
+    Append(at, status);
+    return end;
+}
+
+void BuildStatus(Request& request, const RequestRules& rules, BufferPool& pool) {
+    const size_t contexts = rules.contexts.size();
+    if (!request.map.empty())
+        request.layout = pool.Take(contexts * StatusBytes(request.map.size()));
+    if (!request.layout) {
+        request.error = request.map.empty() ? EIO : ENOMEM;
+        return BuildError(request);
     }
-    request.few_pieces[0] = {request.layout.data(), bytes};
+    std::byte* at = request.layout.data();
+    for (size_t i = 0; i < contexts; ++i) {
+        at = AppendContext(at, request, rules.contexts[i], i + 1 == contexts);
+    }
+    request.reply_bytes = static_cast<uint64_t>(at - request.layout.data());
+    request.few_pieces[0] = {request.layout.data(), request.reply_bytes};
     request.pieces = std::span(request.few_pieces).first(1);
-    request.reply_bytes = bytes;
 }
 
 // The volume reads and writes whole blocks, and at aligned addresses: what does not fit takes a
@@ -220,14 +233,26 @@ uint64_t DetourNeeded(const Request& request) {
     }
 }
 
+/// With several contexts, what one of them says is merged with what those before said.
+uint64_t StatusNeeded(const RequestRules& rules) {
+    const size_t contexts = rules.contexts.size();
+    const uint64_t each = std::max<uint64_t>(kStatusExtentsMax / contexts, 1);
+    const uint64_t lists = contexts > 1                                         ? 3
+                           : rules.contexts[0].kind == ContextKind::kAllocation ? 1
+                                                                                : 2;
+    static_assert(sizeof(cow::Delta) <= sizeof(cow::Allocation));
+    return lists * each * sizeof(cow::Allocation) +
+           BufferPool::Rounded(contexts * StatusBytes(each));
+}
+
 /// For what is sent or received, and to make the reply.
-uint64_t PayloadNeeded(const Request& request, bool structured_replies) {
+uint64_t PayloadNeeded(const Request& request, const RequestRules& rules) {
     const uint32_t length = request.length;
     switch (request.type) {
         case wire::kCmdRead: {
             if (length == 0) return 0;
             const uint64_t payload = BufferPool::Rounded(length);
-            if (!structured_replies || length <= kHoleBytesMin) return payload;
+            if (!rules.structured_replies || length <= kHoleBytesMin) return payload;
             const uint64_t stretches = length / cow::kBlockBytes + 2;
             const uint64_t chunks = std::min<uint64_t>(stretches, kChunksMax);
             return payload + stretches * sizeof(cow::Allocation) +
@@ -237,14 +262,19 @@ uint64_t PayloadNeeded(const Request& request, bool structured_replies) {
             return length ? BufferPool::Rounded(length) : 0;
         case wire::kCmdBlockStatus:
             if (request.flags & wire::kFlagReqOne) return 0;
-            return kStatusExtentsMax * sizeof(cow::Allocation) +
-                   BufferPool::Rounded(StatusBytes(kStatusExtentsMax));
+            return StatusNeeded(rules);
         default:
             return 0;
     }
 }
 
 }  // namespace
+
+uint64_t BytesOf(const std::vector<cow::Allocation>& map) {
+    uint64_t bytes = 0;
+    for (const cow::Allocation stretch : map) bytes += stretch.length;
+    return bytes;
+}
 
 bool Decode(const std::byte* header, Request& request) {
     const wire::Request& received = *reinterpret_cast<const wire::Request*>(header);
@@ -267,7 +297,7 @@ Errno Validate(const Request& request, const RequestRules& rules, uint64_t size)
     if (request.offset > size || request.length > size - request.offset) {
         return type == wire::kCmdWrite || type == wire::kCmdWriteZeroes ? ENOSPC : EINVAL;
     }
-    if (type == wire::kCmdBlockStatus && (!rules.base_allocation || !request.length)) {
+    if (type == wire::kCmdBlockStatus && (rules.contexts.empty() || !request.length)) {
         return EINVAL;
     }
     // Zeroes are fast because they only unmap, which is what NO_HOLE forbids.
@@ -276,8 +306,14 @@ Errno Validate(const Request& request, const RequestRules& rules, uint64_t size)
     return 0;
 }
 
-uint64_t MemoryNeeded(const Request& request, bool structured_replies) {
-    return PayloadNeeded(request, structured_replies) + DetourNeeded(request);
+uint64_t MemoryNeeded(const Request& request, const RequestRules& rules) {
+    return PayloadNeeded(request, rules) + DetourNeeded(request);
+}
+
+uint32_t StatusStretchesMax(const Request& request, const RequestRules& rules) {
+    if (request.flags & wire::kFlagReqOne) return 1;
+    const size_t each = kStatusExtentsMax / std::max<size_t>(rules.contexts.size(), 1);
+    return static_cast<uint32_t>(std::max<size_t>(each, 1));
 }
 
 uint64_t WorkNeeded(const Request& request) {

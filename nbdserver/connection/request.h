@@ -14,6 +14,7 @@
 #include "base/buffers.h"
 #include "base/result.h"
 #include "cow/format/types.h"
+#include "nbdserver/connection/block_status.h"
 #include "nbdserver/connection/memory_budget.h"
 #include "nbdserver/wire/wire.h"
 
@@ -24,16 +25,16 @@ class Connection;
 /// What a client may ask of its export, fixed by negotiation and the limits.
 struct RequestRules {
     bool structured_replies = false;
-    bool base_allocation = false;
     bool read_only = false;
-    uint32_t base_allocation_id = 0;
+    std::vector<StatusContext> contexts;       // of BLOCK_STATUS; none: it is refused
     uint32_t payload_max = wire::kPayloadMax;  // bytes of a READ or WRITE
 };
 
 /// A larger READ is served in slices of this many bytes.
 inline constexpr uint32_t kReadSliceBytes = 1 << 20;
 
-/// Most extents that one BLOCK_STATUS is answered with. The protocol allows less than asked for.
+/// Most extents that one BLOCK_STATUS is answered with, in all contexts together. The protocol
+/// allows less than asked for.
 inline constexpr uint32_t kStatusExtentsMax = 8192;
 
 /// Lives from its header's arrival until its reply has left; recycled, so that its vectors keep
@@ -71,7 +72,13 @@ bool Decode(const std::byte* header, Request& request);
 Errno Validate(const Request& request, const RequestRules& rules, uint64_t size);
 
 /// Bytes of memory that running and answering a valid `request` takes.
-uint64_t MemoryNeeded(const Request& request, bool structured_replies);
+uint64_t MemoryNeeded(const Request& request, const RequestRules& rules);
+
+/// Stretches that a valid BLOCK_STATUS may have in each context.
+uint32_t StatusStretchesMax(const Request& request, const RequestRules& rules);
+
+/// Bytes that they have together.
+uint64_t BytesOf(const std::vector<cow::Allocation>& map);
 
 /// Bytes of the export that a valid `request` without payload works on: it costs time by these,
 /// however little is sent. 0 for one with a payload, whose memory bounds it.

@@ -26,6 +26,13 @@ std::string NameOf(const Visitor& visitor) {
     return identity.empty() ? visitor.name : fmt::format("{} ({})", visitor.name, identity);
 }
 
+/// Whether somebody may see where an export differs from a snapshot of its disk: who may read that.
+bool MayCompare(const access::Grants& grants, std::string_view name, std::string_view base) {
+    std::string snapshot(name.substr(0, name.find('@')));
+    snapshot.append("@").append(base);
+    return grants.Of(snapshot) != access::Right::kNone;
+}
+
 Error Stopping() {
     return MakeError(ErrorKind::kFailed, "the server is shutting down");
 }
@@ -39,6 +46,7 @@ class Client {
     const Visitor visitor;
 
     // Fixed from Open() on.
+    std::vector<std::string> bases;  // names of snapshots and bookmarks, as they were
     cow::Export opened;
     ExportDescription description;
     int64_t since_ms = 0;  // since 1970
@@ -107,6 +115,19 @@ Task<void> DrainOnReactor(std::shared_ptr<Client> client) {
     if (client->connection) ::shutdown(client->fd, SHUT_RD);
 }
 
+/// Gives the contexts what they compare with: a diff export has one base, which it shows in its
+/// allocation as well.
+void Compare(const cow::Export& opened, TransmissionOptions& options) {
+    options.bases = opened.bases;
+    uint8_t next = 0;
+    for (StatusContext& context : options.contexts) {
+        if (context.kind == ContextKind::kBitmap) context.base = next++;
+        if (opened.diff && context.kind == ContextKind::kAllocation) {
+            context.kind = ContextKind::kDiffAllocation;
+        }
+    }
+}
+
 int64_t UnixMs() {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     return std::chrono::duration_cast<std::chrono::milliseconds>(now).count();
@@ -136,32 +157,47 @@ Clients::~Clients() {
 }
 
 /// Who may not is told what he would be told if there was no such export: names are not for
-/// everybody.
-Result<ExportDescription> Clients::Describe(std::string export_name, const Visitor& visitor) {
+/// everybody. A bitmap shows something of its snapshot, too.
+Result<ExportDescription> Clients::Describe(std::string export_name,
+                                            const std::vector<std::string>& bases,
+                                            const Visitor& visitor) {
     Result<cow::ExportDetails> found = pool_.DescribeExport(std::move(export_name));
     if (!found.ok()) return found.error();
-    cow::ExportEntry& entry = found.value();
-    const access::Right right = GrantsOf(visitor).Of(entry.name);
+    cow::ExportDetails& details = found.value();
+    const access::Grants grants = GrantsOf(visitor);
+    const access::Right right = grants.Of(details.name);
     if (right == access::Right::kNone) {
-        refusals_.Tell(fmt::format("{} may not open '{}'", NameOf(visitor), entry.name));
+        refusals_.Tell(fmt::format("{} may not open '{}'", NameOf(visitor), details.name));
         return MakeError(ErrorKind::kNotFound, "there is nothing that this client may open");
     }
-    const bool read_only = entry.read_only || visitor.read_only || right == access::Right::kRead;
-    return ExportDescription{std::move(entry.name), entry.size, read_only};
+    ExportDescription description;
+    description.size = details.size;
+    description.read_only =
+        details.read_only || visitor.read_only || right == access::Right::kRead;
+    description.diff = details.diff;
+    for (const std::string& base : bases) {
+        const bool there = pool_.HasBase(details.name, base);
+        if (there && MayCompare(grants, details.name, base)) description.bases.push_back(base);
+    }
+    if (MayCompare(grants, details.name, details.base)) description.base = std::move(details.base);
+    description.name = std::move(details.name);
+    return description;
 }
 
 std::shared_ptr<Client> Clients::Make(Visitor visitor) {
     return std::make_shared<Client>(std::move(visitor));
 }
 
-Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_name) {
+Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_name,
+                           std::vector<std::string> bases) {
     if (closing_) co_return Stopping();
     if (rules_) {  // before anything of the export's shows, that it is in use for example
-        const Result<ExportDescription> may = Describe(export_name, client->visitor);
+        const Result<ExportDescription> may = Describe(export_name, bases, client->visitor);
         if (!may.ok()) co_return may.error();
     }
+    client->bases = bases;
     Task<Result<cow::Export>> opening =
-        pool_.OpenExport(std::move(export_name), {}, &client->given_up);
+        pool_.OpenExport(std::move(export_name), std::move(bases), &client->given_up);
     const Result<cow::Export> opened = co_await opening;
     if (!opened.ok()) co_return opened.error();
     const Status entered = Enter(client, opened.value());
@@ -181,8 +217,12 @@ Task<Status> Clients::Open(std::shared_ptr<Client> client, std::string export_na
 /// on the client can be fenced.
 Status Clients::Enter(const std::shared_ptr<Client>& client, const cow::Export& opened) {
     if (closing_) return Stopping();
-    Result<ExportDescription> may = Describe(pool_.ExportName(opened.id), client->visitor);
+    Result<ExportDescription> may =
+        Describe(pool_.ExportName(opened.id), client->bases, client->visitor);
     if (!may.ok()) return may.error();
+    if (may.value().bases != client->bases) {
+        return MakeError(ErrorKind::kNotFound, "what it is to be compared with is not there now");
+    }
     client->opened = opened;
     client->description = std::move(may.value());
     client->since_ms = UnixMs();
@@ -192,9 +232,10 @@ Status Clients::Enter(const std::shared_ptr<Client>& client, const cow::Export& 
     return Status();
 }
 
-Task<Status> Clients::Attach(std::shared_ptr<Client> client, std::string export_name) {
+Task<Status> Clients::Attach(std::shared_ptr<Client> client, std::string export_name,
+                             std::vector<std::string> bases) {
     std::shared_ptr<Client> shared = client;
-    Task<Status> opening = Open(std::move(shared), std::move(export_name));
+    Task<Status> opening = Open(std::move(shared), std::move(export_name), std::move(bases));
     Status status = co_await opening;
     if (!status.ok()) co_return status;
     Executor& reactor = *client->reactor;
@@ -213,10 +254,20 @@ void Clients::GiveUp(std::shared_ptr<Client> client) {
     if (client->reactor) Spawn(GiveUpOnReactor(std::move(client)));
 }
 
+/// Started and finished on the client's reactor.
+Task<std::shared_ptr<const cow::Layers>> Clients::LayersOf(std::shared_ptr<Client> client) {
+    co_await Hop(home_);
+    std::shared_ptr<const cow::Layers> layers = pool_.LayersOf(client->opened.id);
+    co_await Hop(*client->reactor);
+    co_return layers;
+}
+
 Task<void> Clients::Serve(std::shared_ptr<Client> client, int fd, TransmissionOptions options) {
     client->serving = true;
     options.counters = client->counters;
     options.read_only = client->description.read_only;
+    Compare(client->opened, options);
+    options.layers = [this, client] { return LayersOf(client); };
     Log(LogLevel::kDebug,
         fmt::format("{} attached to '{}'", client->visitor.name, client->description.name));
     ConnectionHost& host = host_of_(*client->reactor);
@@ -259,7 +310,12 @@ void Clients::End(std::shared_ptr<Client> client) {
 
 /// By the export's present name.
 bool Clients::MayStay(const Client& client) const {
-    const access::Right right = GrantsOf(client.visitor).Of(pool_.ExportName(client.opened.id));
+    const access::Grants grants = GrantsOf(client.visitor);
+    const std::string name = pool_.ExportName(client.opened.id);
+    for (const std::string& base : client.bases) {
+        if (!MayCompare(grants, name, base)) return false;
+    }
+    const access::Right right = grants.Of(name);
     return client.description.read_only ? right != access::Right::kNone
                                         : right == access::Right::kWrite;
 }

@@ -48,9 +48,11 @@ class Clients : public admin::ClientDirectory {
     /// REQUIRES: no client is left. The pool must not fence any more.
     ~Clients() override;
 
-    /// Says what an export is to a visitor, without attaching to it. Errors as of
-    /// Pool::DescribeExport, and kNotFound if he may not open it.
-    Result<ExportDescription> Describe(std::string export_name, const Visitor& visitor);
+    /// Says what an export is to a visitor, without attaching to it, and which of `bases` he can
+    /// compare it with. Errors as of Pool::DescribeExport, and kNotFound if he may not open it.
+    Result<ExportDescription> Describe(std::string export_name,
+                                       const std::vector<std::string>& bases,
+                                       const Visitor& visitor);
 
     /// What a visitor may open.
     access::Grants GrantsOf(const Visitor& visitor) const { return {rules_, visitor.who}; }
@@ -64,12 +66,13 @@ class Clients : public admin::ClientDirectory {
     /// A client that will ask for an export. Any thread.
     static std::shared_ptr<Client> Make(Visitor visitor);
 
-    /// Opens the export for a client that asks for it. Errors as of Pool::OpenExport, and kNotFound
+    /// Opens the export for a client that asks for it, to be compared with `bases`. Errors as of Pool::OpenExport, and kNotFound
     /// if he may not; kFailed after Drain(), kBusy after GiveUp(). If it succeeds, the client owes
     /// Serve() or Release(), soon and without waiting for its peer. Nothing of clients that have
     /// left the disk lands after it: that is waited for, for as long as the device keeps a request
     /// of theirs.
-    Task<Status> Attach(std::shared_ptr<Client> client, std::string export_name);
+    Task<Status> Attach(std::shared_ptr<Client> client, std::string export_name,
+                        std::vector<std::string> bases);
 
     /// Nobody waits for Attach() of this client any more: it ends soon.
     void GiveUp(std::shared_ptr<Client> client);
@@ -96,7 +99,9 @@ class Clients : public admin::ClientDirectory {
     Task<void> Gone();
 
   private:
-    Task<Status> Open(std::shared_ptr<Client> client, std::string export_name);
+    Task<Status> Open(std::shared_ptr<Client> client, std::string export_name,
+                      std::vector<std::string> bases);
+    Task<std::shared_ptr<const cow::Layers>> LayersOf(std::shared_ptr<Client> client);
     Status Enter(const std::shared_ptr<Client>& client, const cow::Export& opened);
     bool MayStay(const Client& client) const;
     void End(std::shared_ptr<Client> client);

@@ -264,8 +264,10 @@ Task<void> Server::Negotiate(std::shared_ptr<Handshake> handshake) {
     NegotiationResult result = negotiator.TakeResult();
     TransmissionOptions options;
     options.structured_replies = result.structured_replies;
-    options.base_allocation = result.base_allocation;
-    options.base_allocation_id = Negotiator::kBaseAllocationId;
+    for (const ContextName& context : result.contexts) {
+        const auto id = static_cast<uint32_t>(options.contexts.size() + 1);
+        options.contexts.push_back({id, context.kind, 0});
+    }
     Channel::Remains remains = handshake->channel.Release();
     const std::string received = result.leftover + remains.plain;
     const auto* bytes = reinterpret_cast<const std::byte*>(received.data());
@@ -360,9 +362,11 @@ Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
         co_return;
     }
     std::string name = negotiator.lookup_name();
+    const std::vector<std::string> bases = negotiator.lookup_bases();
     const Visitor visitor = handshake->visitor();
     co_await Hop(home_);
-    const Result<ExportDescription> described = clients_.Describe(std::move(name), visitor);
+    const Result<ExportDescription> described =
+        clients_.Describe(std::move(name), bases, visitor);
     co_await Hop(control_);
     if (described.ok()) {
         negotiator.AnswerLookup(described.value());
@@ -384,8 +388,9 @@ Task<void> Server::OpenExport(std::shared_ptr<Handshake> handshake) {
     };
     waiting_.Enter(handshake->guest);
     std::shared_ptr<Client> client = handshake->asking;
+    std::vector<std::string> bases = negotiator.lookup_bases();
     co_await Hop(home_);
-    Task<Status> attaching = clients_.Attach(std::move(client), std::move(name));
+    Task<Status> attaching = clients_.Attach(std::move(client), std::move(name), std::move(bases));
     const Status status = co_await attaching;
     co_await Hop(control_);
     waiting_.Leave(handshake->guest);

@@ -4,13 +4,13 @@
 #include <utility>
 
 #include "base/check.h"
+#include "cow/volume/changes.h"
 #include "nbdserver/connection/connection.h"
 #include "nbdserver/wire/wire.h"
 
 namespace varve::nbdserver {
 namespace {
 
-constexpr std::string_view kBaseAllocation = "base:allocation";
 constexpr uint32_t kMinimumBlock = 1;  // any byte range is served
 constexpr uint32_t kPreferredBlock = 4096;
 
@@ -203,7 +203,7 @@ Negotiator::Step Negotiator::TlsStarted() {
     VARVE_CHECK(step_ == Step::kStartTls && output_.empty());
     encrypted_ = true;
     structured_replies_ = false;
-    context_export_.reset();
+    contexts_.clear();
     step_ = Step::kInput;
     return Continue();
 }
@@ -239,7 +239,7 @@ void Negotiator::HandleInfoOrGo(std::string_view data) {
 
 void Negotiator::HandleMetaContext(std::string_view data) {
     const bool set = option_ == wire::kOptSetMetaContext;
-    if (set) context_export_.reset();  // whatever becomes of this one
+    if (set) contexts_.clear();  // whatever becomes of this one
     if (!structured_replies_) {
         return ReplyError(wire::kRepErrInvalid, "negotiate structured replies first");
     }
@@ -250,12 +250,11 @@ void Negotiator::HandleMetaContext(std::string_view data) {
     if (*count > limits_.context_queries_max) {
         return ReplyError(wire::kRepErrTooBig, "there are too many queries");
     }
-    // Listing with no query lists all. "base:" asks for all of a name space, when listing only.
-    context_matches_ = !set && *count == 0;
+    queries_.clear();
     for (uint32_t i = 0; i < *count; ++i) {
         const std::optional<std::string_view> query = fields.String();
         if (!query) return ReplyError(wire::kRepErrInvalid, "there are fewer queries than counted");
-        if (*query == kBaseAllocation || (!set && *query == "base:")) context_matches_ = true;
+        queries_.emplace_back(*query);
     }
     if (!fields.empty()) {
         return ReplyError(wire::kRepErrInvalid, "there are more queries than counted");
@@ -281,7 +280,7 @@ Negotiator::Step Negotiator::AnswerLookup(const ExportDescription& description) 
             break;
         case wire::kOptListMetaContext:
         case wire::kOptSetMetaContext:
-            AnswerMetaContext();
+            AnswerMetaContext(description);
             break;
         default:
             DescribeExport(description);
@@ -355,16 +354,45 @@ void Negotiator::DescribeExport(const ExportDescription& description) {
     Reply(wire::kRepAck);
 }
 
-void Negotiator::AnswerMetaContext() {
+std::vector<ContextName> Negotiator::ContextsOf(const std::string& name) const {
+    return context_export_ == name ? contexts_ : std::vector<ContextName>();
+}
+
+std::vector<std::string> Negotiator::lookup_bases() const {
+    std::vector<std::string> bases;
+    if (opens()) {
+        for (const ContextName& context : ContextsOf(lookup_name_)) {
+            if (context.kind == ContextKind::kBitmap) bases.push_back(context.base);
+        }
+        return bases;
+    }
+    const bool asks = option_ == wire::kOptListMetaContext || option_ == wire::kOptSetMetaContext;
+    for (const std::string& query : asks ? queries_ : std::vector<std::string>()) {
+        if (std::optional<std::string> base = BitmapBase(query)) bases.push_back(*base);
+    }
+    return bases;
+}
+
+void Negotiator::AnswerMetaContext(const ExportDescription& description) {
     const bool set = option_ == wire::kOptSetMetaContext;
-    if (context_matches_) {
+    const std::vector<ContextName> found =
+        set ? SelectedContexts(description, queries_) : ListedContexts(description, queries_);
+    const auto bitmaps = std::count_if(found.begin(), found.end(), [](const ContextName& context) {
+        return context.kind == ContextKind::kBitmap;
+    });
+    if (set && static_cast<size_t>(bitmaps) > cow::kBasesMax) {
+        return ReplyError(wire::kRepErrTooBig, "these are too many bitmaps for one connection");
+    }
+    for (size_t i = 0; i < found.size(); ++i) {
         std::string context;
-        AppendBig<uint32_t>(context, set ? kBaseAllocationId : 0);
-        context += kBaseAllocation;
+        AppendBig<uint32_t>(context, set ? static_cast<uint32_t>(i + 1) : 0);
+        context += found[i].text();
         Reply(wire::kRepMetaContext, context);
-        if (set) context_export_ = lookup_name_;
     }
     Reply(wire::kRepAck);
+    if (!set) return;
+    context_export_ = lookup_name_;
+    contexts_ = found;
 }
 
 Negotiator::Step Negotiator::AnswerList(const ListReply& list) {
@@ -392,7 +420,7 @@ NegotiationResult Negotiator::TakeResult() {
     NegotiationResult result;
     result.export_name = lookup_name_;
     result.structured_replies = structured_replies_;
-    result.base_allocation = context_export_ == lookup_name_;
+    result.contexts = ContextsOf(lookup_name_);
     result.leftover = std::exchange(input_, {});
     return result;
 }

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "nbdserver/negotiation/contexts.h"
 #include "nbdserver/negotiation/list_reply.h"
 
 namespace varve::nbdserver {
@@ -35,6 +36,9 @@ struct ExportDescription {
     std::string name;   // its own: "disk0", also if it was asked for as ""
     uint64_t size = 0;  // bytes
     bool read_only = false;
+    bool diff = false;               // "disk0@new~old"
+    std::string base;                // whose bitmap is shown; empty: none is
+    std::vector<std::string> bases;  // of lookup_bases(), those whose bitmaps there are
 };
 
 /// Why a looked-up export is not served.
@@ -50,8 +54,8 @@ enum class LookupError {
 struct NegotiationResult {
     std::string export_name;  // as the client named it
     bool structured_replies = false;
-    bool base_allocation = false;  // selected for this export
-    std::string leftover;          // bytes that arrived behind the last option
+    std::vector<ContextName> contexts;  // selected for this export; their ids are 1, 2, ...
+    std::string leftover;               // bytes that arrived behind the last option
 };
 
 class Negotiator {
@@ -65,9 +69,6 @@ class Negotiator {
         kHangUp,    // send the output, then close
     };
 
-    /// The id that stands for base:allocation in BLOCK_STATUS replies.
-    static constexpr uint32_t kBaseAllocationId = 1;
-
     explicit Negotiator(NegotiationLimits limits = {}, TlsMode tls = TlsMode::kOff);
 
     Step step() const { return step_; }
@@ -78,6 +79,8 @@ class Negotiator {
 
     /// REQUIRES: step() is kLookup.
     const std::string& lookup_name() const { return lookup_name_; }
+    /// Snapshots whose bitmaps are asked about; if the export is to be opened, that were selected.
+    std::vector<std::string> lookup_bases() const;
     /// Whether the export is to be opened (GO, EXPORT_NAME), not only described.
     bool opens() const;
     Step AnswerLookup(const ExportDescription& description);
@@ -122,7 +125,8 @@ class Negotiator {
 
     void DescribeExport(const ExportDescription& description);
     void AnswerExportName(const ExportDescription& description);
-    void AnswerMetaContext();
+    void AnswerMetaContext(const ExportDescription& description);
+    std::vector<ContextName> ContextsOf(const std::string& name) const;
     void Reply(uint32_t type, std::string_view data = {});
     void ReplyError(uint32_t type, std::string_view message);
     void AskLookup(std::string_view name);
@@ -142,7 +146,8 @@ class Negotiator {
     bool fixed_newstyle_ = false;
     bool no_zeroes_ = false;
     bool structured_replies_ = false;
-    std::optional<std::string> context_export_;  // base:allocation is selected for this name
+    std::string context_export_;  // for which contexts were selected:
+    std::vector<ContextName> contexts_;
     uint32_t options_ = 0;
     uint32_t lists_ = 0;   // of them LIST
     uint64_t listed_ = 0;  // exports in the longest answer to a LIST
@@ -151,8 +156,8 @@ class Negotiator {
     uint32_t option_ = 0;
     uint32_t length_ = 0;  // of its data; while skipping: what is left of it
     std::string lookup_name_;
-    std::vector<uint16_t> infos_;   // that it asks for
-    bool context_matches_ = false;  // it asks for base:allocation
+    std::vector<uint16_t> infos_;       // that it asks for
+    std::vector<std::string> queries_;  // for contexts
 };
 
 }  // namespace varve::nbdserver

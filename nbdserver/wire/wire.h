@@ -226,6 +226,8 @@ static_assert(sizeof(Extent) == 8);
 
 inline constexpr uint32_t kAllocationHole = 1 << 0;
 inline constexpr uint32_t kAllocationZero = 1 << 1;
+/// Of qemu:dirty-bitmap:NAME (docs/interop/nbd.rst of QEMU).
+inline constexpr uint32_t kBitmapDirty = 1 << 0;
 
 struct ErrorChunk {
     Chunk chunk;

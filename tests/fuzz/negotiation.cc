@@ -4,8 +4,10 @@
 // Input: size of the pieces, whether the server is stopping and its TLS mode, the client's bytes.
 #include "nbdserver/negotiation/negotiation.h"
 
+#include <algorithm>
 #include <map>
 
+#include "cow/volume/changes.h"
 #include "nbdserver/wire/wire.h"
 #include "tests/fuzz/fuzz.h"
 
@@ -15,10 +17,22 @@ namespace {
 using Step = Negotiator::Step;
 
 const std::map<std::string, ExportDescription> kExports = {
-    {"", {"disk0", 1 << 20, false}},
-    {"disk0", {"disk0", 1 << 20, false}},
-    {"disk0@a", {"disk0@a", 1 << 19, true}},
+    {"", {.name = "disk0", .size = 1 << 20, .base = "a"}},
+    {"disk0", {.name = "disk0", .size = 1 << 20, .base = "a"}},
+    {"disk0@a", {.name = "disk0@a", .size = 1 << 19, .read_only = true}},
+    {"disk0@b~a",
+     {.name = "disk0@b~a", .size = 1 << 19, .read_only = true, .diff = true, .base = "a"}},
 };
+
+/// With those of the bases asked about that there are: "a", and of what is no diff, all that begin
+/// with a "b".
+ExportDescription Described(const Negotiator& negotiator, ExportDescription description) {
+    for (const std::string& base : negotiator.lookup_bases()) {
+        const bool there = base == "a" || (!description.diff && base.starts_with('b'));
+        if (there) description.bases.push_back(base);
+    }
+    return description;
+}
 
 /// A whole negotiation, as far as the bytes go.
 struct Played {
@@ -27,13 +41,15 @@ struct Played {
     std::string export_name;
     std::string behind;  // the client's bytes that are not negotiation's
     bool structured = false;
-    bool allocation = false;
+    std::vector<ContextName> contexts;
 };
 
 Step AnswerLookup(Negotiator& negotiator, bool shutdown) {
     VARVE_CHECK(!shutdown);
     const auto found = kExports.find(negotiator.lookup_name());
-    if (found != kExports.end()) return negotiator.AnswerLookup(found->second);
+    if (found != kExports.end()) {
+        return negotiator.AnswerLookup(Described(negotiator, found->second));
+    }
     const size_t kind = negotiator.lookup_name().size() % 3;
     constexpr LookupError kErrors[] = {LookupError::kUnknown, LookupError::kBusy,
                                        LookupError::kFailed};
@@ -78,7 +94,18 @@ Played Play(std::string_view bytes, size_t piece, bool shutdown, TlsMode tls) {
     NegotiationResult result = negotiator.TakeResult();
     played.export_name = result.export_name;
     played.structured = result.structured_replies;
-    played.allocation = result.base_allocation;
+    played.contexts = result.contexts;
+    size_t bitmaps = 0;
+    for (const ContextName& context : played.contexts) {
+        const bool diff = played.export_name.find('~') != std::string::npos;
+        const bool bitmap = context.kind == ContextKind::kBitmap;
+        bitmaps += bitmap;
+        VARVE_CHECK(bitmap ? context.base == "a" || (!diff && context.base.starts_with('b'))
+                           : context.base.empty());
+        VARVE_CHECK(!diff || context.kind != ContextKind::kDepth);
+        VARVE_CHECK(std::count(played.contexts.begin(), played.contexts.end(), context) == 1);
+    }
+    VARVE_CHECK(bitmaps <= cow::kBasesMax && played.contexts.size() <= 2 + bitmaps);
     played.behind = result.leftover + std::string(bytes);
     return played;
 }
@@ -121,7 +148,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     VARVE_CHECK(whole.output == cut.output);
     VARVE_CHECK(whole.export_name == cut.export_name);
     VARVE_CHECK(whole.behind == cut.behind);
-    VARVE_CHECK(whole.structured == cut.structured && whole.allocation == cut.allocation);
-    VARVE_CHECK(whole.structured || !whole.allocation);
+    VARVE_CHECK(whole.structured == cut.structured && whole.contexts == cut.contexts);
+    VARVE_CHECK(whole.structured || whole.contexts.empty());
     return 0;
 }

@@ -26,6 +26,7 @@ namespace {
 constexpr uint64_t kSize = 256 << 10;
 constexpr uint32_t kPayloadMax = 16 << 10;
 constexpr uint32_t kSkippedMax = 4 * kPayloadMax;  // of a refused WRITE
+constexpr uint32_t kFirstContext = 70;
 constexpr size_t kStreamMax = 64 << 10;  // sent before anything is read: the socket must hold it
 
 /// One server for all inputs: a reactor for each would cost a thread and a ring.
@@ -121,8 +122,12 @@ std::string ReceiveAll(int fd) {
 /// The answers of a connection, one behind the other.
 class Answers {
   public:
-    Answers(std::string bytes, Reading& reading, bool structured)
-        : bytes_(std::move(bytes)), rest_(bytes_), reading_(reading), structured_(structured) {}
+    Answers(std::string bytes, Reading& reading, bool structured, size_t contexts)
+        : bytes_(std::move(bytes)),
+          rest_(bytes_),
+          reading_(reading),
+          structured_(structured),
+          contexts_(contexts) {}
 
     /// How many there are. Half an answer at the end is allowed if the server hung up.
     uint64_t Verify() {
@@ -196,9 +201,26 @@ class Answers {
         if (type == wire::kChunkBlockStatus) {
             VARVE_CHECK(length >= 12 && length % 8 == 4);
             VARVE_CHECK(asked.type == wire::kCmdBlockStatus);
+            TakeStatus(asked, body);
         }
-        if (last_) read_ = 0;
+        if (last_) read_ = told_ = 0;
         return true;
+    }
+
+    /// Each context once, in order, and all of the same bytes.
+    void TakeStatus(const Asked& asked, std::string_view body) {
+        VARVE_CHECK(LoadBig<uint32_t>(body.data()) == kFirstContext + told_);
+        uint64_t bytes = 0;
+        for (size_t at = 4; at < body.size(); at += 8) {
+            VARVE_CHECK(LoadBig<uint32_t>(body.data() + at) > 0);
+            bytes += LoadBig<uint32_t>(body.data() + at);
+        }
+        VARVE_CHECK(bytes <= asked.length);
+        VARVE_CHECK(!(asked.flags & wire::kFlagReqOne) || body.size() == 12);
+        VARVE_CHECK(told_ == 0 || bytes == covered_);
+        covered_ = bytes;
+        ++told_;
+        VARVE_CHECK(last_ == (told_ == contexts_));
     }
 
     const std::string bytes_;
@@ -206,7 +228,10 @@ class Answers {
     Reading& reading_;
     const bool structured_;
     bool last_ = false;
-    uint64_t read_ = 0;  // bytes of the READ whose chunks are coming
+    const size_t contexts_;
+    uint64_t read_ = 0;     // bytes of the READ whose chunks are coming
+    size_t told_ = 0;       // contexts of the BLOCK_STATUS whose chunks are coming
+    uint64_t covered_ = 0;  // bytes of each of them
 };
 
 tls::Agreement AgreementFor(uint8_t choice) {
@@ -240,11 +265,41 @@ std::string Open(tls::Records& records, std::string sealed) {
     return data;
 }
 
+Task<std::shared_ptr<const cow::Layers>> GiveLayers() {
+    co_return std::make_shared<const cow::Layers>();
+}
+
+std::shared_ptr<const cow::Base> BaseOf(uint64_t generation) {
+    auto base = std::make_shared<cow::Base>();
+    base->generation.value = generation;
+    return base;
+}
+
+/// Contexts with the ids 70, 71, ...
+void Select(uint8_t choice, TransmissionOptions& options) {
+    const auto add = [&options](ContextKind kind, uint8_t base) {
+        const auto id = static_cast<uint32_t>(kFirstContext + options.contexts.size());
+        options.contexts.push_back({id, kind, base});
+    };
+    if (choice & 2) add(ContextKind::kAllocation, 0);
+    if (!(choice & 0x80)) return;
+    options.bases = {BaseOf(0)};
+    if (choice & 2) {
+        options.bases.push_back(BaseOf(2));
+        options.layers = GiveLayers;
+        add(ContextKind::kDepth, 0);
+        add(ContextKind::kBitmap, 1);
+    } else {
+        add(ContextKind::kDiffAllocation, 0);
+    }
+    add(ContextKind::kBitmap, 0);
+}
+
 void Try(Server& server, uint8_t choice, const std::string& stream) {
     TransmissionOptions options;
     options.structured_replies = choice & 1;
-    options.base_allocation = choice & 2;
-    options.base_allocation_id = 77;
+    Select(choice, options);
+    const size_t contexts = options.contexts.size();
     const size_t early = choice & 4 ? stream.size() / 2 : 0;  // arrived during negotiation
     const auto* bytes = reinterpret_cast<const std::byte*>(stream.data());
     options.received.assign(bytes, bytes + early);
@@ -282,7 +337,7 @@ void Try(Server& server, uint8_t choice, const std::string& stream) {
     reading.broken = reading.broken || damaged;
     std::string received = ReceiveAll(fds[1]);
     if (encrypted) received = Open(client, std::move(received));
-    Answers answers(std::move(received), reading, choice & 1);
+    Answers answers(std::move(received), reading, choice & 1, contexts);
     const uint64_t count = answers.Verify();
     VARVE_CHECK(reading.broken ? count <= reading.requests : count == reading.requests);
     ended.get_future().wait();
