@@ -34,6 +34,7 @@ struct Arguments {
     bool wait = false;
     bool dry_run = false;
     bool online = false;
+    bool bookmark = false;
     std::optional<std::string> keep_as;
     std::optional<std::string> pool;  // a directory
     const Verb* verb = nullptr;       // null only with help or version

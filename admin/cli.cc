@@ -137,6 +137,7 @@ Result<Call> DeleteCall(const Arguments& a) {
     if (a.operands.size() > 1) return Usage("delete takes one name; several need --dry-run");
     const std::string& name = a.operands[0];
     if (!IsSnapshot(name)) {
+        if (a.bookmark) return Usage("--bookmark is for snapshots: give DISK@SNAP");
         json::object params = {
             {"name", name}, {"snapshots", a.snapshots}, {"disconnect", a.disconnect}};
         return Call{
@@ -144,10 +145,11 @@ Result<Call> DeleteCall(const Arguments& a) {
             fmt::format("Delete disk '{}'{}?", name, a.snapshots ? " and all its snapshots" : "")};
     }
     if (a.snapshots) return Usage("--snapshots is for disks; without it, the snapshot is deleted");
-    return Call{"snapshot.delete",
-                {{"snapshot", name}, {"disconnect", a.disconnect}},
-                nullptr,
-                fmt::format("Delete snapshot '{}'?", name)};
+    return Call{
+        "snapshot.delete",
+        {{"snapshot", name}, {"disconnect", a.disconnect}, {"bookmark", a.bookmark}},
+        nullptr,
+        fmt::format("Delete snapshot '{}'{}?", name, a.bookmark ? ", keeping a bookmark" : "")};
 }
 
 std::string RenderDisconnected(const json::value& result) {
@@ -172,6 +174,10 @@ Result<Call> MakeCall(const Arguments& a) {
     if (verb == "rename") return RenameCall(a);
     if (verb == "resize") return ResizeCall(a);
     if (verb == "delete") return DeleteCall(a);
+    if (verb == "diff") {
+        json::object params = {{"from", operands[0]}, {"to", operands[1]}};
+        return Call{"snapshot.diff", std::move(params), RenderDifference, ""};
+    }
     if (verb == "offline") {
         json::object params = {{"name", operands[0]}, {"disconnect", a.disconnect}};
         return Call{"disk.offline", std::move(params), nullptr, ""};
@@ -327,6 +333,49 @@ int RunScrub(const Arguments& a, RpcClient& client, Call call) {
     return Fail(kExitDamaged, "damage found; see docs/operations.md");
 }
 
+/// Appends what `more` has to `all`, joining an extent that was cut between the two.
+void AppendExtents(json::array& all, const json::array& more) {
+    for (const json::value& extent : more) {
+        json::object* const last = all.empty() ? nullptr : all.back().if_object();
+        const bool joins = last &&
+                           NumberAt(all.back(), "offset") + NumberAt(all.back(), "length") ==
+                               NumberAt(extent, "offset") &&
+                           FlagAt(all.back(), "zero") == FlagAt(extent, "zero");
+        if (joins) {
+            (*last)["length"] = NumberAt(all.back(), "length") + NumberAt(extent, "length");
+        } else {
+            all.push_back(extent);
+        }
+    }
+}
+
+/// The server tells what differs in parts.
+int RunDiff(const Arguments& a, RpcClient& client, const Call& call) {
+    json::object whole;
+    json::array extents;
+    for (std::optional<uint64_t> offset = 0; offset;) {
+        json::object params = call.params;
+        params["offset"] = *offset;
+        const RpcClient::Answer answer = client.Call(call.method, std::move(params));
+        if (!answer.status.ok()) return FailCall(answer);
+        const json::object* part = answer.result.if_object();
+        const json::value* more = part ? part->if_contains("extents") : nullptr;
+        const json::value* next = part ? part->if_contains("next") : nullptr;
+        if (!more || !more->is_array())
+            return Fail(kExitFailed, "the server's answer is not understood");
+        AppendExtents(extents, more->get_array());
+        if (whole.empty()) whole = *part;
+        const uint64_t from = *offset;
+        offset = next && next->is_number() ? std::optional(NumberAt(answer.result, "next"))
+                                           : std::nullopt;
+        if (offset && *offset <= from)
+            return Fail(kExitFailed, "the server's answer is not understood");
+    }
+    whole["extents"] = std::move(extents);
+    whole.erase("next");
+    return Print(a.json ? JsonLine(whole) : call.render(whole));
+}
+
 int RunOfflineCheck(const Arguments& a, const OfflineCheck& check_offline) {
     const Result<cow::CheckReport> report = check_offline(*a.pool);
     if (!report.ok()) return Fail(report.error());
@@ -346,6 +395,7 @@ int RunVerb(const Arguments& a) {
         if (!confirmed.ok()) return Fail(confirmed.error());
         if (!confirmed.value()) return Fail(kExitFailed, "not confirmed; nothing was changed");
     }
+    if (call.render == RenderDifference) return RunDiff(a, client, call);
     if (call.render == RenderScrub) return RunScrub(a, client, std::move(call));
     uint64_t reclaimed_before = 0;
     if (a.wait) {

@@ -93,9 +93,12 @@ Task<Result<Reply>> SnapshotListAll(CommandTarget target, Command command) {
     Result<std::vector<SnapshotInfo>> snapshots =
         co_await target.pool->ListSnapshots(std::move(disk));
     if (!snapshots.ok()) co_return snapshots.error();
+    Result<std::vector<cow::BookmarkInfo>> bookmarks = target.pool->ListBookmarks(command.name);
+    if (!bookmarks.ok()) co_return bookmarks.error();
     SnapshotList list;
     list.disk = std::move(command.name);
     list.snapshots = std::move(snapshots.value());
+    list.bookmarks = std::move(bookmarks.value());
     co_return Reply(std::move(list));
 }
 
@@ -115,14 +118,21 @@ Task<Result<Reply>> SnapshotRename(CommandTarget target, Command command) {
 }
 
 Task<Result<Reply>> SnapshotDelete(CommandTarget target, Command command) {
-    co_return DoneOr(
-        co_await target.pool->DeleteSnapshot(std::move(command.snapshot), command.disconnect));
+    co_return DoneOr(co_await target.pool->DeleteSnapshot(std::move(command.snapshot),
+                                                          command.disconnect, command.bookmark));
 }
 
-/// Whether an export is `name`, or, if that is a disk, one of its snapshots.
+Task<Result<Reply>> SnapshotDiff(CommandTarget target, Command command) {
+    co_return ReplyOr(co_await target.pool->Diff(std::move(command.from), std::move(command.to),
+                                                 command.offset.value_or(0)));
+}
+
+/// Whether an export is `name`, or, if that is a disk, one of its snapshots; or what differs in
+/// one.
 bool Belongs(std::string_view export_name, std::string_view name) {
-    return export_name.substr(0, name.size()) == name &&
-           (export_name.size() == name.size() || export_name[name.size()] == '@');
+    if (!export_name.starts_with(name)) return false;
+    if (export_name.size() == name.size()) return true;
+    return export_name[name.size()] == '@' || export_name[name.size()] == '~';
 }
 
 /// Clients of `name`, a disk (with its snapshots) or one snapshot; of all if it is none.
@@ -172,9 +182,9 @@ Task<Result<Reply>> PoolScrub(CommandTarget target, Command command) {
 // ---- the table
 
 /// Where a parameter goes. Its type is the field's; optional ones and flags may be left out.
-using Field =
-    std::variant<std::string Command::*, std::vector<std::string> Command::*, uint64_t Command::*,
-                 std::optional<std::string> Command::*, bool Command::*>;
+using Field = std::variant<std::string Command::*, std::vector<std::string> Command::*,
+                           uint64_t Command::*, std::optional<std::string> Command::*,
+                           std::optional<uint64_t> Command::*, bool Command::*>;
 struct Parameter {
     const char* name;
     Field field;
@@ -244,7 +254,12 @@ const std::vector<Method>& Methods() {
          true,
          Pace::kChange,
          SnapshotDelete,
-         {{"snapshot", &C::snapshot}, {"disconnect", &C::disconnect}}},
+         {{"snapshot", &C::snapshot}, {"disconnect", &C::disconnect}, {"bookmark", &C::bookmark}}},
+        {"snapshot.diff",
+         false,
+         Pace::kWork,
+         SnapshotDiff,
+         {{"from", &C::from}, {"to", &C::to}, {"offset", &C::offset}}},
         {"client.list", false, Pace::kGlance, ClientList, {{"disk", &C::disk}}},
         {"client.disconnect", true, Pace::kGlance, ClientDisconnect, {{"disk", &C::name}}},
         {"pool.status", false, Pace::kGlance, PoolGetStatus, {{"hurry", &C::hurry}}},
@@ -339,6 +354,13 @@ struct Decoder {
         command.*field = decoded.value();
         return Status();
     }
+    Status operator()(std::optional<uint64_t> Command::*field) const {
+        if (!value || value->is_null()) return Status();
+        const bool whole = value->is_uint64() || (value->is_int64() && value->get_int64() >= 0);
+        if (!whole) return WrongType(name, "a whole number of bytes");
+        command.*field = value->to_number<uint64_t>();
+        return Status();
+    }
     Status operator()(bool Command::*field) const {
         if (!value) return Status();
         if (!value->is_bool()) return WrongType(name, "true or false");
@@ -415,7 +437,8 @@ json::object EncodeParameters(const Command& command) {
         const auto encode = [&](auto field) {
             const auto& value = command.*field;
             using T = std::decay_t<decltype(value)>;
-            if constexpr (std::is_same_v<T, std::optional<std::string>>) {
+            if constexpr (std::is_same_v<T, std::optional<std::string>> ||
+                          std::is_same_v<T, std::optional<uint64_t>>) {
                 if (value) values.emplace(parameter.name, *value);
             } else if constexpr (std::is_same_v<T, std::vector<std::string>>) {
                 values.emplace(parameter.name, json::array(value.begin(), value.end()));

@@ -31,18 +31,21 @@ struct Method;
 struct Command {
     const Method* method = nullptr;
     std::string name;                    // of a disk
-    std::string to;                      // the new name
+    std::string to;                      // the new name; of a comparison, "disk@snapshot"
+    std::string from;                    // "disk@snapshot"
     std::string snapshot;                // "disk@snapshot"
     std::vector<std::string> snapshots;  // "disk@snapshot"
     std::vector<std::string> names;      // of disks and snapshots
     std::optional<std::string> disk;     // a filter
     std::optional<std::string> keep_as;  // a snapshot's name
     uint64_t size = 0;                   // bytes
+    std::optional<uint64_t> offset;      // bytes
     bool shrink = false;
     bool delete_snapshots = false;
     bool disconnect = false;
     bool online = false;
     bool hurry = false;
+    bool bookmark = false;
 };
 
 /// The method was carried out and has nothing more to tell.
@@ -50,6 +53,7 @@ struct Done {};
 struct SnapshotList {
     std::string disk;
     std::vector<cow::SnapshotInfo> snapshots;
+    std::vector<cow::BookmarkInfo> bookmarks;
 };
 struct Estimate {
     uint64_t bytes = 0;  // that a deletion would free
@@ -59,7 +63,7 @@ struct Disconnected {
 };
 using Reply = std::variant<Done, cow::DiskInfo, std::vector<cow::DiskInfo>, cow::SnapshotInfo,
                            SnapshotList, std::vector<ClientInfo>, Disconnected, Estimate,
-                           cow::PoolStatus, cow::CheckReport, cow::ScrubReport>;
+                           cow::PoolStatus, cow::CheckReport, cow::ScrubReport, cow::Difference>;
 
 /// What the pool does not know about itself.
 struct ServerFacts {

@@ -186,6 +186,19 @@ std::string RenderSnapshots(const json::value& result) {
                         About(snapshot) + Size(snapshot, "referenced"),
                         About(snapshot) + Size(snapshot, "unique"), Count(snapshot, "generation")});
     }
+    for (const json::value& bookmark : Elements(result, "bookmarks")) {
+        rows.push_back({Text(bookmark, "name"), Text(bookmark, "created"), Size(bookmark, "size"),
+                        "bookmark", "", Count(bookmark, "generation")});
+    }
+    return RenderTable(rows);
+}
+
+std::string RenderDifference(const json::value& result) {
+    Rows rows = {{">OFFSET", ">LENGTH", "NOW"}};
+    for (const json::value& extent : Elements(result, "extents")) {
+        rows.push_back({Count(extent, "offset"), Count(extent, "length"),
+                        Flag(extent, "zero") ? "zeros" : "data"});
+    }
     return RenderTable(rows);
 }
 

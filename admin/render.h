@@ -17,6 +17,7 @@ std::string RenderTable(const std::vector<std::vector<std::string>>& rows);
 /// that a newer command line can talk to an older server.
 std::string RenderDisks(const boost::json::value& result);
 std::string RenderSnapshots(const boost::json::value& result);
+std::string RenderDifference(const boost::json::value& result);
 std::string RenderDisk(const boost::json::value& result);
 std::string RenderSnapshot(const boost::json::value& result);
 std::string RenderClients(const boost::json::value& result);

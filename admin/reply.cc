@@ -97,6 +97,17 @@ json::object ToJson(const cow::ScrubDamage& damage) {
             {"data_block", damage.place}, {"unreadable", damage.unreadable}};
 }
 
+json::object ToJson(const cow::BookmarkInfo& bookmark) {
+    return {{"name", bookmark.name},
+            {"created", FormatTime(bookmark.created_ms)},
+            {"size", bookmark.size},
+            {"generation", bookmark.generation}};
+}
+
+json::object ToJson(const cow::Difference::Extent& extent) {
+    return {{"offset", extent.offset}, {"length", extent.length}, {"zero", extent.zero}};
+}
+
 template <typename T>
 json::array ToArray(const std::vector<T>& elements) {
     json::array array;
@@ -120,7 +131,9 @@ struct Encoder {
         return object;
     }
     json::value operator()(const SnapshotList& list) const {
-        return json::object({{"disk", list.disk}, {"snapshots", ToArray(list.snapshots)}});
+        return json::object({{"disk", list.disk},
+                             {"snapshots", ToArray(list.snapshots)},
+                             {"bookmarks", ToArray(list.bookmarks)}});
     }
     json::value operator()(const std::vector<ClientInfo>& clients) const {
         return json::object({{"clients", ToArray(clients)}});
@@ -134,6 +147,16 @@ struct Encoder {
         json::object object = EncodeParameters(command);
         object.emplace("disconnected", disconnected.clients);
         return object;
+    }
+    json::value operator()(const cow::Difference& difference) const {
+        const size_t at = command.from.find('@');
+        json::value next = nullptr;
+        if (difference.next) next = *difference.next;
+        return json::object({{"disk", command.from.substr(0, at)},
+                             {"from", command.from.substr(at + 1)},
+                             {"to", command.to.substr(command.to.find('@') + 1)},
+                             {"extents", ToArray(difference.extents)},
+                             {"next", std::move(next)}});
     }
     json::value operator()(const cow::PoolStatus& status) const { return ToJson(status, facts); }
     json::value operator()(const cow::CheckReport& report) const { return admin::ToJson(report); }

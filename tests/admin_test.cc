@@ -236,14 +236,14 @@ std::string RefusalOf(const std::string& method, const std::string& params) {
 }
 
 TEST(DecodeCommand, KnowsTheMethodsOfTheContract) {
-    EXPECT_EQ(
-        MethodNames(),
-        (Strings{"disk.create",          "disk.list",         "disk.show",       "disk.resize",
-                 "disk.rename",          "disk.clone",        "disk.flatten",    "disk.delete",
-                 "disk.offline",         "disk.online",       "snapshot.create", "snapshot.list",
-                 "snapshot.show",        "snapshot.restore",  "snapshot.rename", "snapshot.delete",
-                 "client.list",          "client.disconnect", "pool.status",     "pool.check",
-                 "pool.estimate_delete", "pool.scrub"}));
+    EXPECT_EQ(MethodNames(), (Strings{"disk.create",          "disk.list",        "disk.show",
+                                      "disk.resize",          "disk.rename",      "disk.clone",
+                                      "disk.flatten",         "disk.delete",      "disk.offline",
+                                      "disk.online",          "snapshot.create",  "snapshot.list",
+                                      "snapshot.show",        "snapshot.restore", "snapshot.rename",
+                                      "snapshot.delete",      "snapshot.diff",    "client.list",
+                                      "client.disconnect",    "pool.status",      "pool.check",
+                                      "pool.estimate_delete", "pool.scrub"}));
     const auto decoded = Decode("disk.destroy", "{}");
     EXPECT_EQ(std::get<RpcError>(decoded).code, RpcCode::kMethodNotFound);
 }

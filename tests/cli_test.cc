@@ -370,6 +370,41 @@ TEST_F(Cli, JsonOfAChangeSaysWhatWasDone) {
     EXPECT_EQ(DoneJson({"snapshot", "d@s"}), (json::value{{"snapshots", {"d@s"}}}));
 }
 
+TEST_F(Cli, DiffTellsItAllInOneDocument) {
+    Done({"create", "d", "4M"});
+    Done({"snapshot", "d@a"});
+    Done({"snapshot", "d@b"});
+    const json::value told = DoneJson({"diff", "d@a", "d@b"});
+    EXPECT_EQ(told, (json::value{{"disk", "d"},
+                                 {"from", "a"},
+                                 {"to", "b"},
+                                 {"extents",
+                                  {{{"offset", 0}, {"length", 4096}, {"zero", false}},
+                                   {{"offset", 1 << 20}, {"length", 4096}, {"zero", true}},
+                                   {{"offset", 2 << 20}, {"length", 4096}, {"zero", true}},
+                                   {{"offset", 3 << 20}, {"length", 4096}, {"zero", true}}}}}));
+    EXPECT_EQ(Done({"diff", "d@a", "d@b"}),
+              " OFFSET  LENGTH  NOW\n"
+              "      0    4096  data\n"
+              "1048576    4096  zeros\n"
+              "2097152    4096  zeros\n"
+              "3145728    4096  zeros\n");
+    Refused(3, {"diff", "d@a", "d@c"});
+    Refused(2, {"diff", "d@a"});
+}
+
+TEST_F(Cli, ABookmarkIsListedBehindTheSnapshots) {
+    Done({"create", "d", "4M"});
+    Done({"snapshot", "d@a"});
+    Done({"snapshot", "d@b"});
+    Done({"delete", "d@a", "--bookmark", "--yes"});
+    const json::value list = DoneJson({"list", "d"});
+    EXPECT_EQ(list.at("snapshots").as_array().size(), 1u);
+    EXPECT_EQ(list.at("bookmarks").at(0).at("name"), "a");
+    EXPECT_TRUE(Contains(Done({"list", "d"}), "bookmark"));
+    EXPECT_TRUE(Contains(Refused(2, {"delete", "d", "--bookmark", "--yes"}), "DISK@SNAP"));
+}
+
 TEST_F(Cli, PrintsTenThousandSnapshots) {
     Done({"create", "d", "1M"});
     server_.OnPool([](FakePool& pool) {
@@ -487,7 +522,7 @@ TEST_F(Cli, HelpHasExamplesForEveryVerb) {
     EXPECT_EQ(help.code, 0);
     for (const char* verb :
          {"create", "list", "show", "snapshot", "restore", "clone", "rename", "resize", "delete",
-          "offline", "online", "clients", "disconnect", "status", "check", "scrub"}) {
+          "diff", "offline", "online", "clients", "disconnect", "status", "check", "scrub"}) {
         EXPECT_TRUE(Contains(help.out, std::string("\n  varve ") + verb)) << verb;
         const Outcome more = Invoke({verb, "--help"});
         EXPECT_EQ(more.code, 0);
