@@ -251,6 +251,32 @@ TEST_F(AccessServerTest, RightsFollowThePresentName) {
     EXPECT_FALSE(Reads(nbd));
 }
 
+// A bitmap shows where its snapshot had other content, so it is for who may read that.
+TEST_F(AccessServerTest, ABitmapNeedsTheRightToItsSnapshot) {
+    const char* const bitmap = "qemu:dirty-bitmap:s";
+    StartWith(who() + "mine read-write");
+    const auto listed = [this](const std::string& query) {
+        std::string data = Name("mine");
+        AppendBig(data, uint32_t{query.empty() ? 0u : 1u});
+        return Answer(wire::kOptListMetaContext, query.empty() ? data : data + Name(query));
+    };
+    EXPECT_EQ(listed("").find(bitmap), std::string::npos);
+    EXPECT_EQ(listed(bitmap).find(bitmap), std::string::npos);
+    Nbd without(Uri("mine"), bitmap);
+    ASSERT_TRUE(without.connected());
+    EXPECT_EQ(nbd_can_meta_context(without, bitmap), 0);
+    Reload(who() + "mine read-write\n" + who() + "mine@s read-only");
+    EXPECT_NE(listed("").find(bitmap), std::string::npos);
+    Nbd with(Uri("mine"), bitmap);
+    ASSERT_TRUE(with.connected());
+    EXPECT_EQ(nbd_can_meta_context(with, bitmap), 1);
+    EXPECT_TRUE(Writes(with));
+    Reload(who() + "mine read-write");
+    EXPECT_TRUE(Writes(without));
+    EXPECT_FALSE(Writes(with));
+    EXPECT_FALSE(Nbd(Uri("mine@s")).connected());
+}
+
 /// Whoever is let in by the old rules while new ones come is seen by the pass that they make.
 TEST_F(AccessServerTest, NobodySlipsThroughWhileRulesChange) {
     const std::string yes = who() + "shared read-write\n" + who() + "mine read-write";

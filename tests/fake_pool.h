@@ -314,7 +314,7 @@ class FakePool : public cow::Pool {
         while (holding_exports_ && !*given_up) co_await Hop(home_);
         --opening_;
         if (holding_exports_) co_return MakeError(ErrorKind::kBusy, "given up");
-        if (Result<cow::ExportEntry> found = DescribeExport(name); !found.ok()) {
+        if (Result<cow::ExportDetails> found = DescribeExport(name); !found.ok()) {
             co_return found.error();
         }
         opened_.push_back(name);

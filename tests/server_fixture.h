@@ -37,7 +37,9 @@ inline std::string ExportName(const std::string& name) {
 /// A libnbd handle.
 class Nbd {
   public:
-    explicit Nbd(const std::string& uri) : nbd_(nbd_create()) {
+    /// `context`: to be asked for.
+    explicit Nbd(const std::string& uri, const char* context = nullptr) : nbd_(nbd_create()) {
+        if (context) nbd_add_meta_context(nbd_, context);
         connected_ = nbd_connect_uri(nbd_, uri.c_str()) == 0;
         if (!connected_) error_ = nbd_get_error();
     }

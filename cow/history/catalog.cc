@@ -128,6 +128,7 @@ Status Catalog::LoadSnapshots(MetadataView& view) {
             return Damaged(fmt::format("two snapshots of a disk have the name {}", record.name));
         }
         history_.AddSnapshot(record.branch, record.generation);
+        disks_[record.disk].bases[record.generation] = {SnapshotId{id}, false};
         snapshots_[SnapshotId{id}] = std::move(record);
         return Status();
     });
@@ -151,6 +152,7 @@ Status Catalog::LoadBookmarks(MetadataView& view) {
 void Catalog::EnterBookmark(SnapshotId id, SnapshotRecord record) {
     if (history_.Contains(record.branch)) history_.AddBookmark(record.branch);
     disks_.at(record.disk).bookmarks.emplace(record.name, id);
+    disks_.at(record.disk).bases[record.generation] = {id, true};
     bookmarks_[id] = std::move(record);
 }
 
@@ -257,6 +259,7 @@ SnapshotId Catalog::AddSnapshot(SnapshotRecord record, Batch& batch) {
     VARVE_CHECK(disks_.at(record.disk).snapshots.emplace(record.name, id).second);
     ++names_version_;
     history_.AddSnapshot(record.branch, record.generation);
+    disks_.at(record.disk).bases[record.generation] = {id, false};
     batch.Put(SnapshotKey(id), Encode(record));
     snapshots_[id] = std::move(record);
     return id;
@@ -281,6 +284,7 @@ void Catalog::AddMapped(SnapshotId id, int64_t change, Batch& batch) {
 void Catalog::RemoveSnapshot(SnapshotId id, Batch& batch) {
     const SnapshotRecord& record = snapshots_.at(id);
     disks_.at(record.disk).snapshots.erase(record.name);
+    disks_.at(record.disk).bases.erase(record.generation);
     ++names_version_;
     history_.RemoveSnapshot(record.branch, record.generation);
     batch.Delete(SnapshotKey(id));
@@ -308,6 +312,7 @@ void Catalog::RenameBookmark(SnapshotId id, std::string to, Batch& batch) {
 void Catalog::RemoveBookmark(SnapshotId id, Batch& batch) {
     const SnapshotRecord& record = bookmarks_.at(id);
     disks_.at(record.disk).bookmarks.erase(record.name);
+    disks_.at(record.disk).bases.erase(record.generation);
     if (history_.Contains(record.branch)) history_.RemoveBookmark(record.branch);
     batch.Delete(BookmarkKey(id));
     bookmarks_.erase(id);

@@ -18,10 +18,16 @@ namespace varve::cow {
 
 class Catalog {
   public:
+    /// What a disk can be compared with.
+    struct Base {
+        SnapshotId id;
+        bool bookmark = false;
+    };
     struct Disk {
         DiskRecord record;
         std::map<std::string, SnapshotId, std::less<>> snapshots;  // by name
         std::map<std::string, SnapshotId, std::less<>> bookmarks;  // no name is in both
+        std::map<Generation, Base> bases;                          // all of them
     };
 
     /// Reads everything from `view`. kDamaged names the row that breaks a rule; kInvalid for
@@ -49,11 +55,6 @@ class Catalog {
     Result<DiskId> FindDisk(std::string_view name) const;
     /// By "disk@snapshot"; kInvalid if it has no such form, kNotFound.
     Result<SnapshotId> FindSnapshot(std::string_view name) const;
-    /// What a disk can be compared with.
-    struct Base {
-        SnapshotId id;
-        bool bookmark = false;
-    };
     std::optional<Base> FindBase(DiskId id, std::string_view name) const;
     const SnapshotRecord& RecordOf(Base base) const {
         return base.bookmark ? bookmarks_.at(base.id) : snapshots_.at(base.id);

@@ -22,17 +22,13 @@ std::string PoolImpl::BaseFor(const View& view) const {
     for (const Stretch& stretch : catalog_.history().PathOf(branch, generation)) {
         path[stretch.branch] = stretch.to;
     }
-    const SnapshotRecord* newest = nullptr;
-    const auto look = [&](const SnapshotRecord& record) {
+    const auto& bases = catalog_.disk(view.disk).bases;
+    for (auto base = bases.lower_bound(generation); base != bases.begin();) {
+        const SnapshotRecord& record = catalog_.RecordOf((--base)->second);
         const auto place = path.find(record.branch);
-        const bool below = place != path.end() && record.generation <= place->second &&
-                           record.generation < generation;
-        if (below && (!newest || record.generation > newest->generation)) newest = &record;
-    };
-    const Catalog::Disk& disk = catalog_.disk(view.disk);
-    for (const auto& [name, id] : disk.snapshots) look(catalog_.snapshot(id));
-    for (const auto& [name, id] : disk.bookmarks) look(catalog_.bookmarks().at(id));
-    return newest ? newest->name : "";
+        if (place != path.end() && record.generation <= place->second) return record.name;
+    }
+    return "";
 }
 
 /// A diff export has just its own.
@@ -89,13 +85,11 @@ Result<std::vector<BookmarkInfo>> PoolImpl::ListBookmarks(std::string disk) cons
     const Result<DiskId> id = catalog_.FindDisk(disk);
     if (!id.ok()) return id.error();
     std::vector<BookmarkInfo> infos;
-    for (const auto& [name, bookmark] : catalog_.disk(id.value()).bookmarks) {
-        const SnapshotRecord& record = catalog_.bookmarks().at(bookmark);
-        infos.push_back({name, record.created_ms, record.size, record.generation.value});
+    for (const auto& [generation, base] : catalog_.disk(id.value()).bases) {
+        if (!base.bookmark) continue;
+        const SnapshotRecord& record = catalog_.RecordOf(base);
+        infos.push_back({record.name, record.created_ms, record.size, generation.value});
     }
-    std::sort(infos.begin(), infos.end(), [](const BookmarkInfo& a, const BookmarkInfo& b) {
-        return a.generation < b.generation;
-    });
     return infos;
 }
 

@@ -172,8 +172,7 @@ Result<ExportDescription> Clients::Describe(std::string export_name,
     }
     ExportDescription description;
     description.size = details.size;
-    description.read_only =
-        details.read_only || visitor.read_only || right == access::Right::kRead;
+    description.read_only = details.read_only || visitor.read_only || right == access::Right::kRead;
     description.diff = details.diff;
     for (const std::string& base : bases) {
         const bool there = pool_.HasBase(details.name, base);

@@ -66,11 +66,11 @@ class Clients : public admin::ClientDirectory {
     /// A client that will ask for an export. Any thread.
     static std::shared_ptr<Client> Make(Visitor visitor);
 
-    /// Opens the export for a client that asks for it, to be compared with `bases`. Errors as of Pool::OpenExport, and kNotFound
-    /// if he may not; kFailed after Drain(), kBusy after GiveUp(). If it succeeds, the client owes
-    /// Serve() or Release(), soon and without waiting for its peer. Nothing of clients that have
-    /// left the disk lands after it: that is waited for, for as long as the device keeps a request
-    /// of theirs.
+    /// Opens the export for a client that asks for it, to be compared with `bases`. Errors as of
+    /// Pool::OpenExport, and kNotFound if he may not; kFailed after Drain(), kBusy after GiveUp().
+    /// If it succeeds, the client owes Serve() or Release(), soon and without waiting for its peer.
+    /// Nothing of clients that have left the disk lands after it: that is waited for, for as long
+    /// as the device keeps a request of theirs.
     Task<Status> Attach(std::shared_ptr<Client> client, std::string export_name,
                         std::vector<std::string> bases);
 

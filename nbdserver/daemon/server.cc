@@ -365,8 +365,7 @@ Task<void> Server::AnswerLookup(std::shared_ptr<Handshake> handshake) {
     const std::vector<std::string> bases = negotiator.lookup_bases();
     const Visitor visitor = handshake->visitor();
     co_await Hop(home_);
-    const Result<ExportDescription> described =
-        clients_.Describe(std::move(name), bases, visitor);
+    const Result<ExportDescription> described = clients_.Describe(std::move(name), bases, visitor);
     co_await Hop(control_);
     if (described.ok()) {
         negotiator.AnswerLookup(described.value());
