@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
 
 #include "cow/format/format.h"
@@ -16,8 +17,8 @@ constexpr uint64_t kAllBlocks = ~uint64_t{0};
 /// Generations whose marks are looked at; of more, all rows are compared.
 constexpr unsigned kGenerationsMost = 64;
 /// Marks taken of all generations together, about; at least kMarksLeast of each.
-constexpr uint64_t kMarksMost = 1024;
-constexpr uint64_t kMarksLeast = 32;
+constexpr uint64_t kMarksMost = 256;
+constexpr uint64_t kMarksLeast = 16;
 /// Chunks whose rows are compared without looking for marks.
 constexpr uint64_t kCompareTogether = 256;
 /// Deleted rows that a move of a cursor may meet.
@@ -144,53 +145,62 @@ Result<Runs> Decoded(ChunkIndex chunk, const StoredRow& row) {
                                  row.at.branch.value, chunk.value, row.at.generation.value));
 }
 
-/// The rows that a line resolves chunks to, which are asked for in ascending order.
+/// The rows that lines resolve chunks to. Each branch has one cursor, whoever asks: it goes on from
+/// where it is if what is asked for lies a few rows ahead, as the rows of two lines of one chunk
+/// do.
 class RowFinder {
   public:
-    RowFinder(MetadataView& view, const Line& line)
-        : view_(view), line_(line), cursors_(line.size()) {}
+    explicit RowFinder(MetadataView& view) : view_(view) {}
 
-    Result<std::optional<StoredRow>> Find(ChunkIndex chunk) {
-        for (size_t i = 0; i < line_.size(); ++i) {
-            const Cursor* cursor = MoveTo(i, chunk);
+    Result<std::optional<StoredRow>> Find(const Line& line, ChunkIndex chunk) {
+        for (const Stretch& stretch : line) {
+            const Cursor* cursor = MoveTo(stretch, chunk);
             if (Status s = cursor->status(); !s.ok()) return s.error();
             if (!cursor->valid() || KeyNumber(cursor->key(), 1) != chunk.value) continue;
             const Generation generation{~KeyNumber(cursor->key(), 2)};
-            if (generation <= line_[i].after) continue;
+            if (generation <= stretch.after) continue;
             return std::optional<StoredRow>(
-                {{line_[i].branch, generation}, std::string(cursor->value())});
+                {{stretch.branch, generation}, std::string(cursor->value())});
         }
         return std::optional<StoredRow>();
     }
 
   private:
+    struct Place {
+        std::unique_ptr<Cursor> cursor;
+        std::string from;  // no row lies between this key and the cursor's
+    };
+
     /// At the first row of the branch from what the stretch may see of the chunk on.
-    Cursor* MoveTo(size_t i, ChunkIndex chunk) {
-        const Stretch& stretch = line_[i];
+    Cursor* MoveTo(const Stretch& stretch, ChunkIndex chunk) {
         const std::string key = MapKey(stretch.branch, chunk, stretch.to);
-        std::unique_ptr<Cursor>& cursor = cursors_[i];
-        if (!cursor) {
-            cursor = view_.Range(key, PrefixEnd(key.substr(0, 9)), kDeletedMost);
-            cursor->Seek(key);
+        Place& place = places_[stretch.branch];
+        if (!place.cursor) {
+            const std::string first = MapKey(stretch.branch, ChunkIndex{0}, kHead);
+            place.cursor = view_.Range(first, PrefixEnd(key.substr(0, 9)), kDeletedMost);
+            place.cursor->Seek(key);
+        } else if (key < place.from) {
+            place.cursor->Seek(key);
         }
-        for (unsigned steps = 0; cursor->valid() && cursor->key() < key; ++steps) {
+        Cursor& cursor = *place.cursor;
+        for (unsigned steps = 0; cursor.valid() && cursor.key() < key; ++steps) {
             if (steps < kStepsMost) {
-                cursor->Next();
+                cursor.Next();
             } else {
-                cursor->Seek(key);
+                cursor.Seek(key);
             }
         }
-        if (!cursor->gave_up()) return cursor.get();
-        cursor.reset();
+        place.from = key;
+        if (!cursor.gave_up()) return &cursor;
+        place.cursor.reset();
         closed_ = view_.Range(key, MapKey(stretch.branch, chunk, stretch.after));
         closed_->Seek(key);
         return closed_.get();
     }
 
     MetadataView& view_;
-    const Line& line_;
-    std::vector<std::unique_ptr<Cursor>> cursors_;  // of each stretch; null: not placed
-    std::unique_ptr<Cursor> closed_;                // for one chunk
+    std::map<BranchId, Place> places_;
+    std::unique_ptr<Cursor> closed_;  // for one chunk
 };
 
 // ---- comparing
@@ -215,18 +225,18 @@ ChangedChunk Compared(ChunkIndex chunk, const Base& base, const Runs& now, bool 
 class Comparison {
   public:
     Comparison(MetadataView& view, const Line& line, const Base& base, FoundChanges& found)
-        : base_(base), mine_(view, line), theirs_(view, base.line), found_(found) {}
+        : line_(line), base_(base), rows_(view), found_(found) {}
 
     /// `live`: the chunk in memory; null: it is stored.
     Status Look(ChunkIndex chunk, const LiveChunk* live) {
         std::optional<StoredRow> now, then;
         if (!live) {
-            Result<std::optional<StoredRow>> row = mine_.Find(chunk);
+            Result<std::optional<StoredRow>> row = rows_.Find(line_, chunk);
             if (!row.ok()) return row.error();
             now = std::move(row.value());
         }
         if (base_.kind == Base::Kind::kSnapshot) {
-            Result<std::optional<StoredRow>> row = theirs_.Find(chunk);
+            Result<std::optional<StoredRow>> row = rows_.Find(base_.line, chunk);
             if (!row.ok()) return row.error();
             then = std::move(row.value());
         }
@@ -242,8 +252,9 @@ class Comparison {
     }
 
   private:
+    const Line& line_;
     const Base& base_;
-    RowFinder mine_, theirs_;
+    RowFinder rows_;
     FoundChanges& found_;
 };
 
