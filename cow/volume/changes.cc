@@ -17,9 +17,8 @@ constexpr uint64_t kAllBlocks = ~uint64_t{0};
 /// Generations whose marks are looked at; of more, all rows are compared.
 constexpr unsigned kGenerationsMost = 64;
 /// Marks taken of all generations together, about; at least kMarksLeast of each.
-constexpr uint64_t kMarksMost = 256;
 constexpr uint64_t kMarksLeast = 16;
-/// Chunks whose rows are compared without looking for marks.
+/// Chunks whose rows are compared without looking for marks, or marks that are taken.
 constexpr uint64_t kCompareTogether = 256;
 /// Deleted rows that a move of a cursor may meet.
 constexpr uint64_t kDeletedMost = 1024;
@@ -82,7 +81,8 @@ std::string MarksEnd(const Stretch& stretch) {
 /// Collects chunks with marks, generation by generation; each may bring the end nearer.
 class MarkScan {
   public:
-    MarkScan(uint64_t first, uint64_t end) : first_(first), end_(end) {}
+    MarkScan(uint64_t first, uint64_t end, uint64_t most)
+        : first_(first), end_(end), most_(most), least_(std::min(most, kMarksLeast)) {}
 
     /// False: there are too many generations, or deleted marks.
     Result<bool> Add(MetadataView& view, const Stretch& stretch) {
@@ -106,7 +106,7 @@ class MarkScan {
                 cursor->Seek(TouchedKey(stretch.branch, Generation{here.value + 1}, ChunkIndex{0}));
             } else {
                 chunks_.push_back(chunk);
-                if (++taken >= std::max(kMarksMost / generations_, kMarksLeast)) end_ = chunk + 1;
+                if (++taken >= std::max(most_ / generations_, least_)) end_ = chunk + 1;
                 cursor->Next();
             }
         }
@@ -126,7 +126,8 @@ class MarkScan {
   private:
     const uint64_t first_;
     uint64_t end_;
-    uint64_t beyond_ = kNoChunk;  // the least one that was seen there
+    const uint64_t most_, least_;  // marks
+    uint64_t beyond_ = kNoChunk;   // the least one that was seen there
     unsigned generations_ = 0;
     std::vector<uint64_t> chunks_;
 };
@@ -260,9 +261,9 @@ class Comparison {
 
 /// Candidates for a change where marks tell; nothing if they do not.
 Result<std::optional<Marks>> Marked(MetadataView& view, const Base& base, ChunkIndex first,
-                                    ChunkIndex end) {
+                                    ChunkIndex end, uint64_t most) {
     if (base.kind == Base::Kind::kUnknown) return std::optional<Marks>();
-    MarkScan scan(first.value, end.value);
+    MarkScan scan(first.value, end.value, most);
     for (const Stretch& stretch : base.apart) {
         const Result<bool> told = scan.Add(view, stretch);
         if (!told.ok()) return told.error();
@@ -273,9 +274,9 @@ Result<std::optional<Marks>> Marked(MetadataView& view, const Base& base, ChunkI
 
 /// The same where they do not: every chunk of the next few that has a row on one of the sides.
 Result<Marks> WithRows(MetadataView& view, const Line& line, const Base& base, ChunkIndex first,
-                       ChunkIndex end) {
+                       ChunkIndex end, uint64_t most) {
     Marks marks;
-    const ChunkIndex stop{std::min(end.value, first.value + kCompareTogether)};
+    const ChunkIndex stop{std::min(end.value, first.value + most)};
     for (const Line* side : {&line, &base.line}) {
         if (side->empty()) continue;
         const Result<MapRows> rows = ReadMap(view, *side, first, stop);
@@ -304,16 +305,17 @@ bool LiesIn(const Line& stretches, const RowAt& row) {
 }
 
 Result<FoundChanges> FindChanges(MetadataView& view, const Line& line, const Base& base,
-                                 ChunkIndex first, ChunkIndex end,
+                                 ChunkIndex first, ChunkIndex end, uint64_t most,
                                  const std::vector<LiveChunk>& live) {
-    VARVE_CHECK(first < end);
-    Result<std::optional<Marks>> marked = Marked(view, base, first, end);
+    VARVE_CHECK(first < end && most > 0);
+    most = std::min(most, kCompareTogether);
+    Result<std::optional<Marks>> marked = Marked(view, base, first, end, most);
     if (!marked.ok()) return marked.error();
     Marks marks;
     if (marked.value()) {
         marks = std::move(*marked.value());
     } else {
-        Result<Marks> rows = WithRows(view, line, base, first, end);
+        Result<Marks> rows = WithRows(view, line, base, first, end, most);
         if (!rows.ok()) return rows.error();
         marks = std::move(rows.value());
     }

@@ -57,11 +57,12 @@ struct FoundChanges {
     ChunkIndex next;
 };
 
-/// Compares chunks [first, end) of the view with `line`, or some of them, at least one. `live`:
-/// those of them that the view has in memory, ascending. kDamaged names a row that cannot be read;
+/// Compares chunks [first, end) of the view with `line`, or some of them, at least one; whoever
+/// needs few stretches says so by `most`, about as many changed chunks. `live`: those of them that
+/// the view has in memory, ascending. kDamaged names a row that cannot be read;
 /// other errors are the store's. Costs some milliseconds at most.
 Result<FoundChanges> FindChanges(MetadataView& view, const Line& line, const Base& base,
-                                 ChunkIndex first, ChunkIndex end,
+                                 ChunkIndex first, ChunkIndex end, uint64_t most,
                                  const std::vector<LiveChunk>& live);
 
 /// Whether the row lies in one of the stretches.

@@ -147,7 +147,7 @@ Task<Errno> MappedVolume::Changes(const Base* base, uint64_t offset, uint64_t le
         co_await Hop(core_.loader());
         Result<FoundChanges> found = [&] {
             const std::unique_ptr<MetadataView> view = core_.metadata().View();
-            return FindChanges(*view, line, *base, first, stop, live);
+            return FindChanges(*view, line, *base, first, stop, most, live);
         }();
         co_await Hop(lane_.executor);
         if (!found.ok()) {
