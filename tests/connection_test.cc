@@ -606,6 +606,165 @@ TEST_F(ConnectionTest, AContextThatCannotBeToldFailsTheWholeRequest) {
     EXPECT_EQ(client.Ask(wire::kCmdBlockStatus, 0, 4096).error, 0u);
 }
 
+namespace {
+
+/// A client that speaks extended headers, as the specification has them.
+class ExtendedClient : public ClientEnd {
+  public:
+    using ClientEnd::ClientEnd;
+
+    struct Chunk {
+        uint16_t flags = 0, type = 0;
+        uint64_t cookie = 0, offset = 0;
+        std::string body;
+        uint32_t error() const { return LoadBig<uint32_t>(body.data()); }
+    };
+
+    static std::string Request(uint16_t type, uint64_t offset, uint64_t length, uint16_t flags = 0,
+                               uint64_t cookie = 9) {
+        std::string out;
+        AppendBig<uint32_t>(out, 0x21e41c71);
+        AppendBig(out, flags);
+        AppendBig(out, type);
+        AppendBig(out, cookie);
+        AppendBig(out, offset);
+        AppendBig(out, length);
+        return out;
+    }
+    /// A BLOCK_STATUS of some contexts only.
+    static std::string StatusOf(uint64_t length, const std::vector<uint32_t>& ids) {
+        std::string payload;
+        AppendBig(payload, length);
+        for (const uint32_t id : ids) AppendBig(payload, id);
+        return Request(7, 0, payload.size(), kPayload) + payload;
+    }
+    Chunk Next() {
+        const std::string head = Receive(fd(), 32);
+        EXPECT_EQ(head.size(), 32u);
+        EXPECT_EQ(LoadBig<uint32_t>(head.data()), 0x6e8a278cu);
+        Chunk chunk;
+        chunk.flags = LoadBig<uint16_t>(head.data() + 4);
+        chunk.type = LoadBig<uint16_t>(head.data() + 6);
+        chunk.cookie = LoadBig<uint64_t>(head.data() + 8);
+        chunk.offset = LoadBig<uint64_t>(head.data() + 16);
+        chunk.body = Receive(fd(), LoadBig<uint64_t>(head.data() + 24));
+        return chunk;
+    }
+    Chunk Ask(const std::string& request) {
+        SendAll(fd(), request);
+        return Next();
+    }
+    /// Asks, and expects that it fails so.
+    void Fails(const std::string& request, uint32_t error) {
+        const Chunk chunk = Ask(request);
+        EXPECT_EQ(chunk.type, 0x8001);
+        EXPECT_EQ(chunk.error(), error);
+    }
+    /// The answers to a BLOCK_STATUS: "id:length/flags,length/flags".
+    std::string Statuses(const std::string& request) {
+        SendAll(fd(), request);
+        std::string text;
+        for (Chunk chunk;;) {
+            chunk = Next();
+            EXPECT_EQ(chunk.type, 6);
+            const auto count = LoadBig<uint32_t>(chunk.body.data() + 4);
+            EXPECT_EQ(chunk.body.size(), 8 + 16 * size_t{count});
+            text += (text.empty() ? "" : " ") + std::to_string(chunk.error()) + ":";
+            for (size_t at = 8; at < chunk.body.size(); at += 16) {
+                text += (at > 8 ? "," : "") +
+                        std::to_string(LoadBig<uint64_t>(chunk.body.data() + at)) + "/" +
+                        std::to_string(LoadBig<uint64_t>(chunk.body.data() + at + 8));
+            }
+            if (chunk.flags & 1) return text;
+        }
+    }
+
+    static constexpr uint16_t kPayload = 1 << 5;
+};
+
+}  // namespace
+
+TEST_F(ConnectionTest, ExtendedRepliesAreAllChunks) {
+    TransmissionOptions options = AllContexts();
+    options.extended_headers = true;
+    ExtendedClient client(Serve(std::move(options)));
+    using C = ExtendedClient;
+    const std::string data(8192, 'x');
+    for (const uint16_t flags : {C::kPayload, uint16_t{0}}) {  // who forgets it is understood
+        const C::Chunk written = client.Ask(C::Request(1, 4096, 8192, flags, 77) + data);
+        EXPECT_EQ(written.type, 0);
+        EXPECT_EQ(written.flags, 1);
+        EXPECT_EQ(written.cookie, 77u);
+        EXPECT_EQ(written.offset, 4096u);
+        EXPECT_TRUE(written.body.empty());
+    }
+    const C::Chunk hole = client.Ask(C::Request(0, 0, 16'384));
+    EXPECT_EQ(hole.type, 2);
+    const C::Chunk read = client.Next();
+    EXPECT_EQ(read.type, 1);
+    EXPECT_EQ(read.offset, 0u);  // of the request; that of the data is in front of it
+    EXPECT_EQ(LoadBig<uint64_t>(read.body.data()), 4096u);
+    EXPECT_EQ(read.body.substr(8), data);
+    EXPECT_EQ(client.Next().flags, 1);
+    EXPECT_EQ(client.Ask(C::Request(0, 0, 0)).type, 0);
+    for (const uint16_t type : {3, 4, 5, 6})
+        EXPECT_EQ(client.Ask(C::Request(type, 0, 4096)).type, 0);
+    client.Fails(C::Request(99, 0, 4096), wire::kErrorInvalid);
+    client.Fails(C::Request(4, 0, uint64_t{1} << 40), wire::kErrorInvalid);
+    client.Fails(C::Request(6, 4096, ~uint64_t{0} - 4095), wire::kErrorNoSpace);
+    client.Fails(C::Request(0, 0, uint64_t{33} << 20), wire::kErrorInvalid);
+    EXPECT_EQ(client.Ask(C::Request(6, 0, kSize)).type, 0);
+}
+
+TEST_F(ConnectionTest, APayloadTellsWhichContextsAreAskedFor) {
+    TransmissionOptions options = AllContexts();
+    options.extended_headers = true;
+    ExtendedClient client(Serve(std::move(options)));
+    using C = ExtendedClient;
+    EXPECT_EQ(client.Statuses(C::StatusOf(32'768, {3})), "3:16384/0,16384/1");
+    EXPECT_EQ(client.Statuses(C::StatusOf(8192, {2, 0})), "0:8192/3 2:4096/0,4096/1");
+    EXPECT_EQ(client.Statuses(C::Request(7, 0, 4096)), "0:4096/3 1:4096/0 2:4096/0 3:4096/0");
+    On([&] { EXPECT_EQ(volume_->calls["status"], 2u); });  // what nobody asks for is not looked for
+    for (const std::vector<uint32_t>& ids :
+         std::vector<std::vector<uint32_t>>{{4}, {0, 0}, {}, {0, 1, 2, 3, 3}, {77}}) {
+        client.Fails(C::StatusOf(4096, ids), wire::kErrorInvalid);
+    }
+    client.Fails(C::StatusOf(kSize + 1, {0}), wire::kErrorInvalid);
+    client.Fails(C::StatusOf(0, {0}), wire::kErrorInvalid);
+    client.Fails(C::Request(7, 0, 11, C::kPayload) + std::string(11, 'x'), wire::kErrorInvalid);
+    client.Fails(C::Request(7, 0, 0, C::kPayload), wire::kErrorInvalid);
+    EXPECT_EQ(client.Statuses(C::StatusOf(4096, {1})), "1:4096/0");
+}
+
+TEST_F(ConnectionTest, AStrayPayloadIsTakenAndRefused) {
+    TransmissionOptions options;
+    options.structured_replies = options.extended_headers = true;
+    ExtendedClient client(Serve(std::move(options)));
+    using C = ExtendedClient;
+    for (const uint16_t type : {0, 3, 4, 5, 6, 7, 8}) {
+        client.Fails(C::Request(type, 0, 4096, C::kPayload) + std::string(4096, 'x'),
+                     wire::kErrorInvalid);
+    }
+    // One byte at a time, in one with the next.
+    const std::string bytes =
+        C::Request(4, 0, 5, C::kPayload) + "stray" + C::Request(1, 0, 3, C::kPayload, 5) + "abc";
+    for (const char byte : bytes) SendAll(client.fd(), std::string(1, byte));
+    EXPECT_EQ(client.Next().error(), wire::kErrorInvalid);
+    EXPECT_EQ(client.Next().cookie, 5u);
+    On([&] { EXPECT_EQ(std::memcmp(volume_->data(), "abc", 3), 0); });
+    // Far too long to be taken: the end.
+    SendAll(client.fd(), C::Request(4, 0, uint64_t{1} << 50, C::kPayload));
+    EXPECT_TRUE(Receive(client.fd(), 1).empty());
+}
+
+TEST_F(ConnectionTest, ACompactHeaderBreaksAnExtendedStream) {
+    TransmissionOptions options;
+    options.structured_replies = options.extended_headers = true;
+    ExtendedClient client(Serve(std::move(options)));
+    SendAll(client.fd(), RequestHeader(wire::kCmdRead, 0, 512) + "1234");
+    EXPECT_TRUE(Receive(client.fd(), 1).empty());
+}
+
 TEST_F(ConnectionTest, BlockStatusOfAScatteredDiskIsShort) {
     Client& client = Connect(Structured());
     On([&] {

@@ -22,6 +22,9 @@
 namespace varve::nbdserver {
 namespace {
 
+constexpr size_t kDataBytes = sizeof(wire::Chunk) + sizeof(wire::OffsetData);
+constexpr size_t kHoleBytes = sizeof(wire::Chunk) + sizeof(wire::OffsetHole);
+
 constexpr uint64_t kSize = 64 << 20;
 
 /// The client's end, record by record.
@@ -310,9 +313,9 @@ TEST_P(ConnectionTlsTest, StructuredRepliesAndWhatArrivedEarly) {
     });
     Client& client = Connect(std::move(options));
     client.SendRaw(rest.substr(9));
-    const std::string data = client.Receive(sizeof(wire::OffsetDataChunk) + 4096);
-    EXPECT_EQ(data.at(sizeof(wire::OffsetDataChunk) + 5), '\5');
-    EXPECT_EQ(client.Receive(sizeof(wire::OffsetHoleChunk)).size(), sizeof(wire::OffsetHoleChunk));
+    const std::string data = client.Receive(kDataBytes + 4096);
+    EXPECT_EQ(data.at(kDataBytes + 5), '\5');
+    EXPECT_EQ(client.Receive(kHoleBytes).size(), kHoleBytes);
 }
 
 TEST_P(ConnectionTlsTest, AnEndIsSaidByBothSides) {

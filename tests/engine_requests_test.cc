@@ -211,10 +211,37 @@ TEST_F(RequestsTest, AStatusOfAScatteredDiskLetsOthersRun) {
     for (const Pending& p : all) EXPECT_EQ(p.map.size(), kPieces);
 }
 
+// Where nothing is stored and little is in memory, a walk goes on at once.
+TEST_F(RequestsTest, AStatusAndATrimOfNothingCostNothing) {
+    constexpr uint64_t kSize = uint64_t{16} << 40;
+    Ok(pool().CreateDisk("d", kSize));
+    Write("d", kSize / 2, 4096, 'a');
+    cow::Volume& v = Volume("d");
+    for (const bool snapshot : {false, true}) {
+        if (snapshot) Ok(pool().CreateSnapshots({"d@s"}));
+        cow::Volume& asked = Volume(snapshot ? "d@s" : "d");
+        std::vector<cow::Allocation> map;
+        const uint64_t steps = scheduler.steps();
+        EXPECT_EQ(0, Await(scheduler, asked.executor(), asked.Status(0, kSize, 9, &map)));
+        ASSERT_EQ(map.size(), 3u);
+        EXPECT_EQ(map[0].length, kSize / 2);
+        EXPECT_EQ(map[1].length, 4096u);
+        EXPECT_EQ(map[2].length, kSize / 2 - 4096);
+        EXPECT_LE(scheduler.steps() - steps, 100u);
+    }
+    const uint64_t steps = scheduler.steps();
+    EXPECT_EQ(0, Await(scheduler, v.executor(), v.Trim(0, kSize)));
+    EXPECT_LE(scheduler.steps() - steps, 200u);
+    Expect("d", kSize / 2, 4096, 0);
+    Expect("d@s", kSize / 2, 4096, 'a');
+}
+
 TEST_F(RequestsTest, AStatusOfOneStretchIsCutAtABound) {
     constexpr uint64_t kTiB = uint64_t{1} << 40;
     Ok(pool().CreateDisk("d", kTiB));
     cow::Volume& v = Volume("d");
+    // So much is in memory that the next chunk is not looked for among it.
+    for (uint64_t group = 0; group < 80; ++group) Read("d", kTiB - (group + 1) * 4 * kMiB, 4096);
     std::vector<cow::Allocation> map;
     const uint64_t steps = scheduler.steps();
     EXPECT_EQ(0, Await(scheduler, v.executor(), v.Status(0, kTiB, 1, &map)));
@@ -276,7 +303,7 @@ TEST_F(RequestsTest, WhatWasGivenUpLandsOnNobody) {
     Start(v, v.Read(0, target, nullptr, &rude), &read);
     for (int i = 0; i < 60; ++i) scheduler.Step();
     rude.Leave();
-    Start(v, v.Status(0, 32 * kMiB, 1000, &status.map, &rude), &status);
+    Start(v, v.Status(0, 32 * kMiB, 1000, nullptr, &status.map, &rude), &status);
     const Pending* all[] = {&write, &zeroes, &trim, &read, &status};
     ASSERT_TRUE(scheduler.RunUntil([&] {
         return std::all_of(std::begin(all), std::end(all),

@@ -178,7 +178,7 @@ TEST(NegotiationTest, WrongOptionMagicEndsIt) {
 }
 
 TEST(NegotiationTest, UnknownOptionsAreConsumedAndRefused) {
-    for (const uint32_t option : {0U, 4U, 11U, 12U, 0xffffffffU}) {
+    for (const uint32_t option : {0U, 4U, 12U, 0xffffffffU}) {
         Client client;
         client.Say(Flags());
         EXPECT_EQ(client.Types(Option(option, "some data"), option),
@@ -463,6 +463,34 @@ TEST(NegotiationTest, StructuredRepliesOnceAndWithoutData) {
     EXPECT_EQ(LoadBig<uint16_t>(client.TakeReplies().at(0).data.data() + 10),
               TransmissionFlags(false, true));
     EXPECT_TRUE(client.negotiator.TakeResult().structured_replies);
+}
+
+TEST(NegotiationTest, ExtendedHeadersBringStructuredReplies) {
+    Client client;
+    client.Say(Flags());
+    const uint32_t option = wire::kOptExtendedHeaders;
+    EXPECT_EQ(client.Types(Option(option, "x"), option), Types{wire::kRepErrInvalid});
+    EXPECT_EQ(client.Types(Option(option), option), Types{wire::kRepAck});
+    EXPECT_EQ(client.Types(Option(option), option), Types{wire::kRepErrInvalid});
+    EXPECT_EQ(client.Types(kStructured, wire::kOptStructuredReply),
+              Types{wire::kRepErrExtendedHeadersRequired});
+    client.Say(Option(wire::kOptSetMetaContext, ContextData("disk0", {"base:allocation"})));
+    client.TakeReplies();
+    EXPECT_EQ(client.Say(Go("disk0")), Step::kDone);
+    EXPECT_EQ(LoadBig<uint16_t>(client.TakeReplies().at(0).data.data() + 10),
+              TransmissionFlags(false, true) | wire::kTransmissionBlockStatusPayload);
+    const NegotiationResult result = client.negotiator.TakeResult();
+    EXPECT_TRUE(result.extended_headers && result.structured_replies);
+    EXPECT_EQ(result.contexts.size(), 1u);
+}
+
+TEST(NegotiationTest, ExportNameIsForbiddenWithExtendedHeaders) {
+    Client client;
+    client.Say(Flags() + kStructured);
+    client.TakeReplies();
+    EXPECT_EQ(client.Types(Option(wire::kOptExtendedHeaders), wire::kOptExtendedHeaders).back(),
+              wire::kRepAck);
+    EXPECT_EQ(client.Say(Option(wire::kOptExportName, "disk0")), Step::kHangUp);
 }
 
 TEST(NegotiationTest, MetaContextsNeedStructuredReplies) {

@@ -572,6 +572,10 @@ Task<Errno> Head::UnmapBlocks(uint64_t begin_block, uint64_t end_block, Requeste
         if (chunk || !absent) {
             const Errno error = co_await UnmapChunk(index, first, end, requester, &cost);
             if (error != 0) co_return error;
+        } else {
+            const ChunkIndex last{end_block / kChunkBlocks + 1};
+            const ChunkIndex next = NextHeld(index, std::min(nothing_to, last), &cost);
+            begin_block = std::min(end_block, next.value * kChunkBlocks);
         }
         if (lane_.turns.Spend(cost)) co_await Turns::Next(lane_.turns);
         if (Laden()) co_await Relieved(requester);

@@ -23,6 +23,9 @@ constexpr uint64_t kTransferCost = 12;
 /// its beginning each time.
 constexpr uint64_t kEvictCost = 4;
 constexpr size_t kEmptyTogether = 512;
+/// Chunks in memory among which the next one is looked for, and how many for a unit of Turns.
+constexpr size_t kHeldLook = 1024;
+constexpr size_t kHeldPerUnit = 8;
 /// Bytes zeroed for a unit of Turns.
 constexpr uint64_t kZeroedPerUnit = 256;
 
@@ -82,6 +85,16 @@ Chunk* MappedVolume::Find(ChunkIndex index) {
     if (found == chunks_.end()) return nullptr;
     found->second->referenced = true;
     return found->second;
+}
+
+ChunkIndex MappedVolume::NextHeld(ChunkIndex index, ChunkIndex to, uint64_t* cost) const {
+    if (read_only()) return to;  // nothing that is not stored
+    if (chunks_.size() > kHeldLook) return std::min(to, ChunkIndex{index.value + 1});
+    *cost += chunks_.size() / kHeldPerUnit;
+    for (const auto& [held, chunk] : chunks_) {
+        if (held > index.value) to = std::min(to, ChunkIndex{held});
+    }
+    return to;
 }
 
 Task<MappedVolume::Loaded> MappedVolume::Load(ChunkIndex index) {
@@ -278,9 +291,17 @@ Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most
     while (offset < end) {
         if (Gone(requester)) co_return ECANCELED;
         const ChunkIndex index{offset / kChunkBytes};
-        const uint64_t stop = std::min(end, (index.value + 1) * kChunkBytes);
+        uint64_t stop = std::min(end, (index.value + 1) * kChunkBytes);
+        uint64_t units = 1;
         Chunk* chunk = Find(index);
-        if (!chunk && (index < nothing_from || index >= nothing_to || settled != settled_)) {
+        const bool absent = index >= nothing_from && index < nothing_to && settled == settled_;
+        if (!chunk && absent) {
+            const ChunkIndex last{end / kChunkBytes + 1};
+            const ChunkIndex next = NextHeld(index, std::min(nothing_to, last), &units);
+            stop = std::min(end, next.value * kChunkBytes);
+            AppendAllocation(*map, stop - offset, true);
+            offset = stop;
+        } else if (!chunk) {
             const Loaded loaded = co_await Load(index);
             if (loaded.error != 0) co_return loaded.error;
             nothing_from = GroupEnd(index);
@@ -289,22 +310,21 @@ Task<Errno> MappedVolume::Status(uint64_t offset, uint64_t length, uint32_t most
             chunk = Find(index);
             if (!chunk) continue;
         }
-        uint64_t units = 1;
         while (offset < stop) {
             const uint64_t base = index.value * kChunkBytes;
             const auto first = static_cast<uint32_t>((offset - base) / kBlockBytes);
             const auto last = static_cast<uint32_t>((stop - base + kBlockBytes - 1) / kBlockBytes);
-            const Piece piece = chunk ? PieceAt(chunk->runs, first, last)
-                                      : Piece{.first = first, .count = last - first};
+            const Piece piece = PieceAt(chunk->runs, first, last);
             const uint64_t piece_end = std::min(stop, base + (first + piece.count) * kBlockBytes);
             const uint32_t depth = layers && piece.mapped ? layers->DepthOf(piece.birth) : 0;
             AppendAllocation(*map, piece_end - offset, !piece.mapped, depth);
             offset = piece_end;
             ++units;
-            if (map->size() > most) {  // the one too many ends what is known of the last
-                map->pop_back();
-                co_return 0;
-            }
+            if (map->size() > most) break;
+        }
+        if (map->size() > most) {  // the one too many ends what is known of the last
+            map->pop_back();
+            co_return 0;
         }
         cost += units;
         if (cost >= kStatusMost) co_return 0;

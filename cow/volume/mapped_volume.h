@@ -65,6 +65,9 @@ class MappedVolume : public Volume {
     }
     /// The chunk if it is in memory.
     Chunk* Find(ChunkIndex index);
+    /// Where a walk goes on behind `index` that knows that nothing is stored up to `to`: at the
+    /// next chunk that may be in memory, or at `to`. Adds what it cost, in units of Turns.
+    ChunkIndex NextHeld(ChunkIndex index, ChunkIndex to, uint64_t* cost) const;
     /// Brings the chunk's group into memory. It may be gone again when a later load made room.
     Task<Loaded> Load(ChunkIndex index);
     /// The first chunk after the group that Load() brings in with `index`.

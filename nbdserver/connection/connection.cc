@@ -77,7 +77,7 @@ void End(Connection* connection) {
     connection->Drop();
 }
 
-uint16_t TransmissionFlags(bool read_only, bool structured_replies) {
+uint16_t TransmissionFlags(bool read_only, bool structured_replies, bool extended) {
     uint16_t flags = wire::kTransmissionHasFlags | wire::kTransmissionSendFlush |
                      wire::kTransmissionSendFua | wire::kTransmissionCanMultiConn |
                      wire::kTransmissionSendCache;
@@ -88,6 +88,7 @@ uint16_t TransmissionFlags(bool read_only, bool structured_replies) {
                  wire::kTransmissionSendFastZero;
     }
     if (structured_replies) flags |= wire::kTransmissionSendDf;
+    if (extended) flags |= wire::kTransmissionBlockStatusPayload;
     return flags;
 }
 
@@ -105,6 +106,7 @@ Connection::Connection(ConnectionHost& host, int fd, TransmissionOptions options
       receiving_(shared_.received),
       kept_(shared_.received) {
     rules_.structured_replies = options.structured_replies;
+    rules_.extended = options.extended_headers;
     if (options.structured_replies) rules_.contexts = std::move(options.contexts);
     rules_.read_only = options.read_only || volume.read_only();
     rules_.payload_max = shared_.limits.payload_max;

@@ -58,6 +58,7 @@ struct ConnectionCounters {
 /// What was agreed on in negotiation.
 struct TransmissionOptions {
     bool structured_replies = false;
+    bool extended_headers = false;  // then structured_replies as well
     /// That were selected for this export.
     std::vector<StatusContext> contexts;
     /// What they compare it with, by StatusContext::base.
@@ -76,8 +77,8 @@ struct TransmissionOptions {
 };
 
 /// The transmission flags (16 bits) that this implementation serves. `structured_replies`: they
-/// were negotiated before the flags are sent.
-uint16_t TransmissionFlags(bool read_only, bool structured_replies);
+/// were negotiated before the flags are sent; `extended`: extended headers likewise.
+uint16_t TransmissionFlags(bool read_only, bool structured_replies, bool extended = false);
 
 class MemoryPot;
 

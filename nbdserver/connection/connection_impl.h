@@ -226,7 +226,8 @@ class Connection {
     bool Accept(const std::byte* header);
     bool TakeMemory(Request& request);
     uint32_t MostToReceive() const;
-    void AcceptWrite(Request* request);
+    void AcceptPayload(Request* request);
+    void RunFilled();
 
     // Under TLS.
     void StartTls(std::unique_ptr<tls::Records> records, std::string_view received);
@@ -351,10 +352,10 @@ class Connection {
     Backoff rest_checks_{64};     // looks at what the client has not read
     Trial rests_or_not_;
 
-    std::array<std::byte, sizeof(wire::Request)> header_;  // one that arrives in pieces
+    std::array<std::byte, kHeaderBytesMax> header_;  // one that arrives in pieces
     size_t header_bytes_ = 0;
     uint64_t skip_ = 0;              // bytes of a refused payload that are still to come
-    Request* filling_ = nullptr;     // a WRITE whose payload is not complete
+    Request* filling_ = nullptr;     // whose payload is not complete
     uint32_t filled_ = 0;            // bytes of it
     ReceivedBytes::Part receiving_;  // what receive_op_ may bring
     Buffer stash_;                   // received before the pause

@@ -88,9 +88,9 @@ void Connection::Receive() {
     if (state_ != State::kOpen || paused_) return;
     if (receive_op_.in_flight() || payload_op_.in_flight() || rest_op_.in_flight()) return;
     // Under TLS payloads are decrypted into place, from what a receive has brought.
-    if (!tls_ && filling_ && filling_->length - filled_ >= kDirectBytesMin) {
+    if (!tls_ && filling_ && filling_->payload_bytes - filled_ >= kDirectBytesMin) {
         expect_large_ = true;
-        uint32_t piece = filling_->length - filled_;
+        uint64_t piece = filling_->payload_bytes - filled_;
         if (piece >= kPieceBytes + kDirectBytesMin) piece = kPieceBytes;
         return shared_.reactor.ReceiveSome(payload_op_, fd_,
                                            filling_->payload.span().subspan(filled_, piece));
@@ -103,7 +103,7 @@ void Connection::Receive() {
 }
 
 uint32_t Connection::MostToReceive() const {
-    if (expect_large_ && !filling_ && !skip_) return sizeof(wire::Request);
+    if (expect_large_ && !filling_ && !skip_) return static_cast<uint32_t>(HeaderBytes(rules_));
     uint64_t most = std::min(kReceivedBytesMax, shared_.limits.host_bytes_max / 8);
     if (requests_ <= 1) most /= 2;
     const bool room = shared_.received.everywhere() + kReceiveBytes <= most;
@@ -131,9 +131,9 @@ void Connection::OnPayload(int32_t result) {
     if (result <= 0) return OnStreamEnd(result);
     filled_ += static_cast<uint32_t>(result);
     given_.bytes += static_cast<uint32_t>(result);
-    if (state_ == State::kDropped || filled_ < filling_->length) return;
+    if (state_ == State::kDropped || filled_ < filling_->payload_bytes) return;
     given_.Ended();
-    Run(std::exchange(filling_, nullptr));
+    RunFilled();
 }
 
 /// The client will send no more. Answers may still be wanted, unless the stream broke.
@@ -183,25 +183,24 @@ std::span<const std::byte> Connection::Parse(std::span<const std::byte> bytes) {
         } else {
             bytes = bytes.subspan(TakeHeader(bytes));
         }
-        if (bytes.empty() && header_bytes_ < sizeof header_) break;
+        if (bytes.empty() && header_bytes_ < HeaderBytes(rules_)) break;
     }
     return bytes;
 }
 
 /// Returns how many bytes it used. A complete header that finds no room stays where it is.
 size_t Connection::TakeHeader(std::span<const std::byte> bytes) {
-    if (header_bytes_ == 0 && bytes.size() >= sizeof header_) {
-        return Accept(bytes.data()) ? sizeof header_ : 0;
-    }
-    const size_t used = std::min(sizeof header_ - header_bytes_, bytes.size());
+    const size_t whole = HeaderBytes(rules_);
+    if (header_bytes_ == 0 && bytes.size() >= whole) return Accept(bytes.data()) ? whole : 0;
+    const size_t used = std::min(whole - header_bytes_, bytes.size());
     if (used > 0) std::memcpy(header_.data() + header_bytes_, bytes.data(), used);
     header_bytes_ += used;
-    if (header_bytes_ == sizeof header_ && Accept(header_.data())) header_bytes_ = 0;
+    if (header_bytes_ == whole && Accept(header_.data())) header_bytes_ = 0;
     return used;
 }
 
 size_t Connection::TakePayload(std::span<const std::byte> bytes) {
-    const size_t used = std::min<size_t>(filling_->length - filled_, bytes.size());
+    const size_t used = std::min<size_t>(filling_->payload_bytes - filled_, bytes.size());
     if (used > 0) std::memcpy(filling_->payload.data() + filled_, bytes.data(), used);
     CountPayload(used);
     return used;
@@ -211,13 +210,24 @@ size_t Connection::TakePayload(std::span<const std::byte> bytes) {
 void Connection::CountPayload(size_t bytes) {
     filled_ += static_cast<uint32_t>(bytes);
     given_.bytes += bytes;
-    if (filled_ == filling_->length) Run(std::exchange(filling_, nullptr));
+    if (filled_ == filling_->payload_bytes) RunFilled();
+}
+
+/// The payload is complete.
+void Connection::RunFilled() {
+    Request* const request = std::exchange(filling_, nullptr);
+    if (request->type == wire::kCmdBlockStatus) {
+        const bool sound = TakeStatusPayload(*request, rules_);
+        request->error = sound ? Validate(*request, rules_, volume_.size()) : EINVAL;
+        request->work = request->error ? 0 : WorkNeeded(*request);
+    }
+    Run(request);
 }
 
 /// Begins the request of `header`. False: there is no room for it now, ask again later.
 bool Connection::Accept(const std::byte* header) {
     Request* request = shared_.free_requests.Take();
-    if (!Decode(header, *request)) {
+    if (!Decode(header, rules_, *request)) {
         shared_.ReturnRequest(request);
         Drop();
         return true;
@@ -228,8 +238,12 @@ bool Connection::Accept(const std::byte* header) {
         disconnecting_ = true;
         return true;
     }
-    request->error = Validate(*request, rules_, volume_.size());
-    request->work = request->error ? 0 : WorkNeeded(*request);
+    const bool asks = HasStatusPayload(*request, rules_);  // its length comes with the payload
+    request->error = asks ? 0 : Validate(*request, rules_, volume_.size());
+    if (request->payload_bytes > 0 && !asks && request->type != wire::kCmdWrite) {
+        request->error = EINVAL;
+    }
+    request->work = request->error || asks ? 0 : WorkNeeded(*request);
     request->charge = request->error ? 0 : MemoryNeeded(*request, rules_);
     if (!TakeMemory(*request)) {
         shared_.ReturnRequest(request);
@@ -239,26 +253,27 @@ bool Connection::Accept(const std::byte* header) {
     request->connection = this;
     ++arrived_;
     flushed_ = request->type == wire::kCmdFlush;
-    const bool payload = request->type == wire::kCmdRead || request->type == wire::kCmdWrite;
+    const bool payload =
+        request->type == wire::kCmdRead || request->type == wire::kCmdWrite || asks;
     if (payload && request->charge) {
         request->payload = shared_.pool.Take(request->length);
         if (!request->payload) request->error = ENOMEM;
     }
-    if (request->type == wire::kCmdWrite && request->length) {
-        AcceptWrite(request);
+    if (request->payload_bytes > 0) {
+        AcceptPayload(request);
     } else {
         Run(request);
     }
     return true;
 }
 
-void Connection::AcceptWrite(Request* request) {
+void Connection::AcceptPayload(Request* request) {
     if (!request->error) {
         filling_ = request;
         filled_ = 0;
         return;
     }
-    skip_ = request->length;
+    skip_ = request->payload_bytes;
     if (skip_ > rules_.payload_max * kSkipFactorMax) Drop();
     Run(request);
 }

@@ -79,7 +79,7 @@ Task<void> Connection::Serve(Request* request) {
 /// The request's one call of the volume.
 Task<Errno> Connection::Execute(Request* request) {
     const uint64_t offset = request->offset;
-    const uint32_t length = request->length;
+    const uint64_t length = request->length;
     switch (request->type) {
         case wire::kCmdRead: {
             std::vector<cow::Allocation>* map = nullptr;
@@ -109,14 +109,10 @@ Task<Errno> Connection::Status(Request* request) {
     const uint32_t most = StatusStretchesMax(*request, rules_);
     std::vector<cow::Allocation>& map = request->map;
     uint64_t length = request->length;
-    const auto any = [this](ContextKind kind) {
-        return std::any_of(rules_.contexts.begin(), rules_.contexts.end(),
-                           [kind](const StatusContext& context) { return context.kind == kind; });
-    };
-    const bool mapped = any(ContextKind::kAllocation) || any(ContextKind::kDepth);
-    if (mapped) {
+    const StatusNeeds needs = NeedsOf(*request, rules_);
+    if (needs.map) {
         std::shared_ptr<const cow::Layers> layers;
-        if (any(ContextKind::kDepth)) {
+        if (needs.layers) {
             Task<std::shared_ptr<const cow::Layers>> getting = layers_();
             layers = co_await getting;
         }
@@ -126,13 +122,15 @@ Task<Errno> Connection::Status(Request* request) {
         if (error) co_return error;
         length = BytesOf(map);
     }
+    bool begun = needs.map;
     for (size_t base = 0; base < bases_.size(); ++base) {
+        if (!(needs.bases >> base & 1)) continue;
         std::vector<cow::Delta> changes;
         Task<Errno> comparing = volume_.Changes(bases_[base].get(), request->offset, length, most,
                                                 &changes, &requester_);
         const Errno error = co_await comparing;
         if (error) co_return error;
-        if (mapped || base > 0) {
+        if (std::exchange(begun, true)) {
             MergeChanges(map, changes, static_cast<uint8_t>(base), most);
         } else {
             BeginWithChanges(map, changes, static_cast<uint8_t>(base));

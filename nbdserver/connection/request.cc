@@ -10,17 +10,21 @@ namespace {
 constexpr size_t kChunksMax = 256;
 constexpr uint64_t kHoleBytesMin = 4096;
 // In a reply of several chunks, for each: its pieces and its header.
-constexpr size_t kLayoutBytes = 2 * sizeof(iovec) + sizeof(wire::OffsetHoleChunk);
+constexpr size_t kLayoutBytes =
+    2 * sizeof(iovec) + sizeof(wire::ExtendedChunk) + sizeof(wire::OffsetHole);
 static_assert(kChunksMax * 2 <= kReplyPiecesMax);
 
 uint16_t AllowedFlags(const Request& request, const RequestRules& rules) {
+    const uint16_t payload = rules.extended ? wire::kFlagPayloadLength : 0;
     switch (request.type) {
         case wire::kCmdRead:
             return rules.structured_replies ? wire::kFlagFua | wire::kFlagDf : wire::kFlagFua;
+        case wire::kCmdWrite:
+            return wire::kFlagFua | payload;
         case wire::kCmdWriteZeroes:
             return wire::kFlagFua | wire::kFlagNoHole | wire::kFlagFastZero;
         case wire::kCmdBlockStatus:
-            return wire::kFlagFua | wire::kFlagReqOne;
+            return wire::kFlagFua | wire::kFlagReqOne | payload;
         default:
             return wire::kFlagFua;
     }
@@ -35,13 +39,28 @@ std::byte* Append(std::byte* at, const T& structure) {
     return reinterpret_cast<std::byte*>(new (at) T(structure)) + sizeof(T);
 }
 
-wire::Chunk ChunkHeader(const Request& request, wire::ChunkType type, size_t length, bool last) {
-    wire::Chunk chunk;
-    chunk.flags = last ? wire::kChunkDone : uint16_t{0};
-    chunk.type = type;
-    chunk.cookie = request.cookie;
-    chunk.length = static_cast<uint32_t>(length);
-    return chunk;
+size_t ChunkBytes(const Request& request) {
+    return request.extended ? sizeof(wire::ExtendedChunk) : sizeof(wire::Chunk);
+}
+
+/// The header of a chunk with `length` bytes behind it.
+std::byte* AppendChunk(const Request& request, std::byte* at, wire::ChunkType type, uint64_t length,
+                       bool last) {
+    const auto fill = [&](auto chunk) {
+        chunk.flags = last ? wire::kChunkDone : uint16_t{0};
+        chunk.type = type;
+        chunk.cookie = request.cookie;
+        return chunk;
+    };
+    if (!request.extended) {
+        wire::Chunk chunk = fill(wire::Chunk());
+        chunk.length = static_cast<uint32_t>(length);
+        return Append(at, chunk);
+    }
+    wire::ExtendedChunk chunk = fill(wire::ExtendedChunk());
+    chunk.offset = request.offset;
+    chunk.length = length;
+    return Append(at, chunk);
 }
 
 /// Merges stretches of the same kind, and holes too short to be worth a chunk into data.
@@ -81,32 +100,31 @@ void BuildSimple(Request& request) {
 }
 
 void BuildError(Request& request) {
-    wire::ErrorChunk reply;
-    reply.chunk = ChunkHeader(request, wire::kChunkError, sizeof reply - sizeof reply.chunk, true);
-    reply.error = WireError(request.error);
-    SetHead(request, Append(request.head.data(), reply));
+    wire::ErrorBody body;
+    body.error = WireError(request.error);
+    std::byte* at = AppendChunk(request, request.head.data(), wire::kChunkError, sizeof body, true);
+    SetHead(request, Append(at, body));
 }
 
 void BuildEmpty(Request& request) {
-    SetHead(request, Append(request.head.data(), ChunkHeader(request, wire::kChunkNone, 0, true)));
+    SetHead(request, AppendChunk(request, request.head.data(), wire::kChunkNone, 0, true));
 }
 
 std::byte* AppendData(const Request& request, std::byte* at, uint64_t offset, uint64_t length,
                       bool last) {
-    wire::OffsetDataChunk chunk;
-    chunk.chunk = ChunkHeader(request, wire::kChunkOffsetData, sizeof chunk.offset + length, last);
-    chunk.offset = offset;
-    return Append(at, chunk);
+    wire::OffsetData body;
+    body.offset = offset;
+    at = AppendChunk(request, at, wire::kChunkOffsetData, sizeof body + length, last);
+    return Append(at, body);
 }
 
 std::byte* AppendHole(const Request& request, std::byte* at, uint64_t offset, uint64_t length,
                       bool last) {
-    wire::OffsetHoleChunk chunk;
-    chunk.chunk =
-        ChunkHeader(request, wire::kChunkOffsetHole, sizeof chunk - sizeof chunk.chunk, last);
-    chunk.offset = offset;
-    chunk.length = static_cast<uint32_t>(length);
-    return Append(at, chunk);
+    wire::OffsetHole body;
+    body.offset = offset;
+    body.length = static_cast<uint32_t>(length);
+    at = AppendChunk(request, at, wire::kChunkOffsetHole, sizeof body, last);
+    return Append(at, body);
 }
 
 /// A READ's data and holes as several chunks: headers one behind the other in `layout`, data from
@@ -160,47 +178,72 @@ void BuildRead(Request& request, BufferPool& pool) {
     AddPayload(request);
 }
 
-size_t StatusBytes(size_t extents) {
-    return sizeof(wire::BlockStatusChunk) + extents * sizeof(wire::Extent);
+/// Of one context.
+size_t StatusBytes(bool extended, size_t extents) {
+    if (!extended) {
+        return sizeof(wire::Chunk) + sizeof(wire::StatusHead) + extents * sizeof(wire::Extent);
+    }
+    return sizeof(wire::ExtendedChunk) + sizeof(wire::ExtendedStatusHead) +
+           extents * sizeof(wire::ExtendedExtent);
+}
+
+/// What a context says as extents, joined where it says the same.
+template <typename Extent, typename Length>
+std::byte* AppendExtents(std::byte* at, const Request& request, const StatusContext& context) {
+    Extent extent;
+    bool first = true;
+    for (const cow::Allocation& stretch : request.map) {
+        const uint32_t flags = StatusFlags(context, stretch);
+        if (!first && extent.flags == flags) {
+            extent.length = static_cast<Length>(extent.length + stretch.length);
+            at -= sizeof extent;
+        } else {
+            extent.length = static_cast<Length>(stretch.length);
+            extent.flags = flags;
+        }
+        at = Append(at, extent);
+        first = false;
+    }
+    return at;
 }
 
 /// What one context says; gives where the next one's chunk begins.
 std::byte* AppendContext(std::byte* at, const Request& request, const StatusContext& context,
                          bool last) {
-    std::byte* const extents = at + sizeof(wire::BlockStatusChunk);
-    std::byte* end = extents;
-    wire::Extent extent;
-    for (const cow::Allocation& stretch : request.map) {
-        const uint32_t flags = StatusFlags(context, stretch);
-        const auto length = static_cast<uint32_t>(stretch.length);
-        if (end != extents && extent.flags == flags) {
-            extent.length = extent.length + length;
-            end -= sizeof extent;
-        } else {
-            extent.length = length;
-            extent.flags = flags;
-        }
-        end = Append(end, extent);
+    std::byte* const body = at + ChunkBytes(request);
+    if (!request.extended) {
+        wire::StatusHead head;
+        head.context_id = context.id;
+        std::byte* const end =
+            AppendExtents<wire::Extent, uint32_t>(Append(body, head), request, context);
+        AppendChunk(request, at, wire::kChunkBlockStatus, static_cast<size_t>(end - body), last);
+        return end;
     }
-    wire::BlockStatusChunk status;
-    const size_t length = static_cast<size_t>(end - at) - sizeof status.chunk;
-    status.chunk = ChunkHeader(request, wire::kChunkBlockStatus, length, last);
-    status.context_id = context.id;
-    Append(at, status);
+    wire::ExtendedStatusHead head;
+    std::byte* const extents = body + sizeof head;
+    std::byte* const end = AppendExtents<wire::ExtendedExtent, uint64_t>(extents, request, context);
+    head.context_id = context.id;
+    head.count =
+        static_cast<uint32_t>(static_cast<size_t>(end - extents) / sizeof(wire::ExtendedExtent));
+    Append(body, head);
+    AppendChunk(request, at, wire::kChunkBlockStatusExtended, static_cast<size_t>(end - body),
+                last);
     return end;
 }
 
 void BuildStatus(Request& request, const RequestRules& rules, BufferPool& pool) {
     const size_t contexts = rules.contexts.size();
-    if (!request.map.empty())
-        request.layout = pool.Take(contexts * StatusBytes(request.map.size()));
+    if (!request.map.empty()) {
+        request.layout = pool.Take(contexts * StatusBytes(request.extended, request.map.size()));
+    }
     if (!request.layout) {
         request.error = request.map.empty() ? EIO : ENOMEM;
         return BuildError(request);
     }
     std::byte* at = request.layout.data();
     for (size_t i = 0; i < contexts; ++i) {
-        at = AppendContext(at, request, rules.contexts[i], i + 1 == contexts);
+        const bool last = request.contexts >> i == 1;
+        if (request.contexts >> i & 1) at = AppendContext(at, request, rules.contexts[i], last);
     }
     request.reply_bytes = static_cast<uint64_t>(at - request.layout.data());
     request.few_pieces[0] = {request.layout.data(), request.reply_bytes};
@@ -242,12 +285,16 @@ uint64_t StatusNeeded(const RequestRules& rules) {
                                                                                 : 2;
     static_assert(sizeof(cow::Delta) <= sizeof(cow::Allocation));
     return lists * each * sizeof(cow::Allocation) +
-           BufferPool::Rounded(contexts * StatusBytes(each));
+           BufferPool::Rounded(contexts * StatusBytes(rules.extended, each));
+}
+
+uint64_t StatusPayloadNeeded(const Request& request) {
+    return request.payload_bytes ? BufferPool::Rounded(request.payload_bytes) : 0;
 }
 
 /// For what is sent or received, and to make the reply.
 uint64_t PayloadNeeded(const Request& request, const RequestRules& rules) {
-    const uint32_t length = request.length;
+    const uint64_t length = request.length;
     switch (request.type) {
         case wire::kCmdRead: {
             if (length == 0) return 0;
@@ -261,8 +308,8 @@ uint64_t PayloadNeeded(const Request& request, const RequestRules& rules) {
         case wire::kCmdWrite:
             return length ? BufferPool::Rounded(length) : 0;
         case wire::kCmdBlockStatus:
-            if (request.flags & wire::kFlagReqOne) return 0;
-            return StatusNeeded(rules);
+            if (request.flags & wire::kFlagReqOne) return StatusPayloadNeeded(request);
+            return StatusPayloadNeeded(request) + StatusNeeded(rules);
         default:
             return 0;
     }
@@ -276,14 +323,53 @@ uint64_t BytesOf(const std::vector<cow::Allocation>& map) {
     return bytes;
 }
 
-bool Decode(const std::byte* header, Request& request) {
-    const wire::Request& received = *reinterpret_cast<const wire::Request*>(header);
-    request.flags = received.flags;
-    request.type = received.type;
-    request.cookie = received.cookie;
-    request.offset = received.offset;
-    request.length = received.length;
-    return received.magic == wire::kRequestMagic;
+size_t HeaderBytes(const RequestRules& rules) {
+    return rules.extended ? sizeof(wire::ExtendedRequest) : sizeof(wire::Request);
+}
+
+bool Decode(const std::byte* header, const RequestRules& rules, Request& request) {
+    const auto take = [&request](const auto& received) {
+        request.flags = received.flags;
+        request.type = received.type;
+        request.cookie = received.cookie;
+        request.offset = received.offset;
+        request.length = received.length;
+        return uint32_t{received.magic};
+    };
+    request.extended = rules.extended;
+    const uint32_t magic = rules.extended
+                               ? take(*reinterpret_cast<const wire::ExtendedRequest*>(header))
+                               : take(*reinterpret_cast<const wire::Request*>(header));
+    // A client that forgets the flag on a WRITE sends the payload all the same.
+    const bool follows = request.type == wire::kCmdWrite ||
+                         (rules.extended && (request.flags & wire::kFlagPayloadLength));
+    request.payload_bytes = follows ? request.length : 0;
+    request.contexts = (uint32_t{1} << rules.contexts.size()) - 1;
+    return magic == (rules.extended ? wire::kExtendedRequestMagic : wire::kRequestMagic);
+}
+
+bool HasStatusPayload(const Request& request, const RequestRules& rules) {
+    constexpr uint64_t kId = sizeof(wire::U32);
+    const bool asks = request.type == wire::kCmdBlockStatus && request.payload_bytes > 0;
+    if (!asks || request.payload_bytes < sizeof(wire::StatusPayload) + kId) return false;
+    const uint64_t ids = request.payload_bytes - sizeof(wire::StatusPayload);
+    return ids % kId == 0 && ids / kId <= rules.contexts.size();
+}
+
+bool TakeStatusPayload(Request& request, const RequestRules& rules) {
+    const std::byte* const bytes = request.payload.data();
+    request.length = LoadBig<uint64_t>(bytes);
+    request.contexts = 0;
+    for (size_t at = sizeof(wire::StatusPayload); at < request.payload_bytes; at += 4) {
+        const auto id = LoadBig<uint32_t>(bytes + at);
+        const auto context = std::find_if(rules.contexts.begin(), rules.contexts.end(),
+                                          [id](const StatusContext& c) { return c.id == id; });
+        if (context == rules.contexts.end()) return false;
+        const uint32_t bit = uint32_t{1} << (context - rules.contexts.begin());
+        if (request.contexts & bit) return false;
+        request.contexts |= bit;
+    }
+    return true;
 }
 
 Errno Validate(const Request& request, const RequestRules& rules, uint64_t size) {
@@ -314,6 +400,22 @@ uint32_t StatusStretchesMax(const Request& request, const RequestRules& rules) {
     if (request.flags & wire::kFlagReqOne) return 1;
     const size_t each = kStatusExtentsMax / std::max<size_t>(rules.contexts.size(), 1);
     return static_cast<uint32_t>(std::max<size_t>(each, 1));
+}
+
+StatusNeeds NeedsOf(const Request& request, const RequestRules& rules) {
+    StatusNeeds needs;
+    for (size_t i = 0; i < rules.contexts.size(); ++i) {
+        if (!(request.contexts >> i & 1)) continue;
+        const StatusContext& context = rules.contexts[i];
+        const bool depth = context.kind == ContextKind::kDepth;
+        needs.layers |= depth;
+        if (depth || context.kind == ContextKind::kAllocation) {
+            needs.map = true;
+        } else {
+            needs.bases |= uint32_t{1} << context.base;
+        }
+    }
+    return needs;
 }
 
 uint64_t WorkNeeded(const Request& request) {
@@ -356,16 +458,18 @@ wire::Error WireError(Errno error) {
 
 void BuildReply(Request& request, const RequestRules& rules, BufferPool& pool) {
     request.reply_bytes = 0;
-    const bool chunks = rules.structured_replies &&
-                        (request.type == wire::kCmdRead || request.type == wire::kCmdBlockStatus);
-    if (!chunks) {
+    const bool read = request.type == wire::kCmdRead;
+    const bool status = request.type == wire::kCmdBlockStatus;
+    if (!rules.extended && !(rules.structured_replies && (read || status))) {
         BuildSimple(request);
     } else if (request.error) {
         BuildError(request);
-    } else if (request.type == wire::kCmdRead) {
+    } else if (read) {
         BuildRead(request, pool);
-    } else {
+    } else if (status) {
         BuildStatus(request, rules, pool);
+    } else {
+        BuildEmpty(request);
     }
 }
 

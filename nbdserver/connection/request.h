@@ -25,6 +25,7 @@ class Connection;
 /// What a client may ask of its export, fixed by negotiation and the limits.
 struct RequestRules {
     bool structured_replies = false;
+    bool extended = false;  // headers; then replies are structured, too
     bool read_only = false;
     std::vector<StatusContext> contexts;       // of BLOCK_STATUS; none: it is refused
     uint32_t payload_max = wire::kPayloadMax;  // bytes of a READ or WRITE
@@ -46,9 +47,12 @@ struct Request {
     // As received.
     uint64_t cookie = 0;
     uint64_t offset = 0;  // bytes
-    uint32_t length = 0;  // bytes
+    uint64_t length = 0;  // bytes
     uint16_t flags = 0;
     uint16_t type = 0;
+    bool extended = false;       // its header, and so its reply
+    uint64_t payload_bytes = 0;  // that follow it
+    uint32_t contexts = 0;       // of a BLOCK_STATUS: those asked for, a bit each
 
     Errno error = 0;
     uint64_t charge = 0;  // bytes of memory it counts for, besides itself
@@ -65,8 +69,20 @@ struct Request {
     uint64_t reply_bytes = 0;
 };
 
+/// Bytes of a header.
+size_t HeaderBytes(const RequestRules& rules);
+/// The larger of the two.
+inline constexpr size_t kHeaderBytesMax = sizeof(wire::ExtendedRequest);
+
 /// Fills the fields as received. False if the magic number is wrong: the stream is lost.
-bool Decode(const std::byte* header, Request& request);
+bool Decode(const std::byte* header, const RequestRules& rules, Request& request);
+
+/// Whether a payload that is not written tells which contexts a BLOCK_STATUS is about. Before it
+/// has arrived, the rest of the request is not known.
+bool HasStatusPayload(const Request& request, const RequestRules& rules);
+/// Takes it, from `request.payload`. False if it names contexts that were not selected, or one of
+/// them twice.
+bool TakeStatusPayload(Request& request, const RequestRules& rules);
 
 /// Whether `request` may be run on an export of `size` bytes: 0, or the error to answer with.
 Errno Validate(const Request& request, const RequestRules& rules, uint64_t size);
@@ -77,7 +93,15 @@ uint64_t MemoryNeeded(const Request& request, const RequestRules& rules);
 /// Stretches that a valid BLOCK_STATUS may have in each context.
 uint32_t StatusStretchesMax(const Request& request, const RequestRules& rules);
 
-/// Bytes that they have together.
+/// What the contexts that a valid BLOCK_STATUS asks for have to be told from.
+struct StatusNeeds {
+    bool map = false;
+    bool layers = false;
+    uint32_t bases = 0;  // a bit each
+};
+StatusNeeds NeedsOf(const Request& request, const RequestRules& rules);
+
+/// Bytes of all stretches together.
 uint64_t BytesOf(const std::vector<cow::Allocation>& map);
 
 /// Bytes of the export that a valid `request` without payload works on: it costs time by these,

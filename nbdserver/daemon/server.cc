@@ -264,6 +264,7 @@ Task<void> Server::Negotiate(std::shared_ptr<Handshake> handshake) {
     NegotiationResult result = negotiator.TakeResult();
     TransmissionOptions options;
     options.structured_replies = result.structured_replies;
+    options.extended_headers = result.extended_headers;
     for (const ContextName& context : result.contexts) {
         const auto id = static_cast<uint32_t>(options.contexts.size() + 1);
         options.contexts.push_back({id, context.kind, 0});

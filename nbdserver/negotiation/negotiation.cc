@@ -153,7 +153,7 @@ void Negotiator::HandleOption(std::string_view data) {
     switch (option_) {
         case wire::kOptExportName:
             // This option has no error reply: all that is left is to hang up.
-            if (data.size() > wire::kStringMax || !IsName(data)) return HangUp();
+            if (data.size() > wire::kStringMax || !IsName(data) || extended_) return HangUp();
             return AskLookup(data);
         case wire::kOptAbort:
             Reply(wire::kRepAck);
@@ -169,6 +169,8 @@ void Negotiator::HandleOption(std::string_view data) {
             return HandleInfoOrGo(data);
         case wire::kOptStructuredReply:
             return HandleStructuredReply(data);
+        case wire::kOptExtendedHeaders:
+            return HandleExtendedHeaders(data);
         case wire::kOptListMetaContext:
         case wire::kOptSetMetaContext:
             return HandleMetaContext(data);
@@ -202,13 +204,26 @@ void Negotiator::HandleStartTls(std::string_view data) {
 Negotiator::Step Negotiator::TlsStarted() {
     VARVE_CHECK(step_ == Step::kStartTls && output_.empty());
     encrypted_ = true;
-    structured_replies_ = false;
+    structured_replies_ = extended_ = false;
     contexts_.clear();
     step_ = Step::kInput;
     return Continue();
 }
 
+/// They bring structured replies with them.
+void Negotiator::HandleExtendedHeaders(std::string_view data) {
+    if (!data.empty() || extended_) {
+        return ReplyError(wire::kRepErrInvalid, "EXTENDED_HEADERS takes no data, and once");
+    }
+    extended_ = structured_replies_ = true;
+    Reply(wire::kRepAck);
+}
+
 void Negotiator::HandleStructuredReply(std::string_view data) {
+    if (data.empty() && extended_) {
+        return ReplyError(wire::kRepErrExtendedHeadersRequired,
+                          "extended headers were negotiated, replies are structured");
+    }
     if (!data.empty() || structured_replies_) {
         return ReplyError(wire::kRepErrInvalid, "STRUCTURED_REPLY takes no data, and once");
     }
@@ -325,7 +340,7 @@ Negotiator::Step Negotiator::AnswerLookup(LookupError error) {
 void Negotiator::AnswerExportName(const ExportDescription& description) {
     wire::ExportNameReply reply;
     reply.size = description.size;
-    reply.flags = TransmissionFlags(description.read_only, structured_replies_);
+    reply.flags = TransmissionFlags(description.read_only, structured_replies_, extended_);
     output_ += Bytes(reply);
     if (!no_zeroes_) output_.append(wire::kExportNameZeroes, '\0');
 }
@@ -333,7 +348,7 @@ void Negotiator::AnswerExportName(const ExportDescription& description) {
 void Negotiator::DescribeExport(const ExportDescription& description) {
     wire::InfoExport about;
     about.size = description.size;
-    about.flags = TransmissionFlags(description.read_only, structured_replies_);
+    about.flags = TransmissionFlags(description.read_only, structured_replies_, extended_);
     Reply(wire::kRepInfo, Bytes(about));
     const auto asked = [this](uint16_t info) {
         return std::find(infos_.begin(), infos_.end(), info) != infos_.end();
@@ -420,6 +435,7 @@ NegotiationResult Negotiator::TakeResult() {
     NegotiationResult result;
     result.export_name = lookup_name_;
     result.structured_replies = structured_replies_;
+    result.extended_headers = extended_;
     result.contexts = ContextsOf(lookup_name_);
     result.leftover = std::exchange(input_, {});
     return result;

@@ -54,6 +54,7 @@ enum class LookupError {
 struct NegotiationResult {
     std::string export_name;  // as the client named it
     bool structured_replies = false;
+    bool extended_headers = false;      // then structured_replies as well
     std::vector<ContextName> contexts;  // selected for this export; their ids are 1, 2, ...
     std::string leftover;               // bytes that arrived behind the last option
 };
@@ -119,6 +120,7 @@ class Negotiator {
     void HandleInfoOrGo(std::string_view data);
     void HandleMetaContext(std::string_view data);
     void HandleStructuredReply(std::string_view data);
+    void HandleExtendedHeaders(std::string_view data);
     void HandleStartTls(std::string_view data);
     bool NeedsTls() const;
     void RequireTls();
@@ -146,6 +148,7 @@ class Negotiator {
     bool fixed_newstyle_ = false;
     bool no_zeroes_ = false;
     bool structured_replies_ = false;
+    bool extended_ = false;       // headers
     std::string context_export_;  // for which contexts were selected:
     std::vector<ContextName> contexts_;
     uint32_t options_ = 0;

@@ -93,6 +93,7 @@ enum OptionReplyType : uint32_t {
     kRepErrShutdown = 0x80000007,
     kRepErrBlockSizeRequired = 0x80000008,
     kRepErrTooBig = 0x80000009,
+    kRepErrExtendedHeadersRequired = 0x8000000a,
 };
 
 enum Info : uint16_t {
@@ -136,12 +137,15 @@ inline constexpr uint16_t kTransmissionSendDf = 1 << 7;
 inline constexpr uint16_t kTransmissionCanMultiConn = 1 << 8;
 inline constexpr uint16_t kTransmissionSendCache = 1 << 10;
 inline constexpr uint16_t kTransmissionSendFastZero = 1 << 11;
+inline constexpr uint16_t kTransmissionBlockStatusPayload = 1 << 12;
 
 // ---- transmission
 
 inline constexpr uint32_t kRequestMagic = 0x25609513;
 inline constexpr uint32_t kSimpleReplyMagic = 0x67446698;
 inline constexpr uint32_t kStructuredReplyMagic = 0x668e33ef;
+inline constexpr uint32_t kExtendedRequestMagic = 0x21e41c71;
+inline constexpr uint32_t kExtendedReplyMagic = 0x6e8a278c;
 
 enum Command : uint16_t {
     kCmdRead = 0,
@@ -159,6 +163,8 @@ inline constexpr uint16_t kFlagNoHole = 1 << 1;    // WRITE_ZEROES
 inline constexpr uint16_t kFlagDf = 1 << 2;        // READ: do not fragment
 inline constexpr uint16_t kFlagReqOne = 1 << 3;    // BLOCK_STATUS
 inline constexpr uint16_t kFlagFastZero = 1 << 4;  // WRITE_ZEROES
+/// With extended headers: the length is that of a payload which follows.
+inline constexpr uint16_t kFlagPayloadLength = 1 << 5;
 
 struct Request {
     U32 magic = kRequestMagic;
@@ -169,6 +175,22 @@ struct Request {
     U32 length;  // bytes; those of a WRITE follow
 };
 static_assert(sizeof(Request) == 28);
+
+struct ExtendedRequest {
+    U32 magic = kExtendedRequestMagic;
+    U16 flags;
+    U16 type;    // Command
+    U64 cookie;  // echoed in the reply
+    U64 offset;  // bytes
+    U64 length;  // bytes; of a payload that follows, if kFlagPayloadLength is set
+};
+static_assert(sizeof(ExtendedRequest) == 32);
+
+/// The payload of a BLOCK_STATUS: which contexts are asked for. Their ids follow, 4 bytes each.
+struct StatusPayload {
+    U64 length;  // bytes, as the request's would be without a payload
+};
+static_assert(sizeof(StatusPayload) == 8);
 
 struct SimpleReply {
     U32 magic = kSimpleReplyMagic;
@@ -186,6 +208,17 @@ struct Chunk {
 };
 static_assert(sizeof(Chunk) == 20);
 
+/// With extended headers all replies are such chunks.
+struct ExtendedChunk {
+    U32 magic = kExtendedReplyMagic;
+    U16 flags;  // kChunkDone
+    U16 type;   // ChunkType
+    U64 cookie;
+    U64 offset;  // of the request
+    U64 length;  // of what follows
+};
+static_assert(sizeof(ExtendedChunk) == 32);
+
 inline constexpr uint16_t kChunkDone = 1 << 0;
 
 enum ChunkType : uint16_t {
@@ -193,30 +226,22 @@ enum ChunkType : uint16_t {
     kChunkOffsetData = 1,
     kChunkOffsetHole = 2,
     kChunkBlockStatus = 5,
+    kChunkBlockStatusExtended = 6,
     kChunkError = 0x8001,
     kChunkErrorOffset = 0x8002,
 };
 
 /// The data follows.
-struct OffsetDataChunk {
-    Chunk chunk;
+struct OffsetData {
     U64 offset;
 };
-static_assert(sizeof(OffsetDataChunk) == 28);
+static_assert(sizeof(OffsetData) == 8);
 
-struct OffsetHoleChunk {
-    Chunk chunk;
+struct OffsetHole {
     U64 offset;
     U32 length;
 };
-static_assert(sizeof(OffsetHoleChunk) == 32);
-
-/// Extents follow.
-struct BlockStatusChunk {
-    Chunk chunk;
-    U32 context_id;
-};
-static_assert(sizeof(BlockStatusChunk) == 24);
+static_assert(sizeof(OffsetHole) == 12);
 
 struct Extent {
     U32 length;  // bytes
@@ -224,17 +249,35 @@ struct Extent {
 };
 static_assert(sizeof(Extent) == 8);
 
+struct ExtendedExtent {
+    U64 length;  // bytes
+    U64 flags;
+};
+static_assert(sizeof(ExtendedExtent) == 16);
+
+/// Of kChunkBlockStatus; extents follow.
+struct StatusHead {
+    U32 context_id;
+};
+static_assert(sizeof(StatusHead) == 4);
+
+/// Of kChunkBlockStatusExtended; so many extended extents follow.
+struct ExtendedStatusHead {
+    U32 context_id;
+    U32 count;
+};
+static_assert(sizeof(ExtendedStatusHead) == 8);
+
 inline constexpr uint32_t kAllocationHole = 1 << 0;
 inline constexpr uint32_t kAllocationZero = 1 << 1;
 /// Of qemu:dirty-bitmap:NAME (docs/interop/nbd.rst of QEMU).
 inline constexpr uint32_t kBitmapDirty = 1 << 0;
 
-struct ErrorChunk {
-    Chunk chunk;
+struct ErrorBody {
     U32 error;
     U16 message_length = 0;
 };
-static_assert(sizeof(ErrorChunk) == 26);
+static_assert(sizeof(ErrorBody) == 6);
 
 /// The only errors that exist on the wire ("Error values").
 enum Error : uint32_t {

@@ -41,6 +41,7 @@ struct Played {
     std::string export_name;
     std::string behind;  // the client's bytes that are not negotiation's
     bool structured = false;
+    bool extended = false;
     std::vector<ContextName> contexts;
 };
 
@@ -94,6 +95,8 @@ Played Play(std::string_view bytes, size_t piece, bool shutdown, TlsMode tls) {
     NegotiationResult result = negotiator.TakeResult();
     played.export_name = result.export_name;
     played.structured = result.structured_replies;
+    played.extended = result.extended_headers;
+    VARVE_CHECK(!played.extended || played.structured);
     played.contexts = result.contexts;
     size_t bitmaps = 0;
     for (const ContextName& context : played.contexts) {
@@ -149,6 +152,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     VARVE_CHECK(whole.export_name == cut.export_name);
     VARVE_CHECK(whole.behind == cut.behind);
     VARVE_CHECK(whole.structured == cut.structured && whole.contexts == cut.contexts);
+    VARVE_CHECK(whole.extended == cut.extended);
     VARVE_CHECK(whole.structured || whole.contexts.empty());
     return 0;
 }

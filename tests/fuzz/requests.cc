@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <future>
 #include <map>
@@ -48,9 +49,20 @@ struct Server {
     }
 };
 
+std::string RequestHeader(uint16_t type, uint64_t offset, uint32_t length, uint64_t cookie,
+                          uint16_t flags) {
+    wire::Request request;
+    request.flags = flags;
+    request.type = type;
+    request.cookie = cookie;
+    request.offset = offset;
+    request.length = length;
+    return {reinterpret_cast<const char*>(&request), sizeof request};
+}
+
 /// Turns the input into a client's stream: mutations of raw bytes alone would hardly ever keep
 /// the magic number and the lengths right.
-std::string MakeStream(fuzz::Input input) {
+std::string MakeStream(fuzz::Input input, bool extended) {
     std::string stream;
     while (!input.empty() && stream.size() < kStreamMax) {
         const uint8_t kind = input.Byte();
@@ -58,16 +70,36 @@ std::string MakeStream(fuzz::Input input) {
             stream += input.Bytes(input.Byte());
             continue;
         }
-        wire::Request request;
+        wire::ExtendedRequest request;
         request.type = kind % 10;
         request.flags = input.Byte() % 64;
         request.cookie = stream.size();
         request.offset = input.Number(2) * (kind & 0x20 ? 1 : 512);
-        request.length = static_cast<uint32_t>(input.Number(2)) % (kPayloadMax + 100);
-        if (kind & 0x40) request.length = static_cast<uint32_t>(request.length / 4096 * 4096);
+        uint64_t length = input.Number(2) % (kPayloadMax + 100);
+        if (kind & 0x40) length = length / 4096 * 4096;
+        request.length = length;
+        if (!extended) {
+            stream += RequestHeader(request.type, request.offset, static_cast<uint32_t>(length),
+                                    request.cookie, request.flags);
+            if (request.type == wire::kCmdWrite) stream.append(length, static_cast<char>(kind));
+            continue;
+        }
+        const bool payload = (request.flags & wire::kFlagPayloadLength) != 0;
+        std::string behind;
+        if (request.type == wire::kCmdWrite || payload)
+            behind.assign(length, static_cast<char>(kind));
+        if (request.type == wire::kCmdBlockStatus && payload) {
+            behind.clear();
+            AppendBig<uint64_t>(behind, length);
+            for (unsigned n = kind / 10 % 7; n > 0; --n) {
+                AppendBig<uint32_t>(behind, kFirstContext + input.Byte() % 5);
+            }
+            request.length = behind.size();
+        }
+        // A length of 64 bits for what needs no memory.
+        if (behind.empty() && kind & 0x80) request.length = length << (kind % 56);
         stream.append(reinterpret_cast<const char*>(&request), sizeof request);
-        if (request.type != wire::kCmdWrite) continue;
-        stream.append(request.length, static_cast<char>(kind));
+        stream += behind;
     }
     stream.resize(std::min(stream.size(), kStreamMax));
     return stream;
@@ -76,8 +108,9 @@ std::string MakeStream(fuzz::Input input) {
 struct Asked {
     uint16_t type = 0;
     uint64_t offset = 0;
-    uint32_t length = 0;
+    uint64_t length = 0;
     uint16_t flags = 0;
+    std::vector<uint32_t> contexts;  // ids
     uint64_t answers = 0;
 };
 
@@ -88,21 +121,45 @@ struct Reading {
     bool broken = false;  // the server may hang up without answering
 };
 
-Reading Read(std::string_view stream) {
+/// What a BLOCK_STATUS asks for in its payload.
+void ReadStatusPayload(std::string_view payload, Asked& asked) {
+    asked.contexts.clear();
+    if (payload.size() < 8) return;
+    asked.length = LoadBig<uint64_t>(payload.data());
+    std::vector<uint32_t> ids;
+    for (size_t at = 8; at + 4 <= payload.size(); at += 4) {
+        ids.push_back(LoadBig<uint32_t>(payload.data() + at));
+    }
+    std::sort(ids.begin(), ids.end());
+    asked.contexts = std::move(ids);
+}
+
+Reading Read(std::string_view stream, bool extended, size_t contexts) {
     Reading reading;
-    while (stream.size() >= sizeof(wire::Request)) {
-        wire::Request header;
-        std::memcpy(static_cast<void*>(&header), stream.data(), sizeof header);
-        stream.remove_prefix(sizeof header);
-        if (header.magic != wire::kRequestMagic) reading.broken = true;
-        if (reading.broken || header.type == wire::kCmdDisconnect) return reading;
-        const uint32_t payload = header.type == wire::kCmdWrite ? uint32_t{header.length} : 0;
+    const size_t header_bytes = extended ? sizeof(wire::ExtendedRequest) : sizeof(wire::Request);
+    while (stream.size() >= header_bytes) {
+        const char* const header = stream.data();
+        Asked asked;
+        asked.flags = LoadBig<uint16_t>(header + 4);
+        asked.type = LoadBig<uint16_t>(header + 6);
+        const auto cookie = LoadBig<uint64_t>(header + 8);
+        asked.offset = LoadBig<uint64_t>(header + 16);
+        asked.length = extended ? LoadBig<uint64_t>(header + 24) : LoadBig<uint32_t>(header + 24);
+        for (uint32_t i = 0; i < contexts; ++i) asked.contexts.push_back(kFirstContext + i);
+        const uint32_t magic = extended ? wire::kExtendedRequestMagic : wire::kRequestMagic;
+        if (LoadBig<uint32_t>(header) != magic) reading.broken = true;
+        stream.remove_prefix(header_bytes);
+        if (reading.broken || asked.type == wire::kCmdDisconnect) return reading;
+        const bool follows =
+            asked.type == wire::kCmdWrite || (extended && asked.flags & wire::kFlagPayloadLength);
+        const uint64_t payload = follows ? asked.length : 0;
         // A payload far over the limit is not skipped, and one cut off is a request cut off.
         if (payload > kSkippedMax || payload > stream.size()) reading.broken = true;
-        stream.remove_prefix(std::min<size_t>(payload, stream.size()));
+        const std::string_view behind = stream.substr(0, payload);
+        stream.remove_prefix(behind.size());
+        if (asked.type == wire::kCmdBlockStatus && follows) ReadStatusPayload(behind, asked);
         ++reading.requests;
-        reading.asked[header.cookie].push_back(
-            {header.type, header.offset, header.length, header.flags});
+        reading.asked[cookie].push_back(std::move(asked));
         if (reading.broken) return reading;
     }
     return reading;
@@ -122,12 +179,12 @@ std::string ReceiveAll(int fd) {
 /// The answers of a connection, one behind the other.
 class Answers {
   public:
-    Answers(std::string bytes, Reading& reading, bool structured, size_t contexts)
+    Answers(std::string bytes, Reading& reading, bool structured, bool extended)
         : bytes_(std::move(bytes)),
           rest_(bytes_),
           reading_(reading),
           structured_(structured),
-          contexts_(contexts) {}
+          extended_(extended) {}
 
     /// How many there are. Half an answer at the end is allowed if the server hung up.
     uint64_t Verify() {
@@ -135,8 +192,9 @@ class Answers {
         while (!rest_.empty()) {
             if (!Has(4)) return count;
             const auto magic = LoadBig<uint32_t>(rest_.data());
-            const bool chunk = magic == wire::kStructuredReplyMagic;
-            VARVE_CHECK(chunk ? structured_ : magic == wire::kSimpleReplyMagic);
+            const bool chunk =
+                magic == (extended_ ? wire::kExtendedReplyMagic : wire::kStructuredReplyMagic);
+            VARVE_CHECK(chunk ? structured_ : !extended_ && magic == wire::kSimpleReplyMagic);
             if (!(chunk ? TakeChunk() : TakeSimple())) return count;
             if (last_) ++count;
         }
@@ -154,8 +212,9 @@ class Answers {
         const auto found = reading_.asked.find(cookie);
         VARVE_CHECK(found != reading_.asked.end());
         for (Asked& asked : found->second) {
-            const bool in_chunks = structured_ && (asked.type == wire::kCmdRead ||
-                                                   asked.type == wire::kCmdBlockStatus);
+            const bool in_chunks =
+                extended_ || (structured_ && (asked.type == wire::kCmdRead ||
+                                              asked.type == wire::kCmdBlockStatus));
             if (!asked.answers && in_chunks == chunks) return asked;
         }
         VARVE_CHECK(!"an answer that nobody asked for");
@@ -178,14 +237,17 @@ class Answers {
     }
 
     bool TakeChunk() {
-        if (!Has(sizeof(wire::Chunk))) return false;
+        const size_t head = extended_ ? sizeof(wire::ExtendedChunk) : sizeof(wire::Chunk);
+        if (!Has(head)) return false;
         const auto flags = LoadBig<uint16_t>(rest_.data() + 4);
         const auto type = LoadBig<uint16_t>(rest_.data() + 6);
-        const auto length = LoadBig<uint32_t>(rest_.data() + 16);
+        const uint64_t length =
+            extended_ ? LoadBig<uint64_t>(rest_.data() + 24) : LoadBig<uint32_t>(rest_.data() + 16);
         Asked& asked = Find(LoadBig<uint64_t>(rest_.data() + 8), true);
-        if (!Has(sizeof(wire::Chunk) + length)) return false;
-        const std::string_view body = rest_.substr(sizeof(wire::Chunk), length);
-        rest_.remove_prefix(sizeof(wire::Chunk) + length);
+        VARVE_CHECK(!extended_ || LoadBig<uint64_t>(rest_.data() + 16) == asked.offset);
+        if (!Has(head + length)) return false;
+        const std::string_view body = rest_.substr(head, length);
+        rest_.remove_prefix(head + length);
         last_ = flags & wire::kChunkDone;
         if (last_) ++asked.answers;
         const bool read = type == wire::kChunkOffsetData || type == wire::kChunkOffsetHole;
@@ -198,8 +260,10 @@ class Answers {
             VARVE_CHECK(!last_ || read_ == asked.length);
             VARVE_CHECK(last_ || !(asked.flags & wire::kFlagDf));
         }
-        if (type == wire::kChunkBlockStatus) {
-            VARVE_CHECK(length >= 12 && length % 8 == 4);
+        const bool fits = asked.offset <= kSize && asked.length <= kSize - asked.offset;
+        VARVE_CHECK(type == wire::kChunkError || fits || asked.type == wire::kCmdFlush);
+        if (type == wire::kChunkBlockStatus || type == wire::kChunkBlockStatusExtended) {
+            VARVE_CHECK(extended_ == (type == wire::kChunkBlockStatusExtended));
             VARVE_CHECK(asked.type == wire::kCmdBlockStatus);
             TakeStatus(asked, body);
         }
@@ -207,28 +271,35 @@ class Answers {
         return true;
     }
 
-    /// Each context once, in order, and all of the same bytes.
+    /// Each context that was asked for once, in order, and all of the same bytes.
     void TakeStatus(const Asked& asked, std::string_view body) {
-        VARVE_CHECK(LoadBig<uint32_t>(body.data()) == kFirstContext + told_);
+        const size_t head = extended_ ? 8 : 4, each = extended_ ? 16 : 8;
+        VARVE_CHECK(body.size() >= head + each && (body.size() - head) % each == 0);
+        VARVE_CHECK(told_ < asked.contexts.size());
+        VARVE_CHECK(LoadBig<uint32_t>(body.data()) == asked.contexts[told_]);
+        const size_t count = (body.size() - head) / each;
+        VARVE_CHECK(!extended_ || LoadBig<uint32_t>(body.data() + 4) == count);
         uint64_t bytes = 0;
-        for (size_t at = 4; at < body.size(); at += 8) {
-            VARVE_CHECK(LoadBig<uint32_t>(body.data() + at) > 0);
-            bytes += LoadBig<uint32_t>(body.data() + at);
+        for (size_t at = head; at < body.size(); at += each) {
+            const uint64_t length = extended_ ? LoadBig<uint64_t>(body.data() + at)
+                                              : LoadBig<uint32_t>(body.data() + at);
+            VARVE_CHECK(length > 0);
+            bytes += length;
         }
         VARVE_CHECK(bytes <= asked.length);
-        VARVE_CHECK(!(asked.flags & wire::kFlagReqOne) || body.size() == 12);
+        VARVE_CHECK(!(asked.flags & wire::kFlagReqOne) || count == 1);
         VARVE_CHECK(told_ == 0 || bytes == covered_);
         covered_ = bytes;
         ++told_;
-        VARVE_CHECK(last_ == (told_ == contexts_));
+        VARVE_CHECK(last_ == (told_ == asked.contexts.size()));
     }
 
     const std::string bytes_;
     std::string_view rest_;
     Reading& reading_;
     const bool structured_;
+    const bool extended_;
     bool last_ = false;
-    const size_t contexts_;
     uint64_t read_ = 0;     // bytes of the READ whose chunks are coming
     size_t told_ = 0;       // contexts of the BLOCK_STATUS whose chunks are coming
     uint64_t covered_ = 0;  // bytes of each of them
@@ -295,9 +366,16 @@ void Select(uint8_t choice, TransmissionOptions& options) {
     add(ContextKind::kBitmap, 0);
 }
 
+/// Without TLS, whose versions that bit tells apart.
+bool IsExtended(uint8_t choice) {
+    return (choice & 0x30) == 0x20;
+}
+
 void Try(Server& server, uint8_t choice, const std::string& stream) {
     TransmissionOptions options;
-    options.structured_replies = choice & 1;
+    options.extended_headers = IsExtended(choice);
+    options.structured_replies = choice & 1 || options.extended_headers;
+    const bool structured = options.structured_replies, extended = options.extended_headers;
     Select(choice, options);
     const size_t contexts = options.contexts.size();
     const size_t early = choice & 4 ? stream.size() / 2 : 0;  // arrived during negotiation
@@ -333,11 +411,11 @@ void Try(Server& server, uint8_t choice, const std::string& stream) {
         server.host->Start(fds[0], std::move(options), *server.volume,
                            [&ended] { ended.set_value(); });
     });
-    Reading reading = Read(stream);
+    Reading reading = Read(stream, extended, contexts);
     reading.broken = reading.broken || damaged;
     std::string received = ReceiveAll(fds[1]);
     if (encrypted) received = Open(client, std::move(received));
-    Answers answers(std::move(received), reading, choice & 1, contexts);
+    Answers answers(std::move(received), reading, structured, extended);
     const uint64_t count = answers.Verify();
     VARVE_CHECK(reading.broken ? count <= reading.requests : count == reading.requests);
     ended.get_future().wait();
@@ -355,6 +433,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static varve::nbdserver::Server server;
     varve::fuzz::Input input(data, size);
     const uint8_t choice = input.Byte();
-    varve::nbdserver::Try(server, choice, varve::nbdserver::MakeStream(input));
+    varve::nbdserver::Try(
+        server, choice, varve::nbdserver::MakeStream(input, varve::nbdserver::IsExtended(choice)));
     return 0;
 }

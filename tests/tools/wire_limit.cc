@@ -99,9 +99,13 @@ class Stick {
     }
 
   private:
+    struct Data {
+        wire::Chunk chunk;
+        wire::OffsetData body;
+    };
     struct Head {
         wire::SimpleReply simple;
-        wire::OffsetDataChunk data;
+        Data data;
     };
 
     int Complete() {
@@ -145,12 +149,13 @@ class Stick {
             pieces_.push_back({&head.simple, sizeof head.simple});
             return;
         }
-        head.data = wire::OffsetDataChunk();
+        head.data = Data();
         head.data.chunk.flags = wire::kChunkDone;
         head.data.chunk.type = wire::kChunkOffsetData;
         head.data.chunk.cookie = request.cookie;
-        head.data.chunk.length = static_cast<uint32_t>(sizeof head.data.offset) + request.length;
-        head.data.offset = request.offset;
+        head.data.chunk.length =
+            static_cast<uint32_t>(sizeof head.data.body.offset) + request.length;
+        head.data.body.offset = request.offset;
         pieces_.push_back({&head.data, sizeof head.data});
         pieces_.push_back({disk_.memory + request.offset, request.length});
     }
