@@ -12,7 +12,7 @@
 namespace varve::cow {
 namespace {
 
-constexpr uint64_t kNoChunk = ~uint64_t{0};
+constexpr uint64_t kNoneLeft = ~uint64_t{0};
 constexpr uint64_t kAllBlocks = ~uint64_t{0};
 /// Generations whose marks are looked at; of more, all rows are compared.
 constexpr unsigned kGenerationsMost = 64;
@@ -21,7 +21,7 @@ constexpr uint64_t kMarksLeast = 16;
 /// Chunks whose rows are compared without looking for marks, or marks that are taken.
 constexpr uint64_t kCompareTogether = 256;
 /// Deleted rows that a move of a cursor may meet.
-constexpr uint64_t kDeletedMost = 1024;
+constexpr uint64_t kDeletedTogether = 1024;
 /// Moves to a row that may be next, before it is sought.
 constexpr unsigned kStepsMost = 4;
 
@@ -68,7 +68,7 @@ uint64_t OlderMask(const Runs& runs, Generation generation) {
 
 struct Marks {
     std::vector<uint64_t> chunks;  // ascending, each once
-    uint64_t next = kNoChunk;      // what is known ends here: there are no others before
+    uint64_t next = kNoneLeft;     // what is known ends here: there are no others before
 };
 
 /// The upper end of a stretch's marks.
@@ -88,7 +88,7 @@ class MarkScan {
     Result<bool> Add(MetadataView& view, const Stretch& stretch) {
         const std::string lower =
             TouchedKey(stretch.branch, Generation{stretch.after.value + 1}, ChunkIndex{0});
-        const auto cursor = view.Range(lower, MarksEnd(stretch), kDeletedMost);
+        const auto cursor = view.Range(lower, MarksEnd(stretch), kDeletedTogether);
         Generation generation;
         uint64_t taken = 0;
         for (cursor->Seek(lower); cursor->valid();) {
@@ -127,7 +127,7 @@ class MarkScan {
     const uint64_t first_;
     uint64_t end_;
     const uint64_t most_, least_;  // marks
-    uint64_t beyond_ = kNoChunk;   // the least one that was seen there
+    uint64_t beyond_ = kNoneLeft;  // the least one that was seen there
     unsigned generations_ = 0;
     std::vector<uint64_t> chunks_;
 };
@@ -178,7 +178,7 @@ class RowFinder {
         Place& place = places_[stretch.branch];
         if (!place.cursor) {
             const std::string first = MapKey(stretch.branch, ChunkIndex{0}, kHead);
-            place.cursor = view_.Range(first, PrefixEnd(key.substr(0, 9)), kDeletedMost);
+            place.cursor = view_.Range(first, PrefixEnd(key.substr(0, 9)), kDeletedTogether);
             place.cursor->Seek(key);
         } else if (key < place.from) {
             place.cursor->Seek(key);
@@ -324,8 +324,8 @@ Result<FoundChanges> FindChanges(MetadataView& view, const Line& line, const Bas
     Comparison comparison(view, line, base, found);
     auto in_memory = live.begin();
     for (auto mark = marks.chunks.begin(); mark != marks.chunks.end() || in_memory != live.end();) {
-        const uint64_t stored = mark != marks.chunks.end() ? *mark : kNoChunk;
-        const uint64_t held = in_memory != live.end() ? in_memory->chunk.value : kNoChunk;
+        const uint64_t stored = mark != marks.chunks.end() ? *mark : kNoneLeft;
+        const uint64_t held = in_memory != live.end() ? in_memory->chunk.value : kNoneLeft;
         const ChunkIndex chunk{std::min(stored, held)};
         if (chunk >= found.next) break;
         const LiveChunk* const memory = held == chunk.value ? &*in_memory++ : nullptr;

@@ -12,7 +12,7 @@ constexpr uint64_t kLiveLook = 4 << 10;
 /// Runs of them that it takes with it: 256 KiB.
 constexpr uint64_t kLiveRuns = 16 << 10;
 /// Trips to the loader for one request: beyond it the answer is shorter than the question.
-constexpr unsigned kStepsMost = 64;
+constexpr unsigned kTripsMost = 64;
 
 /// Appends to a list of at most `most` changes.
 class ChangeList {
@@ -138,7 +138,7 @@ Task<Errno> MappedVolume::Changes(const Base* base, uint64_t offset, uint64_t le
     const uint64_t end = offset + length;
     ChangeList list(*changes, most);
     ChangeWriter writer(list, *base, size(), offset, end);
-    for (unsigned step = 0; step < kStepsMost && writer.offset() < end; ++step) {
+    for (unsigned step = 0; step < kTripsMost && writer.offset() < end; ++step) {
         if (Gone(requester)) co_return ECANCELED;
         const ChunkIndex first{writer.offset() / kChunkBytes};
         ChunkIndex stop{(end + kChunkBytes - 1) / kChunkBytes};
