@@ -378,6 +378,26 @@ TEST_F(ChangesTest, DifferencesAreToldInParts) {
     EXPECT_EQ(ErrorKind::kInvalid, machine->Do(pool().Diff("d@s", "d", 0)).error().kind);
 }
 
+Task<void> DiffTask(Executor* home, cow::Pool* pool, unsigned* done) {
+    co_await Hop(*home);
+    (void)co_await pool->Diff("d@s", "d@t", 0);
+    ++*done;
+}
+
+TEST_F(ChangesTest, APoolIsClosedAfterDifferencesThatAreUnderWay) {
+    Ok(pool().CreateDisk("d", 100 * kChunkBytes));
+    Snapshot("d@s");
+    for (uint64_t i = 0; i < 100; ++i) Write("d", i * kChunkBytes, kBlockBytes, 'a');
+    Snapshot("d@t");
+    unsigned done = 0;
+    for (unsigned i = 0; i < 20; ++i) {
+        Spawn(DiffTask(&machine->home(), &pool(), &done));
+        for (unsigned steps = i; steps > 0; --steps) scheduler.Step();
+    }
+    Stop();
+    EXPECT_EQ(20u, done);
+}
+
 // ---- random histories
 
 /// States of disks, each with what was written since the one that it comes from.

@@ -114,6 +114,8 @@ Task<Result<Difference>> PoolImpl::Diff(std::string from, std::string to, uint64
         co_return MakeError(ErrorKind::kInvalid,
                             fmt::format("'{}' and '{}' are of different disks", from, to));
     }
+    const Hold under_way(*this, {}, nullptr);  // the pool is not closed meanwhile
+    if (core_.closing) co_return Stopping();
     Task<Result<Export>> opening = OpenExport(fmt::format("{}~{}", to, base.value().snapshot));
     const Result<Export> opened = co_await opening;
     if (!opened.ok()) co_return opened.error();

@@ -123,9 +123,9 @@ bool PoolImpl::HasBase(std::string_view name, std::string_view base) const {
 
 /// Waits until all snapshots that are to be read or compared with are in map rows, and a disk's
 /// creation is durable. Whoever asks looks the names up again.
-Task<Status> PoolImpl::Stored(std::string name, std::vector<std::string> bases,
-                              const bool* given_up) {
-    std::set<SnapshotId> stored;
+Task<Status> PoolImpl::AwaitFolded(std::string name, std::vector<std::string> bases,
+                                   const bool* given_up) {
+    std::set<SnapshotId> waited;
     for (;;) {
         const Result<Asked> asked = FindAsked(name);
         if (!asked.ok()) co_return asked.error();
@@ -146,10 +146,10 @@ Task<Status> PoolImpl::Stored(std::string name, std::vector<std::string> bases,
             if (!base.bookmark) wanted.insert(base.id);
         }
         const auto next = std::find_if(wanted.begin(), wanted.end(),
-                                       [&](SnapshotId id) { return !stored.contains(id); });
+                                       [&](SnapshotId id) { return !waited.contains(id); });
         if (next == wanted.end() || Mutated(Mutant::kOpenedUnfolded)) co_return Status();
         const SnapshotId id = *next;
-        stored.insert(id);
+        waited.insert(id);
         const bool folded = co_await FoldedWithin(id, kSealedUs, given_up);
         if (folded) continue;
         co_return MakeError(ErrorKind::kBusy,
@@ -190,9 +190,9 @@ Result<Volume*> PoolImpl::OpenView(const View& view) {
 Task<Result<Export>> PoolImpl::OpenExport(std::string name, std::vector<std::string> bases,
                                           const bool* given_up) {
     const uint64_t id = next_export_++;
-    Task<Status> storing = Stored(name, bases, given_up);
-    const Status stored = co_await storing;
-    if (!stored.ok()) co_return stored.error();
+    Task<Status> folding = AwaitFolded(name, bases, given_up);
+    const Status folded = co_await folding;
+    if (!folded.ok()) co_return folded.error();
     // From here on in one step.
     const Result<Asked> asked = FindAsked(name);
     if (!asked.ok()) co_return asked.error();
