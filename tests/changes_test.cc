@@ -4,7 +4,7 @@
 
 #include <set>
 
-#include "cow/history/history.h"
+#include "cow/format/format.h"
 #include "tests/engine_fixture.h"
 #include "tests/simulation/dice.h"
 
@@ -185,6 +185,35 @@ TEST_F(ChangesTest, ABookmarkKeepsItsBranch) {
     EXPECT_EQ("1+1 data, 2+62 zero", Text(Changes("d", "a")));
     Ok(pool().DeleteDisk("d", true, true));
     Ok(pool().DeleteDisk("other", true, true));
+}
+
+// A program that does not know of bookmarks may use their names, and remove what they name.
+TEST_F(ChangesTest, BookmarksThatAnotherProgramLeftBehindDoNoHarm) {
+    Ok(pool().CreateDisk("d", kChunkBytes));
+    Write("d", 0, kBlockBytes, 'a');
+    for (const char* name : {"d@gone", "d@used", "d@branch"}) {
+        Snapshot(name);
+        Ok(pool().DeleteSnapshot(name, false, true));
+    }
+    Snapshot("d@other");
+    Stop();
+    auto rows = std::make_shared<std::map<std::string, std::string>>(*media.metadata());
+    for (auto& [key, value] : *rows) {
+        cow::SnapshotRecord record;
+        if (key[0] != 'O' || !cow::Decode(value, &record)) continue;
+        if (record.name == "gone") record.disk = DiskId{99};
+        if (record.name == "used") record.name = "other";
+        if (record.name == "branch") record.branch = BranchId{99};
+        value = cow::Encode(record);
+    }
+    media.SetMetadata(std::move(rows));
+    Start();
+    ASSERT_EQ(1u, pool().ListBookmarks("d").value().size());
+    EXPECT_EQ("0+1 data, 1+63 zero", Text(Changes("d", "branch")));
+    EXPECT_EQ("", Text(Changes("d", "other")));
+    Ok(pool().DeleteSnapshot("d@branch", false));
+    Ok(pool().DeleteSnapshot("d@other", false));
+    Ok(pool().DeleteDisk("d", true, true));
 }
 
 TEST_F(ChangesTest, WhoComparesHoldsTheSnapshotAsItsReadersDo) {

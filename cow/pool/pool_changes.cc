@@ -69,14 +69,20 @@ std::shared_ptr<const Layers> PoolImpl::LayersOf(uint64_t id) {
     const Generation newest = state.view.snapshot.value == 0
                                   ? catalog_.disk(state.view.disk).record.generation
                                   : generation;
-    if (!state.layers || state.layers_version != version || state.layers->newest != newest) {
+    std::shared_ptr<const Layers> known = layers_[state.view].lock();
+    if (!known || known->version != version || known->newest != newest) {
         auto layers = std::make_shared<Layers>();
+        layers->version = version;
         layers->newest = newest;
         layers->below = catalog_.history().SnapshotsUnder(branch, generation);
-        state.layers = std::move(layers);
-        state.layers_version = version;
+        known = std::move(layers);
+        layers_[state.view] = known;
+        if (layers_.size() > exports_.size()) {  // those of exports that were closed
+            std::erase_if(layers_, [](const auto& entry) { return entry.second.expired(); });
+        }
     }
-    return state.layers;
+    state.layers = known;
+    return known;
 }
 
 // ---- bookmarks

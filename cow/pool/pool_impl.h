@@ -109,13 +109,13 @@ class PoolImpl : public Pool, public HeadHost {
     struct View {
         DiskId disk;
         SnapshotId snapshot;
+        friend auto operator<=>(const View&, const View&) = default;
     };
     struct OpenExportState {
         View view;
-        std::vector<SnapshotId> bases;  // snapshots, not bookmarks
-        std::string diff;               // the base's name, of a diff export
-        std::shared_ptr<const Layers> layers;
-        uint64_t layers_version = 0;  // of the history, when they were made
+        std::vector<SnapshotId> bases;         // snapshots, not bookmarks
+        std::string diff;                      // the base's name, of a diff export
+        std::shared_ptr<const Layers> layers;  // as asked for last
     };
     /// An export's name taken apart, and found.
     struct Asked {
@@ -298,6 +298,7 @@ class PoolImpl : public Pool, public HeadHost {
     std::map<DiskId, Disk> disks_;
     std::map<SnapshotId, OpenSnapshot> snapshots_;  // those that are exported now
     std::map<uint64_t, OpenExportState> exports_;
+    std::map<View, std::weak_ptr<const Layers>> layers_;  // all exports of a view share them
     uint64_t next_export_ = 1;
     std::shared_ptr<const std::vector<ExportEntry>> exports_list_;
     uint64_t exports_version_ = 0;  // of the catalog's names, when the list was begun

@@ -28,6 +28,7 @@ struct Base {
 
 /// Which snapshots a view comes from, for qemu:allocation-depth.
 struct Layers {
+    uint64_t version = 0;           // of the history that they were taken from
     Generation newest;              // the view's own generation
     std::vector<Generation> below;  // of live snapshots, ascending
 
