@@ -226,11 +226,11 @@ TEST_F(ChangesTest, WhoComparesHoldsTheSnapshotAsItsReadersDo) {
     EXPECT_EQ(ErrorKind::kBusy, Fails(pool().DeleteSnapshot("d@s", false, true)));
     EXPECT_EQ(ErrorKind::kBusy, Fails(pool().DeleteSnapshot("d@t", false)));
     std::vector<uint64_t> cut_off;
+    bool done = false;
     pool().SetDisconnector([&](const std::vector<uint64_t>& ids) {
         cut_off = ids;
         for (const uint64_t id : ids) {
-            bool* done = new bool(false);
-            Spawn(DetachTask(&machine->home(), &machine->pool(), id, done));
+            Spawn(DetachTask(&machine->home(), &machine->pool(), id, &done));
         }
     });
     Ok(pool().DeleteSnapshot("d@s", true));
