@@ -123,7 +123,7 @@ bool PoolImpl::HasBase(std::string_view name, std::string_view base) const {
 
 /// Waits until all snapshots that are to be read or compared with are in map rows, and a disk's
 /// creation is durable. Whoever asks looks the names up again.
-Task<Status> PoolImpl::AwaitFolded(std::string name, std::vector<std::string> bases,
+Task<Status> PoolImpl::AwaitStored(std::string name, std::vector<std::string> bases,
                                    const bool* given_up) {
     std::set<SnapshotId> waited;
     for (;;) {
@@ -141,7 +141,7 @@ Task<Status> PoolImpl::AwaitFolded(std::string name, std::vector<std::string> ba
             continue;
         }
         std::set<SnapshotId> wanted;
-        if (asked.value().view.snapshot.value != 0) wanted.insert(asked.value().view.snapshot);
+        if (view.snapshot.value != 0) wanted.insert(view.snapshot);
         for (const Catalog::Base& base : found.value()) {
             if (!base.bookmark) wanted.insert(base.id);
         }
@@ -190,9 +190,9 @@ Result<Volume*> PoolImpl::OpenView(const View& view) {
 Task<Result<Export>> PoolImpl::OpenExport(std::string name, std::vector<std::string> bases,
                                           const bool* given_up) {
     const uint64_t id = next_export_++;
-    Task<Status> folding = AwaitFolded(name, bases, given_up);
-    const Status folded = co_await folding;
-    if (!folded.ok()) co_return folded.error();
+    Task<Status> storing = AwaitStored(name, bases, given_up);
+    const Status stored = co_await storing;
+    if (!stored.ok()) co_return stored.error();
     // From here on in one step.
     const Result<Asked> asked = FindAsked(name);
     if (!asked.ok()) co_return asked.error();

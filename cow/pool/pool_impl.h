@@ -267,7 +267,7 @@ class PoolImpl : public Pool, public HeadHost {
     static Error NoBase(std::string_view name);
     Result<Asked> FindAsked(std::string_view name) const;
     std::pair<BranchId, Generation> PlaceOf(const View& view) const;
-    Task<Status> AwaitFolded(std::string name, std::vector<std::string> bases,
+    Task<Status> AwaitStored(std::string name, std::vector<std::string> bases,
                              const bool* given_up);
     Result<Volume*> OpenView(const View& view);
     Task<void> ReleaseSnapshot(SnapshotId id);
