@@ -460,7 +460,8 @@ class Model {
         State& state = states_.at(static_cast<size_t>(id));
         const uint64_t old = state.bytes();
         if (bytes < old) Touch(state, bytes, old + kBlockBytes);
-        if (bytes > old && old % kBlockBytes != 0) Touch(state, old, old + 1);
+        // What lies in the last block beyond the end is cleared before, also if nothing is added.
+        if (bytes >= old && old % kBlockBytes != 0) Touch(state, old, old + 1);
         state.units.resize(bytes / kUnit);
     }
     bool ComesFrom(int id, int from) const {
