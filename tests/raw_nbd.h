@@ -11,6 +11,7 @@
 
 #include "base/endian.h"
 #include "nbdserver/wire/wire.h"
+#include "tests/request_header.h"
 
 namespace varve::nbdserver {
 
@@ -33,17 +34,6 @@ inline std::string Receive(int fd, size_t length) {
     }
     bytes.resize(done);
     return bytes;
-}
-
-inline std::string RequestHeader(uint16_t type, uint64_t offset, uint32_t length,
-                                 uint64_t cookie = 7, uint16_t flags = 0) {
-    wire::Request request;
-    request.flags = flags;
-    request.type = type;
-    request.cookie = cookie;
-    request.offset = offset;
-    request.length = length;
-    return {reinterpret_cast<const char*>(&request), sizeof request};
 }
 
 /// The client's end of a connection. A lost reply fails the test instead of hanging it.

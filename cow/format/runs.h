@@ -20,6 +20,12 @@ struct Piece {
     Generation birth;    // if mapped
 };
 
+/// Blocks [first, end) of a chunk, a bit each. REQUIRES: first < 64, end <= 64.
+inline uint64_t MaskOf(uint64_t first, uint64_t end) {
+    const uint64_t below_end = end == kChunkBlocks ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
+    return below_end & ~((uint64_t{1} << first) - 1);
+}
+
 /// The piece that begins at block `first` of the chunk: as long as possible, but not beyond `end`.
 /// REQUIRES: first < end <= 64.
 Piece PieceAt(const Runs& runs, uint32_t first, uint32_t end);

@@ -11,12 +11,6 @@
 
 namespace varve::cow {
 
-/// Blocks [first, end) of a chunk, a bit each.
-inline uint64_t MaskOf(uint32_t first, uint32_t end) {
-    const uint64_t below_end = end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
-    return below_end & ~((uint64_t{1} << first) - 1);
-}
-
 /// Locks the blocks of `mask` if they are free and nobody waits. The chunk is pinned then.
 bool TryLock(Chunk& chunk, uint64_t mask);
 /// Gives them back. The chunk may be evicted afterwards.

@@ -1,11 +1,10 @@
 #include "cow/volume/changes.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <map>
 #include <optional>
 
+#include "base/sort_unique.h"
 #include "cow/format/format.h"
 #include "cow/format/runs.h"
 
@@ -27,14 +26,9 @@ constexpr unsigned kStepsMost = 4;
 
 // ---- masks
 
-uint64_t Bits(uint64_t first, uint64_t end) {
-    const uint64_t below_end = end == kChunkBlocks ? kAllBlocks : (uint64_t{1} << end) - 1;
-    return below_end & ~((uint64_t{1} << first) - 1);
-}
-
 uint64_t MappedMask(const Runs& runs) {
     uint64_t mask = 0;
-    for (const Run& run : runs) mask |= Bits(run.first, run.end());
+    for (const Run& run : runs) mask |= MaskOf(run.first, run.end());
     return mask;
 }
 
@@ -48,8 +42,8 @@ uint64_t SameMask(const Runs& a, const Runs& b) {
             const bool same = mine.birth == other->birth &&
                               mine.place + other->first == other->place + mine.first;
             if (!same) continue;
-            mask |= Bits(std::max<uint64_t>(mine.first, other->first),
-                         std::min(mine.end(), other->end()));
+            mask |= MaskOf(std::max<uint64_t>(mine.first, other->first),
+                           std::min(mine.end(), other->end()));
         }
     }
     return mask;
@@ -59,7 +53,7 @@ uint64_t SameMask(const Runs& a, const Runs& b) {
 uint64_t OlderMask(const Runs& runs, Generation generation) {
     uint64_t mask = 0;
     for (const Run& run : runs) {
-        if (run.birth <= generation) mask |= Bits(run.first, run.end());
+        if (run.birth <= generation) mask |= MaskOf(run.first, run.end());
     }
     return mask;
 }
@@ -115,8 +109,7 @@ class MarkScan {
     }
 
     Marks Take() {
-        std::sort(chunks_.begin(), chunks_.end());
-        chunks_.erase(std::unique(chunks_.begin(), chunks_.end()), chunks_.end());
+        SortUnique(chunks_);
         const auto beyond = std::lower_bound(chunks_.begin(), chunks_.end(), end_);
         if (beyond != chunks_.end()) beyond_ = std::min(beyond_, *beyond);
         chunks_.erase(beyond, chunks_.end());
@@ -138,13 +131,6 @@ struct StoredRow {
     RowAt at;
     std::string value;
 };
-
-Result<Runs> Decoded(ChunkIndex chunk, const StoredRow& row) {
-    if (std::optional<Runs> runs = DecodeRuns(row.value, row.at.generation)) return *runs;
-    return MakeError(ErrorKind::kDamaged,
-                     fmt::format("the map row of branch {}, chunk {}, generation {} is damaged",
-                                 row.at.branch.value, chunk.value, row.at.generation.value));
-}
 
 /// The rows that lines resolve chunks to. Each branch has one cursor, whoever asks: it goes on from
 /// where it is if what is asked for lies a few rows ahead, as the rows of two lines of one chunk
@@ -242,9 +228,11 @@ class Comparison {
             then = std::move(row.value());
         }
         if (now && then && now->at == then->at) return Status();
-        Result<Runs> mine = live ? live->runs : now ? Decoded(chunk, *now) : Runs();
+        Result<Runs> mine = live  ? live->runs
+                            : now ? DecodeRow(chunk, now->at, now->value)
+                                  : Runs();
         if (!mine.ok()) return mine.error();
-        const Result<Runs> other = then ? Decoded(chunk, *then) : Runs();
+        const Result<Runs> other = then ? DecodeRow(chunk, then->at, then->value) : Runs();
         if (!other.ok()) return other.error();
         const bool touched = live ? live->touched : now && LiesIn(base_.apart, now->at);
         ChangedChunk result = Compared(chunk, base_, mine.value(), touched, other.value());
@@ -285,8 +273,7 @@ Result<Marks> WithRows(MetadataView& view, const Line& line, const Base& base, C
         for (const MapRow& row : rows.value().rows) marks.chunks.push_back(row.chunk.value);
         marks.next = std::min(marks.next, rows.value().next.value);
     }
-    std::sort(marks.chunks.begin(), marks.chunks.end());
-    marks.chunks.erase(std::unique(marks.chunks.begin(), marks.chunks.end()), marks.chunks.end());
+    SortUnique(marks.chunks);
     return marks;
 }
 

@@ -16,17 +16,14 @@ constexpr uint64_t kDeletedMost = 1024;
 /// Chunks that are looked at for the next row when there were more: a GiB.
 constexpr uint64_t kLookAhead = 4096;
 
-Result<MapRow> DecodeRow(std::string_view key, std::string_view value) {
+Result<MapRow> DecodeKeyed(std::string_view key, std::string_view value) {
     if (KeyNumbers(key) == 3) {
         const BranchId branch{KeyNumber(key, 0)};
         const ChunkIndex chunk{KeyNumber(key, 1)};
         const Generation generation{~KeyNumber(key, 2)};
-        if (std::optional<Runs> runs = DecodeRuns(value, generation)) {
-            return MapRow{chunk, {branch, generation}, std::move(*runs)};
-        }
-        return MakeError(ErrorKind::kDamaged,
-                         fmt::format("the map row of branch {}, chunk {}, generation {} is damaged",
-                                     branch.value, chunk.value, generation.value));
+        Result<Runs> runs = DecodeRow(chunk, {branch, generation}, value);
+        if (!runs.ok()) return runs.error();
+        return MapRow{chunk, {branch, generation}, std::move(runs.value())};
     }
     return MakeError(ErrorKind::kDamaged, "a map row's key has a wrong length");
 }
@@ -84,7 +81,7 @@ Result<std::optional<uint64_t>> ScanBranch(MetadataView& view, const Stretch& st
         Found::Slot& slot = found.slots[chunk - first];
         if (!slot.known) {
             slot.known = true;
-            Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
+            Result<MapRow> row = DecodeKeyed(cursor->key(), cursor->value());
             if (row.ok()) {
                 slot.row = std::move(row.value());
             } else {
@@ -123,7 +120,7 @@ Result<std::optional<MapRow>> ReadRow(MetadataView& view, const Line& line, Chun
         cursor->Seek(lower);
         if (Status s = cursor->status(); !s.ok()) return s.error();
         if (!cursor->valid()) continue;
-        Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
+        Result<MapRow> row = DecodeKeyed(cursor->key(), cursor->value());
         if (!row.ok()) return row.error();
         return std::optional<MapRow>(std::move(row.value()));
     }
@@ -131,6 +128,13 @@ Result<std::optional<MapRow>> ReadRow(MetadataView& view, const Line& line, Chun
 }
 
 }  // namespace
+
+Result<Runs> DecodeRow(ChunkIndex chunk, const RowAt& at, std::string_view value) {
+    if (std::optional<Runs> runs = DecodeRuns(value, at.generation)) return std::move(*runs);
+    return MakeError(ErrorKind::kDamaged,
+                     fmt::format("the map row of branch {}, chunk {}, generation {} is damaged",
+                                 at.branch.value, chunk.value, at.generation.value));
+}
 
 Result<MapRows> ReadMap(MetadataView& view, const Line& line, ChunkIndex first, ChunkIndex end) {
     VARVE_CHECK(first < end);
@@ -178,7 +182,7 @@ Result<std::vector<MapRow>> ReadVersions(MetadataView& view, const Stretch& stre
     const auto cursor = view.Range(newest, MapKey(stretch.branch, chunk, stretch.after));
     std::vector<MapRow> rows;
     for (cursor->Seek(newest); cursor->valid(); cursor->Next()) {
-        Result<MapRow> row = DecodeRow(cursor->key(), cursor->value());
+        Result<MapRow> row = DecodeKeyed(cursor->key(), cursor->value());
         if (!row.ok()) return row.error();
         rows.push_back(std::move(row.value()));
     }

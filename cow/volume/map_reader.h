@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cow/history/history.h"
@@ -37,6 +38,9 @@ struct MapRows {
     /// kDamaged, with the first of `damaged`: for whoever needs them all.
     Status AllReadable() const;
 };
+
+/// The state that a row of `chunk` holds. kDamaged, with the row's place.
+Result<Runs> DecodeRow(ChunkIndex chunk, const RowAt& at, std::string_view value);
 
 /// The rows that `line` resolves chunks [first, end) to. An error is the store's. Costs a seek for
 /// each stretch, and steps over rows that were deleted lately: some thousand at most, or those of

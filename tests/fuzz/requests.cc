@@ -18,6 +18,7 @@
 #include "nbdserver/wire/wire.h"
 #include "tests/fake_volume.h"
 #include "tests/fuzz/fuzz.h"
+#include "tests/request_header.h"
 #include "tests/run_on.h"
 #include "tests/tls_agreement.h"
 
@@ -48,17 +49,6 @@ struct Server {
         host = std::make_unique<ConnectionHost>(*reactor, limits);
     }
 };
-
-std::string RequestHeader(uint16_t type, uint64_t offset, uint32_t length, uint64_t cookie,
-                          uint16_t flags) {
-    wire::Request request;
-    request.flags = flags;
-    request.type = type;
-    request.cookie = cookie;
-    request.offset = offset;
-    request.length = length;
-    return {reinterpret_cast<const char*>(&request), sizeof request};
-}
 
 /// Turns the input into a client's stream: mutations of raw bytes alone would hardly ever keep
 /// the magic number and the lengths right.
